@@ -1,0 +1,81 @@
+"""Every error that a user can cause, in one tree.
+
+TrimtabError                  one line: key, value found, what would work
+├── ConfigError               a setting is wrong, alone or together with another
+│   └── BudgetError           no setting within the limits meets the budget
+├── DataError                 a file, a column or a value in the data is wrong
+├── ModelError                the model has no such module, or cannot carry what was asked
+├── SelectionError            layer scores cannot be computed or ranked
+├── CheckpointError           a checkpoint is incomplete, damaged, or belongs to another run
+├── ExportError               an adapter has no such form
+├── StaleAdapterError         tensors were replaced under a running controller
+└── DisagreementError         processes reached different decisions
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TrimtabError(Exception):
+    """Base of all errors a user can cause; the command line prints it as one line and exits with 2."""
+
+
+class ConfigError(TrimtabError, ValueError):
+    """A setting that cannot work.
+
+    Args:
+        key: dotted name of the setting, as in the recipe (``rank.target_r``).
+        value: what was found.
+        cure: what would work.
+    """
+
+    def __init__(self, key: str, value: object = None, cure: str = "") -> None:
+        self.key, self.value, self.cure = key, value, cure
+        super().__init__(f"{key}={value!r}: {cure}" if cure else key)
+
+    def __reduce__(self) -> tuple:  # keeps the three parts when the error crosses a process boundary
+        return type(self), (self.key, self.value, self.cure)
+
+
+class BudgetError(ConfigError):
+    """No setting within the recipe's limits meets the budget; the message names the smallest that does."""
+
+
+class DataError(TrimtabError, ValueError):
+    """A data file, column or value is wrong."""
+
+
+class ModelError(TrimtabError, ValueError):
+    """The model lacks what was asked for, or cannot carry it."""
+
+
+class SelectionError(TrimtabError, ValueError):
+    """Layer scores cannot be computed or ranked."""
+
+
+class CheckpointError(TrimtabError, RuntimeError):
+    """A checkpoint is incomplete, damaged, or belongs to another run."""
+
+
+class ExportError(TrimtabError, ValueError):
+    """An adapter cannot take the asked form; the message says why."""
+
+
+class StaleAdapterError(TrimtabError, RuntimeError):
+    """Tensors were replaced under a running controller, so its state no longer describes them."""
+
+
+class DisagreementError(TrimtabError, RuntimeError):
+    """Processes reached different decisions; both plans are in the message."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``" Did you mean 'query'?"`` for the nearest known name, or an empty string.
+
+    >>> did_you_mean("qurey", ["query", "key", "value"])
+    " Did you mean 'query'?"
+    """
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
