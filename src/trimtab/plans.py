@@ -44,7 +44,7 @@ class Where:
     def mask(self) -> str:
         """The 0/1 string of the only stack. Raises `ConfigError` when there are several."""
         if len(self.stacks) > 1:
-            raise ConfigError("where.mask", list(self.stacks), "this model has several stacks; use .stacks[path]")
+            raise ConfigError("where.mask", list(self.stacks), "several stacks; use .stacks[path]")
         return next(iter(self.stacks.values()))
 
     @property
