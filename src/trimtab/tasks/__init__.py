@@ -1,1 +1,179 @@
+"""Tasks: which rows are read, what the model is asked for, and how its answers are scored.
 
+The whole interface, in the order in which a run uses it::
+
+    task  = get_task({"name": "glue/cola", "max_length": 64})   # ConfigError for what cannot work
+    rows  = task.load_data(data, seed=0)          # DatasetDict of raw rows; `data` is the recipe's `data:` or None
+    tok   = models.load_tokenizer(spec, task)
+    got   = models.load_model(spec, task, tok)    # got.model, got.modules_to_save (task.model_kwargs() is applied)
+    ready = task.prepare(rows, tok, got.model)    # DatasetDict of tokenised rows: what `forward` takes, and `labels`
+
+    task.selection_rows(ready)                    # rows that `where` reads, no labels; pooled as task.pool(config)
+    Trainer(train_dataset=ready["train"],
+            eval_dataset={s: ready[s] for s in task.eval_splits(ready)},   # or the one split itself
+            data_collator=task.collator(tok),
+            compute_metrics=task.compute_metrics,
+            preprocess_logits_for_metrics=task.preprocess_logits_for_metrics)
+
+`task.metric` is the headline name (without ``eval_``), taken on the first of `task.eval_splits`, and
+`task.greater_is_better` says which way. `task.notes` collects one-line remarks made while loading (a
+validation split made from train, unlabelled rows left out) for the caller to show once.
+
+`task.model_kwargs()` is known without data where the task alone settles it (GLUE, or `labels:` in the
+recipe); otherwise it needs `load_data` first and says so.
+
+The recipe's ``data:`` is a mapping: a path (or a list of paths) for each split name, and optionally
+``max_samples`` (a number, or one for each split) with ``sample_seed`` (without it the first rows are taken).
+
+A task that is scored by generating text overrides `Task.evaluate`; the others leave it as it is, and
+are scored by `compute_metrics` alone.
+
+A user's own task needs no registration: ``task: {name: "my_package.my_module:make_task", …}``, where
+the callable takes the other keys as keyword arguments and returns something with these members. An
+installed package can also announce tasks as entry points of the group ``trimtab.tasks``.
+
+This module imports neither torch nor datasets.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+GLUE_NAMES = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
+
+TASKS: dict[str, str] = {
+    **{f"glue/{name}": "trimtab.tasks.glue:Glue" for name in GLUE_NAMES},
+    "text_classification": "trimtab.tasks.text_classification:TextClassification",
+}
+"""Name in the recipe -> where its maker is. Adding a task is one file and one line here."""
+
+
+class Task(Protocol):
+    """What a run asks of a task. Subclass it to inherit the defaults, or just have the members."""
+
+    name: str
+    """As in the recipe (``glue/cola``)."""
+    auto_class: str
+    """The class of `transformers` that makes the model (``AutoModelForSequenceClassification``)."""
+    task_type: str
+    """PEFT's word (``SEQ_CLS``, ``CAUSAL_LM``, ``SEQ_2_SEQ_LM``)."""
+    tokenizer_class: str = "AutoTokenizer"
+    """``AutoProcessor`` where rows hold images."""
+    metric: str
+    """Headline metric, without ``eval_``, taken on the first evaluated split."""
+    greater_is_better: bool = True
+    notes: list[str]
+    """One-line remarks for the user, made while loading and preparing."""
+
+    def model_kwargs(self) -> dict[str, Any]:
+        """What goes into the model's config: ``num_labels``, ``id2label``, ``label2id``, ``problem_type``."""
+        return {}
+
+    def load_data(self, data: Mapping[str, Any] | None = None, seed: int = 0) -> DatasetDict:
+        """Raw rows by split, from the recipe's ``data:`` or, without it, from the hub.
+
+        Raises `DataError` or `ConfigError`, one line, for a missing file, column or value.
+        """
+        ...
+
+    def prepare(self, rows: DatasetDict, tokenizer: Any, model: Any = None) -> DatasetDict:
+        """Tokenised rows, not padded. Columns: what ``model.forward`` takes, and ``labels`` where known."""
+        ...
+
+    def selection_rows(self, ready: DatasetDict) -> Dataset:
+        """The tokenised rows that layer selection reads (training rows, in file order)."""
+        ...
+
+    def pool(self, config: Any) -> str:
+        """Which token stands for a row: ``cls``, ``last`` or ``mean``, from the model's config."""
+        from ..models import pool_of
+
+        return pool_of(config)
+
+    def collator(self, tokenizer: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        """Pads a list of rows to the longest of them."""
+        ...
+
+    def eval_splits(self, ready: DatasetDict) -> list[str]:
+        """The labelled splits to evaluate, the headline one first (MNLI has two)."""
+        ...
+
+    def compute_metrics(self, eval_pred: Any) -> dict[str, float]:
+        """Scores by name, from ``(predictions, labels)`` as the Trainer hands them over."""
+        ...
+
+    def preprocess_logits_for_metrics(self, logits: Any, labels: Any) -> Any:
+        """What of each batch's output is kept for `compute_metrics`; the first tensor by default."""
+        return logits[0] if isinstance(logits, (tuple, list)) else logits
+
+    def evaluate(self, model: Any, tokenizer: Any, rows: DatasetDict, split: str) -> dict[str, float]:
+        """Further scores that need generation, from *raw* rows. None by default."""
+        return {}
+
+
+def known_tasks() -> dict[str, str]:
+    """Every task by name, with where its maker is: built in, and announced by installed packages."""
+    return {**{point.name: point.value for point in entry_points(group="trimtab.tasks")}, **TASKS}
+
+
+def get_task(spec: Mapping[str, Any]) -> Task:
+    """The task that the recipe's ``task:`` describes.
+
+    Args:
+        spec: ``{"name": …}`` and the task's own settings.
+    Raises:
+        ConfigError: for an unknown name or setting, naming the nearest one.
+
+    >>> get_task({"name": "glue/cola"}).metric
+    'matthews_correlation'
+    """
+    options = dict(spec)
+    name = options.pop("name", None)
+    known = known_tasks()
+    if not isinstance(name, str):
+        raise ConfigError("task.name", name, f"one of {', '.join(known)}, or your own 'module:function'")
+    if name in known:
+        maker = _import(name, known[name])
+        if name in TASKS:
+            options["name"] = name
+    elif ":" in name:
+        maker = _import(name, name)
+    else:
+        raise ConfigError("task.name", name,
+                          f"no such task.{did_you_mean(name, known)} There is {', '.join(known)}, "
+                          "or your own 'module:function'")
+    if dataclasses.is_dataclass(maker):
+        settings = [f.name for f in dataclasses.fields(maker) if f.init]
+        for key in options:
+            if key not in settings:
+                others = [s for s in settings if s != "name"]
+                raise ConfigError(f"task.{key}", options[key],
+                                  f"task {name!r} has no such setting.{did_you_mean(key, others)} "
+                                  f"It has {', '.join(others)}")
+    try:
+        return maker(**options)
+    except TypeError as error:  # a user's function that does not take these keys
+        if name in TASKS:
+            raise
+        raise ConfigError("task.name", name, f"{error}") from error
+
+
+def _import(name: str, target: str) -> Callable[..., Task]:
+    module_name, _, attribute = target.partition(":")
+    try:
+        module = import_module(module_name)
+    except ImportError as error:
+        raise ConfigError("task.name", name, f"cannot import {module_name!r}: {error}") from error
+    if not hasattr(module, attribute):
+        raise ConfigError("task.name", name, f"{module_name!r} has no {attribute!r}."
+                                             f"{did_you_mean(attribute, dir(module))}")
+    return getattr(module, attribute)
