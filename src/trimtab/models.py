@@ -26,7 +26,7 @@ class ModelSpec:
     """Name of the GGUF file inside the hub repository or folder `name_or_path`."""
     revision: str | None = None
     dtype: str | None = None
-    """``float32``, ``bfloat16``, ``float16``; by default the checkpoint's own, but float16 becomes float32."""
+    """``float32``, ``bfloat16``, ``float16``; else the checkpoint's own, where float16 becomes float32."""
     tokenizer: str | None = None
     """Hub id or folder, when the tokenizer is not with the model."""
     config: dict[str, Any] | str | None = None

@@ -3,17 +3,21 @@
 The whole interface, in the order in which a run uses it::
 
     task  = get_task({"name": "glue/cola", "max_length": 64})   # ConfigError for what cannot work
-    rows  = task.load_data(data, seed=0)          # DatasetDict of raw rows; `data` is the recipe's `data:` or None
+    rows  = task.load_data(data)                      # DatasetDict of raw rows; `data:` may be None
     tok   = models.load_tokenizer(spec, task)
-    got   = models.load_model(spec, task, tok)    # got.model, got.modules_to_save (task.model_kwargs() is applied)
-    ready = task.prepare(rows, tok, got.model)    # DatasetDict of tokenised rows: what `forward` takes, and `labels`
+    got   = models.load_model(spec, task, tok)        # got.model, got.modules_to_save, got.notes
+    ready = task.prepare(rows, tok, got.model)        # DatasetDict of tokenised rows, and `labels`
 
-    task.selection_rows(ready)                    # rows that `where` reads, no labels; pooled as task.pool(config)
+    task.selection_rows(ready)                        # what `where` reads, pooled as task.pool(config)
+    splits = task.eval_splits(ready)                  # labelled ones, the headline one first
     Trainer(train_dataset=ready["train"],
-            eval_dataset={s: ready[s] for s in task.eval_splits(ready)},   # or the one split itself
+            eval_dataset=ready[splits[0]] if len(splits) == 1 else {s: ready[s] for s in splits},
             data_collator=task.collator(tok),
             compute_metrics=task.compute_metrics,
             preprocess_logits_for_metrics=task.preprocess_logits_for_metrics)
+
+A new head is initialised by `load_model`: set the seed before it. The data do not depend on the run's
+seed, so that runs over several seeds are scored on the same rows.
 
 `task.metric` is the headline name (without ``eval_``), taken on the first of `task.eval_splits`, and
 `task.greater_is_better` says which way. `task.notes` collects one-line remarks made while loading (a
@@ -23,7 +27,8 @@ validation split made from train, unlabelled rows left out) for the caller to sh
 recipe); otherwise it needs `load_data` first and says so.
 
 The recipe's ``data:`` is a mapping: a path (or a list of paths) for each split name, and optionally
-``max_samples`` (a number, or one for each split) with ``sample_seed`` (without it the first rows are taken).
+``max_samples`` (a number, or one for each split) with ``sample_seed`` (without it the first rows are
+taken).
 
 A task that is scored by generating text overrides `Task.evaluate`; the others leave it as it is, and
 are scored by `compute_metrics` alone.
@@ -78,7 +83,7 @@ class Task(Protocol):
         """What goes into the model's config: ``num_labels``, ``id2label``, ``label2id``, ``problem_type``."""
         return {}
 
-    def load_data(self, data: Mapping[str, Any] | None = None, seed: int = 0) -> DatasetDict:
+    def load_data(self, data: Mapping[str, Any] | None = None) -> DatasetDict:
         """Raw rows by split, from the recipe's ``data:`` or, without it, from the hub.
 
         Raises `DataError` or `ConfigError`, one line, for a missing file, column or value.
