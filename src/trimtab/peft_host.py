@@ -1,0 +1,481 @@
+"""Trimtab's layer inside PEFT. The only file that touches PEFT's internals.
+
+What we lean on, so that a new PEFT can be checked against it (see tests/test_peft_host.py):
+`LoraConfig._register_custom_module` (documented, experimental), `lora.Linear` with `update_layer`,
+`get_delta_weight`, `_mixed_batch_forward`, `adapter_layer_names`, `frozen_peft_weight_names`, and the
+rule that a parameter whose path holds ``lora_`` belongs to the adapter.
+
+The state dict of a hosted layer *is* a LoRA: a post hook folds the diagonals into A and B, a pre hook
+accepts such tensors back. PEFT's save, Trainer's checkpoints and load-best therefore need no special case.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .adapters.lowrank import delta_weight, fold, lowrank_delta
+from .errors import ConfigError, ModelError
+from .plans import Where
+
+PROJECTIONS = ("lora_A", "lora_B")
+DIAGONALS = ("lora_e", "lora_b")
+# Initialisations that change the base weight or train only one factor; a rank or freeze method would
+# overwrite what they set up.
+_PLAIN_INITS = (True, "gaussian")
+
+
+@dataclass
+class TrimConfig(LoraConfig):
+    """A `peft.LoraConfig` that also says where, at which rank and for how long.
+
+    Goes to stock `peft.get_peft_model`. ``peft_type`` stays LORA, and `to_dict` emits stock `LoraConfig`
+    fields only, derived from the live layers at that moment, so what is saved beside an adapter always
+    matches its tensors.
+
+    Args:
+        where: a selection from `trimtab.select_layers` or a control; None adapts every layer.
+        rank: `SalientLoRA(...)`, `AdaLoRA(...)`, `SoRA(...)`, or None for a fixed rank ``r``.
+        freeze: `AFLoRA(...)`, `FreezeAt(...)`, or None.
+    Raises:
+        ConfigError: a pair of settings that cannot work together.
+    """
+
+    where: Where | None = field(default=None, metadata={"help": "which layers are adapted"})
+    rank: Any = field(default=None, metadata={"help": "rank method settings"})
+    freeze: Any = field(default=None, metadata={"help": "freeze method settings"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.where, str):
+            raise ConfigError("where", self.where, "a bare mask needs the model: trimtab.where.from_mask(model, mask)")
+        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
+            raise ConfigError("adapter.r", self.r, "a whole number of at least 1")
+        if not 0 < self.lora_alpha < float("inf"):
+            raise ConfigError("adapter.alpha", self.lora_alpha, "a finite number above 0")
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError("adapter.dropout", self.lora_dropout, "in [0, 1)")
+        if self.is_adaptive:
+            self._refuse_what_cannot_adapt()
+        if self.where is not None:
+            self.exclude_modules = excluding(self.where, self.exclude_modules)
+        self._live: dict[str, list[tuple[weakref.ref[TrimLayer], str]]] = {}
+        self._register_custom_module({nn.Module: host})
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether anything is decided during training."""
+        return self.rank is not None or self.freeze is not None
+
+    def _refuse_what_cannot_adapt(self) -> None:
+        word = "rank" if self.rank is not None else "freeze"
+        if self.init_lora_weights not in _PLAIN_INITS:
+            raise ConfigError("adapter.init", self.init_lora_weights,
+                              f"{word} methods set their own start; use true, or drop {word}")
+        for name in ("use_dora", "lora_bias", "use_bdlora", "arrow_config", "alora_invocation_tokens",
+                     "velora_config", "monteclora_config", "kasa_config", "target_parameters", "layer_replication"):
+            if getattr(self, name, None):
+                raise ConfigError(name, getattr(self, name), f"does not go together with {word}; drop one of them")
+
+    def hosts(self, layer: TrimLayer, adapter_name: str) -> None:
+        """Remember a live layer, so that `to_dict` can describe it."""
+        alive = [(ref, name) for ref, name in self._live.get(layer.site_name, []) if ref() is not None]
+        self._live[layer.site_name] = [*alive, (weakref.ref(layer), adapter_name)]
+
+    def live_ranks(self) -> dict[str, tuple[int, float]]:
+        """Site name -> (rank, scale) of the live layers that carry this config's adapter; rank 0 where it was pruned.
+
+        Raises:
+            ConfigError: the object serves two models whose ranks differ.
+        """
+        found: dict[str, tuple[int, float]] = {}
+        for site, refs in self._live.items():
+            ranks = [(layer.r.get(name, 0), layer.scaling.get(name, 1.0)) for ref, name in refs if (layer := ref())]
+            if len(set(ranks)) > 1:
+                raise ConfigError("TrimConfig", "one object", "it serves two models whose ranks differ; give each "
+                                  "model a config of its own (copy.deepcopy before get_peft_model)")
+            if ranks:
+                found[site] = ranks[0]
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Stock `LoraConfig` fields that describe the live layers: ranks, alphas and targets match the tensors."""
+        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(LoraConfig)}
+        out = {k: (dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v) for k, v in out.items()}
+        out.pop("runtime_config")  # as LoraConfig.to_dict does: it holds for one process only
+        live = self.live_ranks()
+        if live and self.where is not None:
+            out.update(exclude_modules=None, target_modules=sorted(live))
+        if live and self.is_adaptive:
+            out.update(portable_fields(live))
+        return out
+
+
+def portable_fields(ranks: dict[str, tuple[int, float]]) -> dict[str, Any]:
+    """Config fields for sites of given rank and scale; sites of rank 0 are left out.
+
+    ``lora_alpha / r`` equals the scale of every module even for an engine that ignores the patterns,
+    as long as all scales are equal. Pattern keys are full module names, escaped, as PEFT matches regexes.
+
+    Raises:
+        ModelError: no site has a rank left; stock PEFT refuses an empty adapter.
+    """
+    kept = {name: rank_scale for name, rank_scale in ranks.items() if rank_scale[0] > 0}
+    if not kept:
+        raise ModelError("adapter: every site is at rank 0; stock PEFT cannot load an empty adapter")
+    r, scale = max(kept.values())
+    return {
+        "r": r,
+        "lora_alpha": scale * r,
+        "use_rslora": False,
+        "init_lora_weights": True,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "exclude_modules": None,
+        "target_modules": sorted(kept),
+        "rank_pattern": {re.escape(n): k for n, (k, _) in sorted(kept.items()) if k != r},
+        "alpha_pattern": {re.escape(n): s * k for n, (k, s) in sorted(kept.items()) if s * k != scale * r},
+    }
+
+
+def excluding(where: Where, user: str | Iterable[str] | None) -> str:
+    """The ``exclude_modules`` regex for a selection, joined with what the user already excludes."""
+    if not user:
+        return where.outside
+    if not isinstance(user, str):
+        user = rf"(?:.*\.)?(?:{'|'.join(re.escape(u) for u in user)})"
+    return rf"(?:{user})|(?:{where.outside})"
+
+
+@dataclass
+class Hosted:
+    """What a layer keeps for one adaptive adapter, beside its tensors."""
+
+    scale: float
+    frozen: set[str] = field(default_factory=set)
+    is_stale: bool = False
+    """Tensors from elsewhere were loaded: a running controller's state no longer describes them."""
+
+
+class TrimLayer(LoraLayer):
+    """Mixin over PEFT's LoRA layers: adds the diagonals e and b, ranks that change, projections that freeze."""
+
+    adapter_layer_names = (*LoraLayer.adapter_layer_names, *DIAGONALS)
+
+    lora_e: nn.ParameterDict
+    lora_b: nn.ParameterDict
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
+        if "lora_e" not in self._modules:  # PEFT walks adapter_layer_names inside super().update_layer
+            self.lora_e, self.lora_b = nn.ParameterDict(), nn.ParameterDict()
+            self.hosted: dict[str, Hosted] = {}
+            self.frozen_peft_weight_names = {}
+            self.site_name = kwargs.get("target_name", "")
+            self.register_state_dict_post_hook(_emit_plain_lora)
+            self.register_load_state_dict_pre_hook(_accept_plain_lora)
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+        if not isinstance(config, TrimConfig):
+            return
+        config.hosts(self, adapter_name)
+        if config.is_adaptive:
+            self._become_adaptive(adapter_name, r, lora_alpha, config)
+
+    def _become_adaptive(self, adapter_name: str, r: int, alpha: float, config: TrimConfig) -> None:
+        A, B = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+        rank, freeze = config.rank, config.freeze
+        wants_b = freeze is not None and freeze.needs_output_diagonal
+        if rank is not None or wants_b:
+            self.lora_e[adapter_name] = nn.Parameter(torch.ones(r, dtype=A.dtype, device=A.device))
+        if wants_b:
+            self.lora_b[adapter_name] = nn.Parameter(torch.ones(B.shape[0], dtype=B.dtype, device=B.device))
+        e, b = self.diagonals(adapter_name)
+        scale = self.scaling[adapter_name]
+        if rank is not None:  # where both meet, the rank method's start and scale win
+            scale = rank.scale(alpha, r)
+            if A.device.type != "meta":
+                rank.init_factors(A.data, e.data, B.data)
+        elif wants_b:
+            scale = freeze.scale(alpha, r)
+            if A.device.type != "meta":
+                freeze.init_factors(A.data, e.data, b.data, B.data)
+        self.hosted[adapter_name] = Hosted(scale)
+        self._set_scale_and_rank(adapter_name, r)
+        if freeze is not None and freeze.initially_frozen(self.site_name):
+            for which in PROJECTIONS:
+                self.freeze(adapter_name, which)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    # -- what others read ---------------------------------------------------------------------------
+
+    def is_adaptive(self, adapter_name: str) -> bool:
+        return adapter_name in self.hosted
+
+    def diagonals(self, adapter_name: str) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+        """The parameters ``(e, b)`` of shapes (r,) and (out,); None where there is none."""
+        e = self.lora_e[adapter_name] if adapter_name in self.lora_e else None
+        return e, (self.lora_b[adapter_name] if adapter_name in self.lora_b else None)
+
+    def factors(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """The raw parameters ``(A, B)`` of shapes (r, in) and (out, r)."""
+        return self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+
+    def folded(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """The LoRA form ``(A', B')``, detached."""
+        A, B = self.factors(adapter_name)
+        e, b = self.diagonals(adapter_name)
+        return fold(A.detach(), B.detach(), None if e is None else e.detach(), None if b is None else b.detach())
+
+    # -- what controllers do ------------------------------------------------------------------------
+
+    def freeze(self, adapter_name: str, which: str) -> nn.Parameter:
+        """Stop training projection ``which`` ("lora_A" or "lora_B") for good; returns the parameter."""
+        self.hosted[adapter_name].frozen.add(which)
+        self.frozen_peft_weight_names[adapter_name] = tuple(sorted(self.hosted[adapter_name].frozen))
+        parameter = getattr(self, which)[adapter_name].weight
+        parameter.requires_grad_(False)
+        parameter.grad = None
+        return parameter
+
+    def resized(self, adapter_name: str) -> None:
+        """Bring PEFT's bookkeeping in line after the factors' rank changed."""
+        A, _ = self.factors(adapter_name)
+        self.lora_A[adapter_name].out_features = self.lora_B[adapter_name].in_features = A.shape[0]
+        self._set_scale_and_rank(adapter_name, A.shape[0])
+
+    def finish(self, adapter_name: str) -> None:
+        """Fold e and b into A and B in place; a layer of rank 0 lets go of the adapter. Plain LoRA from here on."""
+        folded_a, folded_b = self.folded(adapter_name)
+        A, B = self.factors(adapter_name)
+        with torch.no_grad():
+            A.copy_(folded_a)
+            B.copy_(folded_b)
+        for diagonal in (self.lora_e, self.lora_b):
+            if adapter_name in diagonal:
+                del diagonal[adapter_name]
+        del self.hosted[adapter_name]
+        if A.shape[0] == 0:
+            self.delete_adapter_here(adapter_name)
+
+    def delete_adapter_here(self, adapter_name: str) -> None:
+        """Forget the adapter in this layer only; which adapters are active elsewhere does not change."""
+        active = self._active_adapter
+        for attribute in (*self.adapter_layer_names, *self.other_param_names):
+            holder = getattr(self, attribute)
+            if adapter_name in holder:
+                del holder[adapter_name]
+        self._active_adapter = active
+
+    def _set_scale_and_rank(self, adapter_name: str, r: int) -> None:
+        # lora_alpha follows the rank, so that PEFT's own set_scale and unscale_layer recompute the same number.
+        self.r[adapter_name] = r
+        self.scaling[adapter_name] = self.hosted[adapter_name].scale
+        self.lora_alpha[adapter_name] = self.hosted[adapter_name].scale * r
+        self.use_rslora[adapter_name] = False
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        if self.r.get(adapter, 1) > 0:
+            super().set_scale(adapter, scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        if all(self.r.get(name, 1) > 0 for name in self.active_adapters):
+            super().unscale_layer(scale)
+
+    # -- the function -------------------------------------------------------------------------------
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        if not self.is_adaptive(adapter):
+            return super().get_delta_weight(adapter)
+        A, B = self.factors(adapter)
+        delta = delta_weight(A, B, self.scaling[adapter], *self.diagonals(adapter))
+        return delta.T if getattr(self, "fan_in_fan_out", False) else delta
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        names = [n for n in self.active_adapters if n in self.lora_A]
+        mixed = kwargs.get("adapter_names") is not None
+        if mixed or self.disable_adapters or self.merged or not any(self.is_adaptive(n) for n in names):
+            return super().forward(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        dtype = result.dtype
+        for name in names:
+            result = result + self._delta(name, x)
+        return result.to(dtype)
+
+    def _delta(self, name: str, x: Tensor) -> Tensor:
+        A, B = self.factors(name)
+        x = self.lora_dropout[name](self._cast_input_dtype(x, A.dtype))
+        return lowrank_delta(x, A, B, self.scaling[name], *self.diagonals(name))
+
+    def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
+        if not any(self.is_adaptive(n) for n in set(adapter_names)):
+            return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        raise ModelError(f"adapter_names={sorted(set(adapter_names))}: mixed batches need plain LoRA layers; "
+                         "call trimtab's Controller.finish(), or load the checkpoint with stock PEFT")
+
+
+def _emit_plain_lora(layer: TrimLayer, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    for name in layer.hosted:
+        A, B = layer.folded(name)
+        for diagonal in DIAGONALS:
+            state_dict.pop(f"{prefix}{diagonal}.{name}", None)
+        keys = [f"{prefix}{which}.{name}.weight" for which in PROJECTIONS]
+        for key, tensor in zip(keys, (A, B)):
+            if A.shape[0] == 0:  # a module without ranks has no adapter, and stock PEFT knows no rank 0
+                state_dict.pop(key, None)
+            elif key in state_dict:
+                state_dict[key] = tensor
+
+
+def _accept_plain_lora(layer: TrimLayer, state_dict: dict[str, Any], prefix: str, *_rest: Any) -> None:
+    """Take a plain LoRA's tensors, or recognise our own fold coming back and change nothing."""
+    for name, hosted in layer.hosted.items():
+        key_a, key_b = (f"{prefix}{which}.{name}.weight" for which in PROJECTIONS)
+        own = {f"{prefix}{d}.{name}": p for d, p in zip(DIAGONALS, layer.diagonals(name)) if p is not None}
+        A, B = layer.factors(name)
+        if key_a not in state_dict or key_b not in state_dict:
+            if A.shape[0] == 0:
+                state_dict.update({key_a: A.data, key_b: B.data})
+            state_dict.update({key: p.data for key, p in own.items()})
+            continue
+        new_a, new_b = state_dict[key_a], state_dict[key_b]
+        folded_a, folded_b = layer.folded(name)
+        if A.device.type != "meta" and _same(folded_a, new_a) and _same(folded_b, new_b):
+            state_dict.update({key_a: A.data, key_b: B.data, **{key: p.data for key, p in own.items()}})
+            continue
+        hosted.is_stale = True
+        if new_a.shape[0] != A.shape[0]:
+            set_data(A, A.new_empty(new_a.shape))
+            set_data(B, B.new_empty(new_b.shape))
+            e = layer.diagonals(name)[0]
+            if e is not None:
+                set_data(e, e.new_empty(new_a.shape[0]))
+            layer.resized(name)
+        for key, parameter in own.items():
+            device = new_a.device if parameter.device.type == "meta" else parameter.device
+            state_dict[key] = torch.ones(parameter.shape, dtype=parameter.dtype, device=device)
+
+
+def _same(ours: Tensor, theirs: Tensor) -> bool:
+    return ours.shape == theirs.shape and ours.dtype == theirs.dtype and torch.equal(ours, theirs.to(ours.device))
+
+
+def set_data(parameter: nn.Parameter, data: Tensor) -> None:
+    """Give a parameter a tensor of another shape, keeping its identity.
+
+    A graph that is still alive (the user's ``loss`` variable) holds the parameter's gradient accumulator,
+    which remembers the old shape. Passing through a tensor of another dtype makes torch drop it.
+    """
+    parameter.grad = None
+    other = torch.float16 if parameter.dtype != torch.float16 else torch.float32
+    parameter.data = torch.empty(0, dtype=other, device=data.device)
+    parameter.data = data
+
+
+class TrimLinear(TrimLayer, PeftLinear):
+    """Over `nn.Linear` and transformers' `Conv1D`."""
+
+
+def _quantized_classes() -> dict[type[nn.Module], type[nn.Module]]:
+    """Exact bitsandbytes types -> hosted layers; empty where bitsandbytes is not installed."""
+    try:
+        import bitsandbytes as bnb
+        from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
+    except ImportError:
+        return {}
+
+    class TrimLinear8bitLt(TrimLayer, Linear8bitLt):
+        """Over `bitsandbytes.nn.Linear8bitLt`."""
+
+    class TrimLinear4bit(TrimLayer, Linear4bit):
+        """Over `bitsandbytes.nn.Linear4bit`."""
+
+    return {bnb.nn.Linear8bitLt: TrimLinear8bitLt, bnb.nn.Linear4bit: TrimLinear4bit}
+
+
+_quantized: dict[type[nn.Module], type[nn.Module]] | None = None
+
+
+def host(target: nn.Module, adapter_name: str, config: TrimConfig, **kwargs: Any) -> nn.Module | None:
+    """PEFT asks this first for every target; None hands the target to PEFT's own layers.
+
+    Exact types only: `Linear4bit` is an `nn.Linear`, and other quantised linears wrap their weights.
+    Raises `ModelError` where a rank or freeze method is asked for on a base that cannot carry it.
+    """
+    global _quantized
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    kind: type[nn.Module] = type(base)
+    plain_weight = type(getattr(base, "weight", None)) in (nn.Parameter, Tensor) or _is_dtensor(base)
+    if isinstance(base, nn.Linear) and plain_weight and kind.__module__.split(".")[0] not in ("bitsandbytes",):
+        if config.fan_in_fan_out and kwargs.get("parameter_name") is None:
+            config.fan_in_fan_out = False
+        if kwargs.get("parameter_name") is None:
+            return TrimLinear(target, adapter_name, config=config, **kwargs)
+    if kind is Conv1D and kwargs.get("parameter_name") is None:
+        config.fan_in_fan_out = True
+        return TrimLinear(target, adapter_name, config=config, is_target_conv_1d_layer=True, **kwargs)
+    if kind.__module__.startswith("bitsandbytes") and config.is_adaptive:
+        _quantized = _quantized_classes() if _quantized is None else _quantized
+        if kind in _quantized:
+            return _bnb_layer(_quantized[kind], target, base, adapter_name, config, kwargs)
+    if config.is_adaptive:
+        what = "rank" if config.rank is not None else "freeze"
+        raise ModelError(f"target_modules: {kwargs.get('target_name', kind.__name__)!r} is a {kind.__name__}; {what} "
+                         "methods work on nn.Linear, Conv1D and bitsandbytes linears. Leave it out of target_modules.")
+    return None
+
+
+def _bnb_layer(cls: type[nn.Module], target: nn.Module, base: nn.Module, adapter_name: str, config: TrimConfig,
+               kwargs: dict[str, Any]) -> nn.Module:
+    # The keyword arguments that PEFT's own dispatchers hand to these layers.
+    extra = dict(kwargs)
+    if hasattr(base, "state") and hasattr(base.state, "has_fp16_weights"):
+        extra.update(has_fp16_weights=base.state.has_fp16_weights, threshold=base.state.threshold, index=base.index)
+    elif hasattr(base, "compute_dtype"):
+        extra.update(compute_dtype=base.compute_dtype, compress_statistics=base.weight.compress_statistics,
+                     quant_type=base.weight.quant_type)
+    return cls(target, adapter_name, config=config, **extra)
+
+
+def _is_dtensor(module: nn.Module) -> bool:
+    return type(getattr(module, "weight", None)).__name__ == "DTensor"
+
+
+def peft_model_of(model: nn.Module) -> PeftModel:
+    """The `PeftModel` inside whatever wraps it (DDP, accelerate, compile). Raises `ModelError` if there is none."""
+    seen: Any = model
+    while seen is not None and not isinstance(seen, PeftModel):
+        seen = getattr(seen, "module", None) or getattr(seen, "_orig_mod", None)
+    if seen is None:
+        raise ModelError(f"model: {type(model).__name__} holds no PEFT adapter; call peft.get_peft_model first")
+    return seen
+
+
+def hosted_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, TrimLayer]:
+    """Site name -> layer, for every layer that holds an adaptive adapter of this name, in module order."""
+    return {
+        layer.site_name: layer
+        for layer in model.modules()
+        if isinstance(layer, TrimLayer) and layer.is_adaptive(adapter_name)
+    }
+
+
+def adapter_layers(model: nn.Module, adapter_name: str = "default") -> Iterator[tuple[str, LoraLayer]]:
+    """Every LoRA layer that holds the adapter, adaptive or not, with its name in the base model."""
+    for name, module in peft_model_of(model).base_model.model.named_modules():
+        if isinstance(module, LoraLayer) and adapter_name in module.lora_A:
+            yield name, module
+
+
+def adapter_config(model: nn.Module, adapter_name: str = "default") -> LoraConfig:
+    return peft_model_of(model).peft_config[adapter_name]
