@@ -37,6 +37,10 @@ DIAGONALS = ("lora_e", "lora_b")
 _PLAIN_INITS = (True, "gaussian")
 
 
+def _changes_base(init: bool | str) -> bool:
+    return isinstance(init, str) and init.startswith(("pissa", "corda", "olora", "lora_ga"))
+
+
 @dataclass
 class TrimConfig(LoraConfig):
     """A `peft.LoraConfig` that also says where, at which rank and for how long.
@@ -60,7 +64,9 @@ class TrimConfig(LoraConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.where, str):
-            raise ConfigError("where", self.where, "a bare mask needs the model: trimtab.where.from_mask(model, mask)")
+            raise ConfigError(
+                "where", self.where, "a bare mask needs the model: trimtab.where.from_mask(model, mask)"
+            )
         if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
             raise ConfigError("adapter.r", self.r, "a whole number of at least 1")
         if not 0 < self.lora_alpha < float("inf"):
@@ -82,12 +88,27 @@ class TrimConfig(LoraConfig):
     def _refuse_what_cannot_adapt(self) -> None:
         word = "rank" if self.rank is not None else "freeze"
         if self.init_lora_weights not in _PLAIN_INITS:
-            raise ConfigError("adapter.init", self.init_lora_weights,
-                              f"{word} methods set their own start; use true, or drop {word}")
-        for name in ("use_dora", "lora_bias", "use_bdlora", "arrow_config", "alora_invocation_tokens",
-                     "velora_config", "monteclora_config", "kasa_config", "target_parameters", "layer_replication"):
+            raise ConfigError(
+                "adapter.init",
+                self.init_lora_weights,
+                f"{word} methods set their own start; use true, or drop {word}",
+            )
+        for name in (
+            "use_dora",
+            "lora_bias",
+            "use_bdlora",
+            "arrow_config",
+            "alora_invocation_tokens",
+            "velora_config",
+            "monteclora_config",
+            "kasa_config",
+            "target_parameters",
+            "layer_replication",
+        ):
             if getattr(self, name, None):
-                raise ConfigError(name, getattr(self, name), f"does not go together with {word}; drop one of them")
+                raise ConfigError(
+                    name, getattr(self, name), f"does not go together with {word}; drop one of them"
+                )
 
     def hosts(self, layer: TrimLayer, adapter_name: str) -> None:
         """Remember a live layer, so that `to_dict` can describe it."""
@@ -102,10 +123,16 @@ class TrimConfig(LoraConfig):
         """
         found: dict[str, tuple[int, float]] = {}
         for site, refs in self._live.items():
-            ranks = [(layer.r.get(name, 0), layer.scaling.get(name, 1.0)) for ref, name in refs if (layer := ref())]
+            ranks = [
+                (layer.r.get(name, 0), layer.scaling.get(name, 1.0)) for ref, name in refs if (layer := ref())
+            ]
             if len(set(ranks)) > 1:
-                raise ConfigError("TrimConfig", "one object", "it serves two models whose ranks differ; give each "
-                                  "model a config of its own (copy.deepcopy before get_peft_model)")
+                raise ConfigError(
+                    "TrimConfig",
+                    "one object",
+                    "it serves two models whose ranks differ; give each "
+                    "model a config of its own (copy.deepcopy before get_peft_model)",
+                )
             if ranks:
                 found[site] = ranks[0]
         return found
@@ -177,10 +204,13 @@ class TrimLayer(LoraLayer):
     lora_e: nn.ParameterDict
     lora_b: nn.ParameterDict
 
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
+    def update_layer(
+        self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any
+    ) -> None:
         if "lora_e" not in self._modules:  # PEFT walks adapter_layer_names inside super().update_layer
             self.lora_e, self.lora_b = nn.ParameterDict(), nn.ParameterDict()
             self.hosted: dict[str, Hosted] = {}
+            self.initial_factors: dict[str, tuple[Tensor, Tensor]] = {}
             self.frozen_peft_weight_names = {}
             self.site_name = kwargs.get("target_name", "")
             self.register_state_dict_post_hook(_emit_plain_lora)
@@ -189,6 +219,11 @@ class TrimLayer(LoraLayer):
         if not isinstance(config, TrimConfig):
             return
         config.hosts(self, adapter_name)
+        if _changes_base(
+            config.init_lora_weights
+        ):  # export needs the start: the base is no longer the original
+            A, B = self.factors(adapter_name)
+            self.initial_factors[adapter_name] = A.detach().clone(), B.detach().clone()
         if config.is_adaptive:
             self._become_adaptive(adapter_name, r, lora_alpha, config)
 
@@ -235,7 +270,9 @@ class TrimLayer(LoraLayer):
         """The LoRA form ``(A', B')``, detached."""
         A, B = self.factors(adapter_name)
         e, b = self.diagonals(adapter_name)
-        return fold(A.detach(), B.detach(), None if e is None else e.detach(), None if b is None else b.detach())
+        return fold(
+            A.detach(), B.detach(), None if e is None else e.detach(), None if b is None else b.detach()
+        )
 
     # -- what controllers do ------------------------------------------------------------------------
 
@@ -320,8 +357,10 @@ class TrimLayer(LoraLayer):
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         if not any(self.is_adaptive(n) for n in set(adapter_names)):
             return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
-        raise ModelError(f"adapter_names={sorted(set(adapter_names))}: mixed batches need plain LoRA layers; "
-                         "call trimtab's Controller.finish(), or load the checkpoint with stock PEFT")
+        raise ModelError(
+            f"adapter_names={sorted(set(adapter_names))}: mixed batches need plain LoRA layers; "
+            "call trimtab's Controller.finish(), or load the checkpoint with stock PEFT"
+        )
 
 
 def _emit_plain_lora(layer: TrimLayer, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
@@ -367,7 +406,11 @@ def _accept_plain_lora(layer: TrimLayer, state_dict: dict[str, Any], prefix: str
 
 
 def _same(ours: Tensor, theirs: Tensor) -> bool:
-    return ours.shape == theirs.shape and ours.dtype == theirs.dtype and torch.equal(ours, theirs.to(ours.device))
+    return (
+        ours.shape == theirs.shape
+        and ours.dtype == theirs.dtype
+        and torch.equal(ours, theirs.to(ours.device))
+    )
 
 
 def set_data(parameter: nn.Parameter, data: Tensor) -> None:
@@ -416,7 +459,11 @@ def host(target: nn.Module, adapter_name: str, config: TrimConfig, **kwargs: Any
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     kind: type[nn.Module] = type(base)
     plain_weight = type(getattr(base, "weight", None)) in (nn.Parameter, Tensor) or _is_dtensor(base)
-    if isinstance(base, nn.Linear) and plain_weight and kind.__module__.split(".")[0] not in ("bitsandbytes",):
+    if (
+        isinstance(base, nn.Linear)
+        and plain_weight
+        and kind.__module__.split(".")[0] not in ("bitsandbytes",)
+    ):
         if config.fan_in_fan_out and kwargs.get("parameter_name") is None:
             config.fan_in_fan_out = False
         if kwargs.get("parameter_name") is None:
@@ -430,20 +477,33 @@ def host(target: nn.Module, adapter_name: str, config: TrimConfig, **kwargs: Any
             return _bnb_layer(_quantized[kind], target, base, adapter_name, config, kwargs)
     if config.is_adaptive:
         what = "rank" if config.rank is not None else "freeze"
-        raise ModelError(f"target_modules: {kwargs.get('target_name', kind.__name__)!r} is a {kind.__name__}; {what} "
-                         "methods work on nn.Linear, Conv1D and bitsandbytes linears. Leave it out of target_modules.")
+        raise ModelError(
+            f"target_modules: {kwargs.get('target_name', kind.__name__)!r} is a {kind.__name__}; {what} "
+            "methods work on nn.Linear, Conv1D and bitsandbytes linears. Leave it out of target_modules."
+        )
     return None
 
 
-def _bnb_layer(cls: type[nn.Module], target: nn.Module, base: nn.Module, adapter_name: str, config: TrimConfig,
-               kwargs: dict[str, Any]) -> nn.Module:
+def _bnb_layer(
+    cls: type[nn.Module],
+    target: nn.Module,
+    base: nn.Module,
+    adapter_name: str,
+    config: TrimConfig,
+    kwargs: dict[str, Any],
+) -> nn.Module:
     # The keyword arguments that PEFT's own dispatchers hand to these layers.
     extra = dict(kwargs)
     if hasattr(base, "state") and hasattr(base.state, "has_fp16_weights"):
-        extra.update(has_fp16_weights=base.state.has_fp16_weights, threshold=base.state.threshold, index=base.index)
+        extra.update(
+            has_fp16_weights=base.state.has_fp16_weights, threshold=base.state.threshold, index=base.index
+        )
     elif hasattr(base, "compute_dtype"):
-        extra.update(compute_dtype=base.compute_dtype, compress_statistics=base.weight.compress_statistics,
-                     quant_type=base.weight.quant_type)
+        extra.update(
+            compute_dtype=base.compute_dtype,
+            compress_statistics=base.weight.compress_statistics,
+            quant_type=base.weight.quant_type,
+        )
     return cls(target, adapter_name, config=config, **extra)
 
 
@@ -457,7 +517,9 @@ def peft_model_of(model: nn.Module) -> PeftModel:
     while seen is not None and not isinstance(seen, PeftModel):
         seen = getattr(seen, "module", None) or getattr(seen, "_orig_mod", None)
     if seen is None:
-        raise ModelError(f"model: {type(model).__name__} holds no PEFT adapter; call peft.get_peft_model first")
+        raise ModelError(
+            f"model: {type(model).__name__} holds no PEFT adapter; call peft.get_peft_model first"
+        )
     return seen
 
 

@@ -37,8 +37,11 @@ class Where:
             if not mask or set(mask) - {"0", "1"}:
                 raise ConfigError(f"where.mask[{path}]", mask, "one character per layer, each 0 or 1")
         if not any("1" in mask for mask in self.stacks.values()):
-            raise ConfigError("where.mask", self.mask if len(self.stacks) == 1 else self.stacks,
-                              "at least one layer must be chosen (a '1')")
+            raise ConfigError(
+                "where.mask",
+                self.mask if len(self.stacks) == 1 else self.stacks,
+                "at least one layer must be chosen (a '1')",
+            )
 
     @property
     def mask(self) -> str:

@@ -17,8 +17,15 @@ from .peft_host import TrimLayer, set_data
 # Optimizers whose state is element-wise in the parameter, so that index-selecting it is exact. Others
 # (Adafactor's column statistics, 8-bit blocks that cross rows, anything unknown) keep masks only.
 _ELEMENTWISE = (
-    torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, torch.optim.NAdam, torch.optim.RAdam,
-    torch.optim.Adamax, torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adadelta,
+    torch.optim.AdamW,
+    torch.optim.Adam,
+    torch.optim.SGD,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.Adamax,
+    torch.optim.RMSprop,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
 )
 
 
@@ -31,13 +38,14 @@ class Freed:
     moments: int = 0
 
     def __add__(self, other: Freed) -> Freed:
-        return Freed(self.parameters + other.parameters, self.gradients + other.gradients,
-                     self.moments + other.moments)
+        return Freed(
+            self.parameters + other.parameters, self.gradients + other.gradients, self.moments + other.moments
+        )
 
 
 def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer | None:
     """The torch optimizer inside accelerate's wrapper (or any wrapper with ``.optimizer``)."""
-    while optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer) or (
+    while (optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer)) or (
         type(optimizer).__name__ == "AcceleratedOptimizer"
     ):
         optimizer = getattr(optimizer, "optimizer", None)

@@ -1,0 +1,552 @@
+"""The step protocol: who decides when, during training.
+
+    start -> per step: backward done -> before_step -> clipping -> optimizer.step -> after_step -> zero_grad
+          -> finish
+
+`before_step` averages the adapters' gradients over processes, adds the penalty's gradient and reads what
+must be read before clipping. `after_step` lets the rank method decide, then the freeze method, and applies
+both. The controller knows no method by name: it calls settings objects through `rank/base.py` and
+`freeze/base.py`, and finds parameters by type.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import CheckpointError, ConfigError, DisagreementError, StaleAdapterError
+from .peft_host import (
+    PROJECTIONS,
+    TrimConfig,
+    TrimLayer,
+    adapter_config,
+    adapter_layers,
+    hosted_layers,
+    set_data,
+)
+from .prune import Freed, drop_optimizer_state, prune_layer, unwrap_optimizer, why_not_cuttable
+
+if TYPE_CHECKING:
+    from .rank.base import Decision
+
+Event = dict[str, Any]
+
+
+class Controller:
+    """Owns what adapts during training; independent of any trainer.
+
+    In a bare loop::
+
+        ctl = trimtab.Controller(model, optimizer, total_steps=n)
+        for batch in data:
+            model(**batch).loss.backward()
+            ctl.before_step()          # before clipping
+            optimizer.step()
+            ctl.after_step()
+            optimizer.zero_grad()
+        ctl.finish()
+
+    Args:
+        model: a `PeftModel` (possibly wrapped) whose adapter came from `TrimConfig`; any other adapter is
+            only counted.
+        optimizer: the torch optimizer, or a wrapper with ``.optimizer``.
+        total_steps: optimizer steps of the whole run.
+        steps_per_epoch: needed where a phase is given in epochs.
+        adapter_name: PEFT's name of the adapter.
+        on_event: called with each history row (see the reports page for the rows).
+    Raises:
+        ConfigError: a schedule that does not fit ``total_steps``, with the numbers.
+        StaleAdapterError: the layers hold tensors that were loaded from elsewhere.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any = None,
+        total_steps: int = 0,
+        *,
+        steps_per_epoch: int | None = None,
+        adapter_name: str = "default",
+        on_event: Callable[[Event], None] | None = None,
+    ) -> None:
+        if not isinstance(total_steps, int) or total_steps < 1:
+            raise ConfigError(
+                "total_steps", total_steps, "the number of optimizer steps of the run, at least 1"
+            )
+        self.model, self.adapter_name = model, adapter_name
+        self.optimizer = unwrap_optimizer(optimizer)
+        self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
+        self.on_event = on_event
+        self.step = 0
+        self.layers: dict[str, TrimLayer] = hosted_layers(model, adapter_name)
+        self.param_steps = 0  # sum over steps of what was trainable in them: the time-average's numerator
+        self.initial_params = self.trainable_params()
+        self.last_penalty: Tensor | None = None
+        self.is_finished = False
+        self._is_ready = False
+        self._gradients: dict[str, Tensor] = {}
+        self._e_before: dict[str, Tensor] = {}
+        config = adapter_config(model, adapter_name)
+        self.rank = config.rank if isinstance(config, TrimConfig) and self.layers else None
+        self.freeze = config.freeze if isinstance(config, TrimConfig) and self.layers else None
+        ranks = {name: layer.r[adapter_name] for name, layer in self.layers.items()}
+        self.initial_ranks = dict(ranks)
+        self.allocator = self.freezer = None
+        if self.rank is not None:
+            self.allocator = self.rank.build(ranks, total_steps, steps_per_epoch)
+        if self.freeze is not None:
+            self.freezer = self.freeze.build(
+                {name: p.numel() for name, p in self._projections().items() if p.requires_grad},
+                total_steps,
+                steps_per_epoch,
+            )
+        self._why_masks_only = self._masks_only_reason()
+        self._refuse_dead_start()
+        self._emit_params()
+
+    # -- the protocol -------------------------------------------------------------------------------
+
+    def before_step(self, loss_scale: float = 1.0) -> None:
+        """After the step's last backward and before clipping.
+
+        Args:
+            loss_scale: factor that the gradients still carry (fp16 scaler); 1 without one.
+        """
+        self._check_not_stale()
+        self._average_gradients()
+        self._add_penalty(loss_scale)
+        if self.freezer is not None and self.freezer.reads_gradients:
+            self._gradients = {
+                name: p.grad.detach() / loss_scale if loss_scale != 1.0 else p.grad.detach().clone()
+                for name, p in self._projections().items()
+                if p.requires_grad and p.grad is not None
+            }
+        if self.rank is not None and not self.rank.e_decays:
+            self._e_before = {n: e.detach().clone() for n, e in self._e_parameters().items()}
+        self._is_ready = True
+
+    def after_step(self, skipped: bool = False) -> None:
+        """After `optimizer.step`, while gradients are still there.
+
+        Args:
+            skipped: the scaler skipped this step (overflow): it counts, but scores nothing.
+        """
+        if not self._is_ready:
+            raise StaleAdapterError("after_step: call before_step first, after backward and before clipping")
+        self._is_ready = False
+        self.param_steps += self.trainable_params()
+        self.step += 1
+        if not skipped:
+            self._undo_decay_of_e()
+            if self.freezer is not None:
+                self.freezer.observe(self.step - 1, self._gradients)
+            if self.allocator is not None:
+                self._apply(self.allocator.after_step(self.step, self._factors()))
+            if self.freezer is not None:
+                self._freeze(self.freezer.decide(self.step - 1))
+        self._gradients, self._e_before = {}, {}
+
+    def finish(self) -> None:
+        """Cut to the target, fold the diagonals, leave plain LoRA factors. Safe to call twice."""
+        if self.is_finished:
+            return
+        if self.allocator is not None:
+            self._apply(self.allocator.finish(self.step, self._factors()))
+        for layer in self.layers.values():
+            for e in layer.diagonals(self.adapter_name):
+                if e is not None:
+                    drop_optimizer_state(e, self.optimizer)
+            layer.finish(self.adapter_name)
+        self.is_finished = True
+        self._emit_params()
+
+    # -- figures ------------------------------------------------------------------------------------
+
+    def trainable_params(self) -> int:
+        """Trainable adapter parameters now; heads and other saved modules are not counted."""
+        return sum(p.numel() for p in adapter_parameters(self.model, self.adapter_name) if p.requires_grad)
+
+    def average_params(self) -> float:
+        """Mean over the steps so far of the parameters that were trainable in them (AFLoRA's figure)."""
+        return self.param_steps / self.step if self.step else float(self.initial_params)
+
+    def ranks(self) -> dict[str, int]:
+        """Site name -> current rank."""
+        return {name: layer.r.get(self.adapter_name, 0) for name, layer in self.layers.items()}
+
+    # -- state --------------------------------------------------------------------------------------
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that training needs beyond the checkpoint: tensors, and JSON-able facts."""
+        tensors: dict[str, Tensor] = {}
+        for name, layer in self.layers.items():
+            if self.is_finished:
+                continue
+            for key, p in self._named(layer).items():
+                tensors[f"factors/{name}/{key}"] = p.detach()
+        meta: dict[str, Any] = {
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "steps_per_epoch": self.steps_per_epoch,
+            "param_steps": self.param_steps,
+            "initial_params": self.initial_params,
+            "initial_ranks": self.initial_ranks,
+            "is_finished": self.is_finished,
+            "settings": self.fingerprint(),
+            "ranks": self.ranks(),
+            "frozen": sorted(self.frozen()),
+        }
+        for part, owner in (("rank", self.allocator), ("freeze", self.freezer)):
+            if owner is not None:
+                own, facts = owner.state_dict()
+                tensors.update({f"{part}/{key}": value for key, value in own.items()})
+                meta[part] = facts
+        return tensors, meta
+
+    def load_state_dict(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave; the layers take the raw factors, at their saved shapes.
+
+        Raises:
+            CheckpointError: the state belongs to another horizon, other settings or other sites.
+        """
+        for key, mine in (("total_steps", self.total_steps), ("settings", self.fingerprint())):
+            if meta[key] != mine:
+                raise CheckpointError(
+                    f"checkpoint: its {key} is {meta[key]!r}, this run's is {mine!r}; resume with the settings it "
+                    "was made with, or start a new run from it with PeftModel.from_pretrained(..., is_trainable=True)"
+                )
+        if set(meta["initial_ranks"]) != set(self.layers):
+            missing = sorted(set(meta["initial_ranks"]) ^ set(self.layers))
+            raise CheckpointError(
+                f"checkpoint: it adapts other modules ({missing[0]!r} and {len(missing) - 1} more)"
+            )
+        self.step, self.param_steps = meta["step"], meta["param_steps"]
+        self.initial_params, self.initial_ranks = meta["initial_params"], meta["initial_ranks"]
+        for name, layer in self.layers.items():
+            if meta["is_finished"]:
+                self._restore_finished(layer, meta["ranks"][name])
+            for key, parameter in self._named(layer).items():
+                saved = tensors.get(f"factors/{name}/{key}")
+                if saved is not None:
+                    self._restore(parameter, saved.to(parameter.device))
+            layer.resized(self.adapter_name)
+            layer.hosted[self.adapter_name].is_stale = False
+        for name in meta["frozen"]:
+            self._freeze_one(name)
+        for part, owner in (("rank", self.allocator), ("freeze", self.freezer)):
+            if owner is not None:
+                own = {k.removeprefix(f"{part}/"): v for k, v in tensors.items() if k.startswith(f"{part}/")}
+                owner.load_state_dict(own, meta[part])
+        if meta["is_finished"]:
+            self.finish_loaded()
+
+    def finish_loaded(self) -> None:
+        """Mark as finished after loading the state of a finished run; nothing is decided again."""
+        for layer in self.layers.values():
+            layer.finish(self.adapter_name)
+        self.is_finished = True
+
+    def fingerprint(self) -> str:
+        """Hash of the settings that decide: a resumed run must have the same."""
+        sites = sorted(self.layers)
+        text = repr((self.rank, self.freeze, sites, self.adapter_name))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def frozen(self) -> set[str]:
+        """Names ``<site>.lora_A`` of the projections that no longer train."""
+        return {
+            f"{name}.{which}"
+            for name, layer in self.layers.items()
+            if layer.is_adaptive(self.adapter_name)
+            for which in layer.hosted[self.adapter_name].frozen
+        }
+
+    # -- inside -------------------------------------------------------------------------------------
+
+    def _named(self, layer: TrimLayer) -> dict[str, nn.Parameter]:
+        A, B = layer.factors(self.adapter_name)
+        e, b = layer.diagonals(self.adapter_name)
+        named = {"lora_A": A, "lora_B": B, "lora_e": e, "lora_b": b}
+        return {key: p for key, p in named.items() if p is not None}
+
+    def _projections(self) -> dict[str, nn.Parameter]:
+        return {
+            f"{name}.{which}": parameter
+            for name, layer in self.layers.items()
+            for which, parameter in zip(PROJECTIONS, layer.factors(self.adapter_name))
+        }
+
+    def _e_parameters(self) -> dict[str, nn.Parameter]:
+        return {
+            n: e for n, la in self.layers.items() if (e := la.diagonals(self.adapter_name)[0]) is not None
+        }
+
+    def _factors(self) -> dict[str, Any]:
+        from .rank.base import Factors
+
+        found = {}
+        for name, layer in self.layers.items():
+            A, B = layer.factors(self.adapter_name)
+            found[name] = Factors(name=name, A=A, e=layer.diagonals(self.adapter_name)[0], B=B)
+        return found
+
+    def _check_not_stale(self) -> None:
+        stale = [
+            name
+            for name, layer in self.layers.items()
+            if not layer.is_adaptive(self.adapter_name) or layer.hosted[self.adapter_name].is_stale
+        ]
+        if self.is_finished:
+            raise StaleAdapterError(
+                "this adapter is finished: plain LoRA factors are left. To train on, load it with "
+                "PeftModel.from_pretrained(checkpoint, is_trainable=True)"
+            )
+        if stale:
+            raise StaleAdapterError(
+                f"the tensors of {stale[0]!r} and {len(stale) - 1} more modules were replaced while a rank or freeze "
+                "method was at work. To resume, use trainer.train(resume_from_checkpoint=trimtab.last_checkpoint(dir)); "
+                "to train on from a finished adapter, use PeftModel.from_pretrained(checkpoint, is_trainable=True)"
+            )
+
+    def _refuse_dead_start(self) -> None:
+        for name, layer in self.layers.items():
+            A, B = layer.factors(self.adapter_name)
+            e, b = layer.diagonals(self.adapter_name)
+            zero = [p is not None and p.numel() > 0 and not bool(p.detach().any()) for p in (A, e, B, b)]
+            if sum(zero) > 1:
+                raise ConfigError(
+                    "adapter.init",
+                    name,
+                    "two of A, e, B, b are all zero: no gradient can ever reach "
+                    "them; start at most one at zero",
+                )
+
+    def _masks_only_reason(self) -> str | None:
+        if self.rank is None:
+            return None
+        if not self.rank.prune:
+            return "prune is off"
+        reason = why_not_cuttable(self.optimizer)
+        if reason:
+            warnings.warn(
+                f"ranks are masked, not pruned: {reason}. Memory stays as it is; use torch's AdamW, Adam or "
+                "SGD to have it freed.",
+                stacklevel=3,
+            )
+        return reason
+
+    def _average_gradients(self) -> None:
+        if not is_distributed() or not self.layers:
+            return
+        world = torch.distributed.get_world_size()
+        by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
+        for layer in self.layers.values():
+            for p in self._named(layer).values():
+                if p.requires_grad and p.numel():
+                    by_dtype.setdefault(p.dtype, []).append(p)
+        for parameters in by_dtype.values():  # one flat all-reduce: few, small tensors
+            flat = torch.cat(
+                [(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in parameters]
+            )
+            torch.distributed.all_reduce(flat)
+            flat /= world
+            for p, piece in zip(parameters, flat.split([p.numel() for p in parameters])):
+                p.grad = piece.view_as(p).clone()
+
+    def broadcast(self) -> None:
+        """Give every process the factors of process 0; DDP leaves the adapters alone."""
+        if not is_distributed():
+            return
+        for layer in self.layers.values():
+            for p in self._named(layer).values():
+                torch.distributed.broadcast(p.data, src=0)
+
+    def _add_penalty(self, loss_scale: float) -> None:
+        self.last_penalty = None
+        if self.allocator is None:
+            return
+        penalty = self.allocator.penalty(self._factors())
+        if penalty is None:
+            return
+        self.last_penalty = penalty.detach()
+        parameters = [
+            p
+            for la in self.layers.values()
+            for p in self._named(la).values()
+            if p.requires_grad and p.numel()
+        ]
+        gradients = torch.autograd.grad(penalty, parameters, allow_unused=True)
+        with torch.no_grad():
+            for p, g in zip(parameters, gradients):
+                if g is None:
+                    continue
+                if loss_scale != 1.0:
+                    g = g * loss_scale
+                p.grad = g if p.grad is None else p.grad.add_(g)
+
+    def _undo_decay_of_e(self) -> None:
+        # A gate that is pulled to zero by its own rule must not be pulled by weight decay as well. Decoupled
+        # decay has taken lr·wd·e from it; give that back.
+        if not self._e_before or self.optimizer is None:
+            return
+        rates = {
+            p: group["lr"] * group.get("weight_decay", 0.0)
+            for group in self.optimizer.param_groups
+            for p in group["params"]
+        }
+        for name, e in self._e_parameters().items():
+            rate = rates.get(e, 0.0)
+            if rate and e.grad is not None:
+                e.data.add_(self._e_before[name], alpha=float(rate))
+
+    def _apply(self, decision: Decision | None) -> None:
+        if decision is None:
+            return
+        if decision.event:
+            agree("rank", self.step, {name: keep.tolist() for name, keep in decision.keep.items()})
+        cut = decision.kind == "prune" and self._why_masks_only is None
+        freed = Freed()
+        with torch.no_grad():
+            for name, keep in decision.keep.items():
+                layer = self.layers[name]
+                if not cut:
+                    layer.diagonals(self.adapter_name)[0].data.mul_(
+                        keep.to(layer.factors(self.adapter_name)[0].device)
+                    )
+                elif not bool(keep.all()):
+                    freed += prune_layer(layer, self.adapter_name, keep, self.optimizer)
+        if cut:
+            assert self.allocator is not None
+            self.allocator.pruned(decision.keep)
+            if self.freezer is not None:
+                self.freezer.pruned(decision.keep)
+        if decision.event:
+            alive = self.ranks() if cut else {n: int(k.sum()) for n, k in decision.keep.items()}
+            self._emit(
+                {
+                    "event": "rank",
+                    "step": self.step,
+                    "kind": "prune" if cut else "mask",
+                    "budget": decision.budget,
+                    "ranks": {**self.ranks(), **alive},
+                    "freed": vars(freed),
+                }
+            )
+            self._emit(
+                {
+                    "event": "values",
+                    "step": self.step,
+                    "values": {n: e.detach().abs().tolist() for n, e in self._e_parameters().items()},
+                }
+            )
+            if cut:
+                self._emit_params()
+
+    def _freeze(self, names: set[str]) -> None:
+        if not names:
+            return
+        agree("freeze", self.step, sorted(names))
+        for name in sorted(names):
+            self._freeze_one(name)
+        projections = self._projections().values()
+        total = sum(p.numel() for p in projections)
+        left = sum(p.numel() for p in projections if p.requires_grad)
+        self._emit(
+            {
+                "event": "freeze",
+                "step": self.step,
+                "frozen": sorted(names),
+                "trainable_ratio": left / total if total else 0.0,
+            }
+        )
+        self._emit_params()
+
+    def _freeze_one(self, name: str) -> None:
+        site, _, which = name.rpartition(".")
+        drop_optimizer_state(self.layers[site].freeze(self.adapter_name, which), self.optimizer)
+
+    @staticmethod
+    def _restore(parameter: nn.Parameter, saved: Tensor) -> None:
+        if saved.shape != parameter.shape:
+            set_data(parameter, saved.clone())
+        else:
+            parameter.data.copy_(saved)
+
+    def _restore_finished(self, layer: TrimLayer, r: int) -> None:
+        # A finished run's checkpoint holds plain factors, which the load has put in place already; only rank 0,
+        # of which a plain LoRA has no trace, is left to set.
+        if r == 0:
+            A, B = layer.factors(self.adapter_name)
+            e, _ = layer.diagonals(self.adapter_name)
+            set_data(A, A.data[:0])
+            set_data(B, B.data[:, :0])
+            if e is not None:
+                set_data(e, e.data[:0])
+
+    def _emit(self, event: Event) -> None:
+        if self.on_event is not None:
+            self.on_event(event)
+
+    def _emit_params(self) -> None:
+        row: Event = {"event": "params", "step": self.step, "trainable": self.trainable_params()}
+        ranks = [
+            layer.r[self.adapter_name] for _, layer in adapter_layers_or_none(self.model, self.adapter_name)
+        ]
+        if ranks:
+            row["total_rank"] = sum(ranks)
+        self._emit(row)
+
+
+def adapter_layers_or_none(model: nn.Module, adapter_name: str) -> list[tuple[str, Any]]:
+    """LoRA layers of the adapter, or an empty list for adapters that are no LoRA."""
+    return list(adapter_layers(model, adapter_name))
+
+
+def adapter_parameters(model: nn.Module, adapter_name: str = "default") -> list[nn.Parameter]:
+    """Every parameter that belongs to the adapter, of any PEFT tuner; saved modules (heads) are not among them."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            for attribute in module.adapter_layer_names:
+                holder = getattr(module, attribute, None)
+                if holder is None or adapter_name not in getattr(holder, "keys", list)():
+                    continue
+                item = holder[adapter_name]
+                for p in item.parameters() if isinstance(item, nn.Module) else [item]:
+                    if isinstance(p, nn.Parameter):
+                        found[id(p)] = p
+    return list(found.values())
+
+
+def is_distributed() -> bool:
+    return (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and (torch.distributed.get_world_size() > 1)
+    )
+
+
+def agree(what: str, step: int, decision: Any) -> None:
+    """Every process compares its decision with the others'; all stop when one differs.
+
+    Raises:
+        DisagreementError: on every process, with the differing plans.
+    """
+    if not is_distributed():
+        return
+    digest = hashlib.sha256(repr(decision).encode()).hexdigest()
+    digests: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(digests, digest)
+    if len(set(digests)) == 1:
+        return
+    plans: list[Any] = [None] * len(digests)
+    torch.distributed.all_gather_object(plans, decision)
+    shown = "; ".join(f"process {i}: {str(plan)[:400]}" for i, plan in enumerate(plans))
+    raise DisagreementError(f"{what} decisions differ at step {step}: {shown}")
