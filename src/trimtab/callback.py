@@ -66,9 +66,7 @@ class TrimCallback(TrainerCallback, ExportableState):
 
     # -- Trainer's events, in their order ----------------------------------------------------------
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
-    ) -> None:
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         model = kw.get("model")
         self._args = args
         if model is None or not self._layers(model):
@@ -87,9 +85,7 @@ class TrimCallback(TrainerCallback, ExportableState):
             )
         self._leave_out_of_ddp(model, args)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         model, self._optimizer = kw["model"], kw.get("optimizer")
         self._args = args
         if self.controller is not None and self.controller.step > 0 and self.controller.layers:
@@ -146,15 +142,11 @@ class TrimCallback(TrainerCallback, ExportableState):
         if controller.ranks() != ranks:
             self._restart_best(args, state)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         if state.global_step >= state.max_steps or control.should_training_stop:
             self._finish(args, state)
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
-    ) -> None:
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         if control.should_training_stop:  # early stopping speaks up after on_step_end
             self._finish(args, state)
 
@@ -187,9 +179,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         kept = {k: v for k, v in (metrics or {}).items() if k != "epoch" and not any(c in k for c in _CLOCK)}
         self._record({"event": "eval", "step": state.global_step, "epoch": state.epoch, "metrics": kept})
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         self._finish(args, state)
         if self._hook is not None:
             self._hook.remove()
@@ -225,9 +215,7 @@ class TrimCallback(TrainerCallback, ExportableState):
             return {}
 
     def _is_running(self) -> bool:
-        return (
-            self.controller is not None and bool(self.controller.layers) and not self.controller.is_finished
-        )
+        return self.controller is not None and bool(self.controller.layers) and not self.controller.is_finished
 
     @staticmethod
     def _steps_per_epoch(args: TrainingArguments, kw: dict[str, Any]) -> int | None:
@@ -293,9 +281,7 @@ class TrimCallback(TrainerCallback, ExportableState):
             device = next(peft_model.parameters()).device
             peft_model.register_parameter("trim_anchor", nn.Parameter(torch.zeros(1, device=device)))
         if args.ddp_find_unused_parameters is False and hasattr(peft_model, "trim_anchor"):
-            raise ConfigError(
-                "ddp_find_unused_parameters", False, "must be unset or true when only adapters train"
-            )
+            raise ConfigError("ddp_find_unused_parameters", False, "must be unset or true when only adapters train")
         if hasattr(peft_model, "trim_anchor"):
             args.ddp_find_unused_parameters = True
 
@@ -326,9 +312,7 @@ class TrimCallback(TrainerCallback, ExportableState):
     def _record_time(self, step: int) -> None:
         if self.history is not None and _is_main():
             with (self.history.parent / "timing.jsonl").open("a", encoding="utf-8") as file:
-                file.write(
-                    json.dumps({"step": step, "seconds": round(time.perf_counter() - self._began, 3)}) + "\n"
-                )
+                file.write(json.dumps({"step": step, "seconds": round(time.perf_counter() - self._began, 3)}) + "\n")
 
     def _history_rows(self) -> int:
         if self.history is None or not self.history.exists():

@@ -31,11 +31,7 @@ def write_state(folder: str | Path, tensors: dict[str, Any], facts: dict[str, An
 
     folder = Path(folder)
     data = save({k: v.contiguous().cpu() for k, v in tensors.items()}, metadata={"format": "pt"})
-    files = {
-        p.name: _checksum(p)
-        for p in sorted(folder.iterdir())
-        if p.is_file() and not _NOT_CHECKED.match(p.name)
-    }
+    files = {p.name: _checksum(p) for p in sorted(folder.iterdir()) if p.is_file() and not _NOT_CHECKED.match(p.name)}
     facts = {"format": _FORMAT, **facts, "files": files, "tensors": hashlib.sha256(data).hexdigest()}
     _write_atomically(folder / STATE_TENSORS, data)
     _write_atomically(folder / STATE_FACTS, json.dumps(facts, indent=1, sort_keys=True).encode())
@@ -100,9 +96,7 @@ def _checkpoints(output_dir: str | Path) -> list[Path]:
 
 def _offer(folder: Path) -> str:
     best = last_checkpoint(folder.parent)
-    return (
-        f". The newest complete one is {best!r}." if best else ". There is no complete checkpoint beside it."
-    )
+    return f". The newest complete one is {best!r}." if best else ". There is no complete checkpoint beside it."
 
 
 def _checksum(path: Path) -> str:

@@ -75,9 +75,7 @@ class Controller:
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
         if not isinstance(total_steps, int) or total_steps < 1:
-            raise ConfigError(
-                "total_steps", total_steps, "the number of optimizer steps of the run, at least 1"
-            )
+            raise ConfigError("total_steps", total_steps, "the number of optimizer steps of the run, at least 1")
         self.model, self.adapter_name = model, adapter_name
         self.optimizer = unwrap_optimizer(optimizer)
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
@@ -222,9 +220,7 @@ class Controller:
                 )
         if set(meta["initial_ranks"]) != set(self.layers):
             missing = sorted(set(meta["initial_ranks"]) ^ set(self.layers))
-            raise CheckpointError(
-                f"checkpoint: it adapts other modules ({missing[0]!r} and {len(missing) - 1} more)"
-            )
+            raise CheckpointError(f"checkpoint: it adapts other modules ({missing[0]!r} and {len(missing) - 1} more)")
         self.step, self.param_steps = meta["step"], meta["param_steps"]
         self.initial_params, self.initial_ranks = meta["initial_params"], meta["initial_ranks"]
         for name, layer in self.layers.items():
@@ -282,9 +278,7 @@ class Controller:
         }
 
     def _e_parameters(self) -> dict[str, nn.Parameter]:
-        return {
-            n: e for n, la in self.layers.items() if (e := la.diagonals(self.adapter_name)[0]) is not None
-        }
+        return {n: e for n, la in self.layers.items() if (e := la.diagonals(self.adapter_name)[0]) is not None}
 
     def _factors(self) -> dict[str, Any]:
         from .rank.base import Factors
@@ -322,8 +316,7 @@ class Controller:
                 raise ConfigError(
                     "adapter.init",
                     name,
-                    "two of A, e, B, b are all zero: no gradient can ever reach "
-                    "them; start at most one at zero",
+                    "two of A, e, B, b are all zero: no gradient can ever reach them; start at most one at zero",
                 )
 
     def _masks_only_reason(self) -> str | None:
@@ -350,9 +343,7 @@ class Controller:
                 if p.requires_grad and p.numel():
                     by_dtype.setdefault(p.dtype, []).append(p)
         for parameters in by_dtype.values():  # one flat all-reduce: few, small tensors
-            flat = torch.cat(
-                [(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in parameters]
-            )
+            flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in parameters])
             torch.distributed.all_reduce(flat)
             flat /= world
             for p, piece in zip(parameters, flat.split([p.numel() for p in parameters])):
@@ -375,10 +366,7 @@ class Controller:
             return
         self.last_penalty = penalty.detach()
         parameters = [
-            p
-            for la in self.layers.values()
-            for p in self._named(la).values()
-            if p.requires_grad and p.numel()
+            p for la in self.layers.values() for p in self._named(la).values() if p.requires_grad and p.numel()
         ]
         gradients = torch.autograd.grad(penalty, parameters, allow_unused=True)
         with torch.no_grad():
@@ -415,9 +403,7 @@ class Controller:
             for name, keep in decision.keep.items():
                 layer = self.layers[name]
                 if not cut:
-                    layer.diagonals(self.adapter_name)[0].data.mul_(
-                        keep.to(layer.factors(self.adapter_name)[0].device)
-                    )
+                    layer.diagonals(self.adapter_name)[0].data.mul_(keep.to(layer.factors(self.adapter_name)[0].device))
                 elif not bool(keep.all()):
                     freed += prune_layer(layer, self.adapter_name, keep, self.optimizer)
         if cut:
@@ -494,9 +480,7 @@ class Controller:
 
     def _emit_params(self) -> None:
         row: Event = {"event": "params", "step": self.step, "trainable": self.trainable_params()}
-        ranks = [
-            layer.r[self.adapter_name] for _, layer in adapter_layers_or_none(self.model, self.adapter_name)
-        ]
+        ranks = [layer.r[self.adapter_name] for _, layer in adapter_layers_or_none(self.model, self.adapter_name)]
         if ranks:
             row["total_rank"] = sum(ranks)
         self._emit(row)

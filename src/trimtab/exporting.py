@@ -47,9 +47,7 @@ def export(
     from .peft_host import peft_model_of
 
     if format not in FORMATS:
-        raise ExportError(
-            f"export.format={format!r}: one of {', '.join(FORMATS)}.{did_you_mean(format, FORMATS)}"
-        )
+        raise ExportError(f"export.format={format!r}: one of {', '.join(FORMATS)}.{did_you_mean(format, FORMATS)}")
     peft_model = peft_model_of(model)
     active = peft_model.active_adapter
     name = adapter_name or (active if isinstance(active, str) else active[0])
@@ -77,9 +75,7 @@ def lora_pairs(peft_model: PeftModel, adapter_name: str = "default") -> dict[str
 
         return vera_to_lora(peft_model, adapter_name)
     if kind not in ("LORA",):
-        raise ExportError(
-            f"adapter type {kind}: it has no LoRA form; model.save_pretrained keeps it in its own"
-        )
+        raise ExportError(f"adapter type {kind}: it has no LoRA form; model.save_pretrained keeps it in its own")
     pairs = {}
     for name, layer in adapter_layers(peft_model, adapter_name):
         for attribute in _NOT_LOW_RANK:
@@ -89,9 +85,7 @@ def lora_pairs(peft_model: PeftModel, adapter_name: str = "default") -> dict[str
                     "model.save_pretrained, which keeps it in PEFT's own form"
                 )
         if layer.lora_bias.get(adapter_name):
-            raise ExportError(
-                f"{name}: lora_bias=True cannot be put into a LoRA without a bias; use format 'merged'"
-            )
+            raise ExportError(f"{name}: lora_bias=True cannot be put into a LoRA without a bias; use format 'merged'")
         if isinstance(layer, TrimLayer) and layer.is_adaptive(adapter_name):
             A, B = layer.folded(adapter_name)
         else:
@@ -175,13 +169,9 @@ def _export_merged(peft_model: PeftModel, name: str, folder: Path) -> Path:
         )
     if not hasattr(peft_model.base_model, "merge_and_unload"):
         kind = str(getattr(peft_model.peft_config[name].peft_type, "value", "?"))
-        raise ExportError(
-            f"export.format='merged': {kind} changes the function in a way that no weight holds"
-        )
+        raise ExportError(f"export.format='merged': {kind} changes the function in a way that no weight holds")
     if any(layer.merged for layer in peft_model.modules() if hasattr(layer, "merged")):
-        raise ExportError(
-            "export.format='merged': the adapter is merged already; call unmerge_adapter() first"
-        )
+        raise ExportError("export.format='merged': the adapter is merged already; call unmerge_adapter() first")
     merged = copy.deepcopy(peft_model).merge_and_unload(adapter_names=[name], safe_merge=True)
     merged.save_pretrained(str(folder))
     return folder

@@ -64,9 +64,7 @@ class TrimConfig(LoraConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.where, str):
-            raise ConfigError(
-                "where", self.where, "a bare mask needs the model: trimtab.where.from_mask(model, mask)"
-            )
+            raise ConfigError("where", self.where, "a bare mask needs the model: trimtab.where.from_mask(model, mask)")
         if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
             raise ConfigError("adapter.r", self.r, "a whole number of at least 1")
         if not 0 < self.lora_alpha < float("inf"):
@@ -106,9 +104,7 @@ class TrimConfig(LoraConfig):
             "layer_replication",
         ):
             if getattr(self, name, None):
-                raise ConfigError(
-                    name, getattr(self, name), f"does not go together with {word}; drop one of them"
-                )
+                raise ConfigError(name, getattr(self, name), f"does not go together with {word}; drop one of them")
 
     def hosts(self, layer: TrimLayer, adapter_name: str) -> None:
         """Remember a live layer, so that `to_dict` can describe it."""
@@ -123,9 +119,7 @@ class TrimConfig(LoraConfig):
         """
         found: dict[str, tuple[int, float]] = {}
         for site, refs in self._live.items():
-            ranks = [
-                (layer.r.get(name, 0), layer.scaling.get(name, 1.0)) for ref, name in refs if (layer := ref())
-            ]
+            ranks = [(layer.r.get(name, 0), layer.scaling.get(name, 1.0)) for ref, name in refs if (layer := ref())]
             if len(set(ranks)) > 1:
                 raise ConfigError(
                     "TrimConfig",
@@ -204,9 +198,7 @@ class TrimLayer(LoraLayer):
     lora_e: nn.ParameterDict
     lora_b: nn.ParameterDict
 
-    def update_layer(
-        self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any
-    ) -> None:
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
         if "lora_e" not in self._modules:  # PEFT walks adapter_layer_names inside super().update_layer
             self.lora_e, self.lora_b = nn.ParameterDict(), nn.ParameterDict()
             self.hosted: dict[str, Hosted] = {}
@@ -219,9 +211,7 @@ class TrimLayer(LoraLayer):
         if not isinstance(config, TrimConfig):
             return
         config.hosts(self, adapter_name)
-        if _changes_base(
-            config.init_lora_weights
-        ):  # export needs the start: the base is no longer the original
+        if _changes_base(config.init_lora_weights):  # export needs the start: the base is no longer the original
             A, B = self.factors(adapter_name)
             self.initial_factors[adapter_name] = A.detach().clone(), B.detach().clone()
         if config.is_adaptive:
@@ -270,9 +260,7 @@ class TrimLayer(LoraLayer):
         """The LoRA form ``(A', B')``, detached."""
         A, B = self.factors(adapter_name)
         e, b = self.diagonals(adapter_name)
-        return fold(
-            A.detach(), B.detach(), None if e is None else e.detach(), None if b is None else b.detach()
-        )
+        return fold(A.detach(), B.detach(), None if e is None else e.detach(), None if b is None else b.detach())
 
     # -- what controllers do ------------------------------------------------------------------------
 
@@ -406,11 +394,7 @@ def _accept_plain_lora(layer: TrimLayer, state_dict: dict[str, Any], prefix: str
 
 
 def _same(ours: Tensor, theirs: Tensor) -> bool:
-    return (
-        ours.shape == theirs.shape
-        and ours.dtype == theirs.dtype
-        and torch.equal(ours, theirs.to(ours.device))
-    )
+    return ours.shape == theirs.shape and ours.dtype == theirs.dtype and torch.equal(ours, theirs.to(ours.device))
 
 
 def set_data(parameter: nn.Parameter, data: Tensor) -> None:
@@ -459,11 +443,7 @@ def host(target: nn.Module, adapter_name: str, config: TrimConfig, **kwargs: Any
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     kind: type[nn.Module] = type(base)
     plain_weight = type(getattr(base, "weight", None)) in (nn.Parameter, Tensor) or _is_dtensor(base)
-    if (
-        isinstance(base, nn.Linear)
-        and plain_weight
-        and kind.__module__.split(".")[0] not in ("bitsandbytes",)
-    ):
+    if isinstance(base, nn.Linear) and plain_weight and kind.__module__.split(".")[0] not in ("bitsandbytes",):
         if config.fan_in_fan_out and kwargs.get("parameter_name") is None:
             config.fan_in_fan_out = False
         if kwargs.get("parameter_name") is None:
@@ -495,9 +475,7 @@ def _bnb_layer(
     # The keyword arguments that PEFT's own dispatchers hand to these layers.
     extra = dict(kwargs)
     if hasattr(base, "state") and hasattr(base.state, "has_fp16_weights"):
-        extra.update(
-            has_fp16_weights=base.state.has_fp16_weights, threshold=base.state.threshold, index=base.index
-        )
+        extra.update(has_fp16_weights=base.state.has_fp16_weights, threshold=base.state.threshold, index=base.index)
     elif hasattr(base, "compute_dtype"):
         extra.update(
             compute_dtype=base.compute_dtype,
@@ -517,9 +495,7 @@ def peft_model_of(model: nn.Module) -> PeftModel:
     while seen is not None and not isinstance(seen, PeftModel):
         seen = getattr(seen, "module", None) or getattr(seen, "_orig_mod", None)
     if seen is None:
-        raise ModelError(
-            f"model: {type(model).__name__} holds no PEFT adapter; call peft.get_peft_model first"
-        )
+        raise ModelError(f"model: {type(model).__name__} holds no PEFT adapter; call peft.get_peft_model first")
     return seen
 
 

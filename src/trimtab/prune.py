@@ -38,9 +38,7 @@ class Freed:
     moments: int = 0
 
     def __add__(self, other: Freed) -> Freed:
-        return Freed(
-            self.parameters + other.parameters, self.gradients + other.gradients, self.moments + other.moments
-        )
+        return Freed(self.parameters + other.parameters, self.gradients + other.gradients, self.moments + other.moments)
 
 
 def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer | None:
@@ -61,9 +59,7 @@ def why_not_cuttable(optimizer: torch.optim.Optimizer | None) -> str | None:
     return f"the state of {type(optimizer).__name__} is not element-wise in the parameter, or not known to be"
 
 
-def cut_parameter(
-    parameter: nn.Parameter, keep: Tensor, dim: int, optimizer: torch.optim.Optimizer | None
-) -> Freed:
+def cut_parameter(parameter: nn.Parameter, keep: Tensor, dim: int, optimizer: torch.optim.Optimizer | None) -> Freed:
     """Keep the entries ``keep`` (indices, int64) of ``dim``, in parameter, gradient and moments.
 
     Returns:
@@ -86,9 +82,7 @@ def cut_parameter(
     return Freed(before - parameter.numel() * parameter.element_size(), gradients, moments)
 
 
-def prune_layer(
-    layer: TrimLayer, adapter_name: str, keep: Tensor, optimizer: torch.optim.Optimizer | None
-) -> Freed:
+def prune_layer(layer: TrimLayer, adapter_name: str, keep: Tensor, optimizer: torch.optim.Optimizer | None) -> Freed:
     """Cut the ranks where ``keep`` (r,) bool is False out of A, e and B of one layer."""
     A, B = layer.factors(adapter_name)
     e, _ = layer.diagonals(adapter_name)

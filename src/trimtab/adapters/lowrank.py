@@ -51,9 +51,7 @@ def fold(A: Tensor, B: Tensor, e: Tensor | None = None, b: Tensor | None = None)
     return (A if e is None else A * e.unsqueeze(1)), (B if b is None else B * b.unsqueeze(1))
 
 
-def delta_weight(
-    A: Tensor, B: Tensor, scale: float, e: Tensor | None = None, b: Tensor | None = None
-) -> Tensor:
+def delta_weight(A: Tensor, B: Tensor, scale: float, e: Tensor | None = None, b: Tensor | None = None) -> Tensor:
     """ΔW, shape (out, in), computed in at least float32 and returned in the factors' dtype."""
     dtype = A.dtype
     wide = torch.promote_types(dtype, torch.float32)
