@@ -34,7 +34,7 @@ def write_state(folder: str | Path, tensors: dict[str, Any], facts: dict[str, An
     files = {p.name: _checksum(p) for p in sorted(folder.iterdir()) if p.is_file() and not _NOT_CHECKED.match(p.name)}
     facts = {"format": _FORMAT, **facts, "files": files, "tensors": hashlib.sha256(data).hexdigest()}
     _write_atomically(folder / STATE_TENSORS, data)
-    _write_atomically(folder / STATE_FACTS, json.dumps(facts, indent=1, sort_keys=True).encode())
+    _write_atomically(folder / STATE_FACTS, json.dumps(facts, indent=1).encode())
 
 
 def read_state(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -92,17 +92,13 @@ class Controller:
         config = adapter_config(model, adapter_name)
         self.rank = config.rank if isinstance(config, TrimConfig) and self.layers else None
         self.freeze = config.freeze if isinstance(config, TrimConfig) and self.layers else None
-        ranks = {name: layer.r[adapter_name] for name, layer in self.layers.items()}
+        ranks = {name: layer.hosted[adapter_name].initial_r for name, layer in self.layers.items()}
         self.initial_ranks = dict(ranks)
         self.allocator = self.freezer = None
         if self.rank is not None:
             self.allocator = self.rank.build(ranks, total_steps, steps_per_epoch)
         if self.freeze is not None:
-            self.freezer = self.freeze.build(
-                {name: p.numel() for name, p in self._projections().items() if p.requires_grad},
-                total_steps,
-                steps_per_epoch,
-            )
+            self.freezer = self.freeze.build(self._trainable_projections(), total_steps, steps_per_epoch)
         self._why_masks_only = self._masks_only_reason()
         self._refuse_dead_start()
         self._emit_params()
@@ -277,6 +273,17 @@ class Controller:
             for which, parameter in zip(PROJECTIONS, layer.factors(self.adapter_name))
         }
 
+    def _trainable_projections(self) -> dict[str, int]:
+        """Elements of every projection that trains at the start of the run, also when this is a resumed one."""
+        found = {}
+        for name, layer in self.layers.items():
+            for which, p, width in zip(
+                PROJECTIONS, layer.factors(self.adapter_name), (layer.in_features, layer.out_features)
+            ):
+                if p.requires_grad:
+                    found[f"{name}.{which}"] = layer.hosted[self.adapter_name].initial_r * width
+        return found
+
     def _e_parameters(self) -> dict[str, nn.Parameter]:
         return {n: e for n, la in self.layers.items() if (e := la.diagonals(self.adapter_name)[0]) is not None}
 
@@ -361,7 +368,8 @@ class Controller:
         self.last_penalty = None
         if self.allocator is None:
             return
-        penalty = self.allocator.penalty(self._factors())
+        with torch.enable_grad():  # an end-of-backward callback runs without
+            penalty = self.allocator.penalty(self._factors())
         if penalty is None:
             return
         self.last_penalty = penalty.detach()

@@ -185,6 +185,7 @@ class Hosted:
     """What a layer keeps for one adaptive adapter, beside its tensors."""
 
     scale: float
+    initial_r: int
     frozen: set[str] = field(default_factory=set)
     is_stale: bool = False
     """Tensors from elsewhere were loaded: a running controller's state no longer describes them."""
@@ -235,7 +236,7 @@ class TrimLayer(LoraLayer):
             scale = freeze.scale(alpha, r)
             if A.device.type != "meta":
                 freeze.init_factors(A.data, e.data, b.data, B.data)
-        self.hosted[adapter_name] = Hosted(scale)
+        self.hosted[adapter_name] = Hosted(scale, r)
         self._set_scale_and_rank(adapter_name, r)
         if freeze is not None and freeze.initially_frozen(self.site_name):
             for which in PROJECTIONS:
