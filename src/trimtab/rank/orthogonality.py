@@ -1,0 +1,123 @@
+"""How far the factors of SVD-form sites are from orthonormal, and the gradient of that.
+
+``P diag(λ) Q`` is only like an SVD while the columns of P and the rows of Q stay orthonormal, so both
+SVD methods add ``weight · mean(‖AAᵀ − I‖_F, ‖BᵀB − I‖_F over all factors)`` to the loss. Papers: squared
+norms (``fro2``). Authors' code and PEFT: the norm itself (``fro``); we follow the code by default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .base import Factors
+
+Norm = Literal["fro", "fro2"]
+
+
+def defect(factor: Tensor, norm: Norm = "fro") -> Tensor:
+    """Distance of the rows of one factor from orthonormal, a scalar; pass ``B.T`` for B.
+
+    >>> defect(torch.tensor([[1.0, 1.0], [0.0, 1.0]]).T, "fro2").item()
+    3.0
+    """
+    return _Defects.apply(norm == "fro2", (False,), factor)
+
+
+class Orthogonality:
+    """The mean defect over the factors of all sites, with the norms of frozen factors remembered.
+
+    The mean runs over every factor there was at the start, so that pruning a site away or freezing a
+    factor does not raise the weight of the others.
+    """
+
+    def __init__(self, sites: int, norm: Norm) -> None:
+        self.factors = 2 * sites
+        self.norm: Norm = norm
+        self._frozen: dict[tuple[str, str], Tensor] = {}
+
+    def forget(self) -> None:
+        """Shapes or values of frozen factors changed."""
+        self._frozen.clear()
+
+    def __call__(
+        self, factors: Mapping[str, Factors], living: Mapping[str, Tensor]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Defect of what trains, and of everything.
+
+        Args:
+            factors: by site.
+            living: site -> positions of the ranks that count, where the site holds dead ones, too.
+        Returns:
+            (differentiable mean defect of the trainable factors or None, detached mean of all or None)
+        """
+        training: list[Tensor] = []
+        columns: list[bool] = []
+        still: list[Tensor] = []
+        for name, site in factors.items():
+            index = living.get(name)
+            for side, factor in (("A", site.A), ("B", site.B)):
+                by_column = side == "B"
+                if factor.requires_grad:
+                    self._frozen.pop((name, side), None)
+                    training.append(factor if index is None else factor.index_select(int(by_column), index))
+                    columns.append(by_column)
+                else:
+                    if (name, side) not in self._frozen:
+                        part = factor.detach()
+                        part = part if index is None else part.index_select(int(by_column), index)
+                        self._frozen[name, side] = defect(part.T if by_column else part, self.norm)
+                    still.append(self._frozen[name, side])
+        moving = None
+        if training:
+            moving = _Defects.apply(self.norm == "fro2", tuple(columns), *training) / self.factors
+        total = None if moving is None else moving.detach()
+        if still:
+            rest = torch.stack([value.to(still[0].device) for value in still]).sum() / self.factors
+            total = rest if total is None else total + rest.to(total.device)
+        return moving, total
+
+
+class _Defects(torch.autograd.Function):
+    """Sum of the defects of many factors: one node instead of a graph of several per factor.
+
+    d‖FFᵀ − I‖_F / dF = 2 (FFᵀ − I) F / ‖FFᵀ − I‖_F, taken as 0 where the norm is 0; without the division and
+    twice that for the square.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, squared: bool, columns: tuple[bool, ...], *factors: Tensor) -> Tensor:
+        grams: list[Tensor] = []
+        with torch.autocast(factors[0].device.type, enabled=False):
+            for factor, by_column in zip(factors, columns):
+                wide = _wide(factor)
+                gram = wide.T @ wide if by_column else wide @ wide.T  # (r, r)
+                gram.diagonal().sub_(1)
+                grams.append(gram)
+        norms = list(torch._foreach_norm(grams))
+        ctx.squared, ctx.columns, ctx.count = squared, columns, len(factors)
+        ctx.save_for_backward(*factors, *grams, *norms)
+        home = norms[0].device
+        values = torch.stack([norm.to(home) for norm in norms])
+        return (values.square() if squared else values).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        n = ctx.count
+        saved = ctx.saved_tensors
+        factors, grams, norms = saved[:n], saved[n : 2 * n], saved[2 * n :]
+        grads: list[Tensor | None] = []
+        with torch.autocast(factors[0].device.type, enabled=False):
+            for factor, gram, norm, by_column in zip(factors, grams, norms, ctx.columns):
+                slope = 4.0 if ctx.squared else torch.where(norm > 0, 2 / norm, 0)
+                gram = gram * (outer[0].to(gram) * slope)
+                wide = _wide(factor)
+                grads.append((wide @ gram if by_column else gram @ wide).to(factor.dtype))
+        return (None, None, *grads)
+
+
+def _wide(factor: Tensor) -> Tensor:
+    return factor.float() if factor.dtype in (torch.float16, torch.bfloat16) else factor
