@@ -66,9 +66,7 @@ def resolve_steps(value: StepLength, total_steps: int, steps_per_epoch: int | No
     if unit == "%":
         return _whole(number / 100 * total_steps)
     if not steps_per_epoch or steps_per_epoch < 1:
-        raise ConfigError(
-            key, value, "the length of an epoch is unknown here; give steps or a fraction of the run"
-        )
+        raise ConfigError(key, value, "the length of an epoch is unknown here; give steps or a fraction of the run")
     return _whole(number * steps_per_epoch)
 
 

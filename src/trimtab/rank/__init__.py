@@ -79,9 +79,7 @@ def make(name: str, options: Mapping[str, Any]) -> RankSettings:
     allowed = {field.name: field for field in fields(cls)}
     for key, value in options.items():
         if key not in allowed:
-            raise ConfigError(
-                f"rank.{key}", value, f"{name} has {', '.join(allowed)}.{did_you_mean(key, allowed)}"
-            )
+            raise ConfigError(f"rank.{key}", value, f"{name} has {', '.join(allowed)}.{did_you_mean(key, allowed)}")
     for key, field in allowed.items():
         if key not in options and field.default is MISSING and field.default_factory is MISSING:
             raise ConfigError(f"rank.{key}", None, f"needed by {name}")

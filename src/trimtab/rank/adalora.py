@@ -91,9 +91,7 @@ class AdaLoRA(RankSettings):
         schedule = self.schedule(total_steps, steps_per_epoch, initial, min(initial, final))
         return AdaAllocator(self, modules, schedule, limit)
 
-    def schedule(
-        self, total_steps: int, steps_per_epoch: int | None, initial_total: int, final_total: int
-    ) -> Schedule:
+    def schedule(self, total_steps: int, steps_per_epoch: int | None, initial_total: int, final_total: int) -> Schedule:
         """The budgets of one run. Raises `ConfigError` if the phases do not fit into it."""
         t_i = resolve_steps(self.warmup, total_steps, steps_per_epoch, "rank.warmup")
         t_f = resolve_steps(self.final, total_steps, steps_per_epoch, "rank.final")
@@ -227,9 +225,7 @@ class AdaAllocator(Allocator):
             return None
         budget = self.schedule.budget(step)
         keep = self._best(budget, factors)
-        return Decision(
-            dict(zip(self.names, keep.split(self.sizes))), "mask", budget, self.schedule.logged(step)
-        )
+        return Decision(dict(zip(self.names, keep.split(self.sizes))), "mask", budget, self.schedule.logged(step))
 
     def finish(self, step: int, factors: Mapping[str, Factors]) -> Decision | None:
         if self.done:

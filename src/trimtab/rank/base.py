@@ -190,13 +190,9 @@ class Allocator:
     def load_state_dict(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave. Raises `CheckpointError` if it belongs to other sites."""
         if meta.get("method") != self.method:
-            raise CheckpointError(
-                f"rank state of method {meta.get('method')!r} cannot continue {self.method!r}"
-            )
+            raise CheckpointError(f"rank state of method {meta.get('method')!r} cannot continue {self.method!r}")
         if meta["sites"] != list(self.names) or meta["initial"] != list(self.initial.values()):
-            raise CheckpointError(
-                "rank state belongs to other sites or other initial ranks than this run has"
-            )
+            raise CheckpointError("rank state belongs to other sites or other initial ranks than this run has")
         self.sizes = list(meta["sizes"])
         self.alive = tensors["alive"].to(torch.bool)
         self._refresh()
@@ -283,9 +279,7 @@ def final_total(target_r: float, modules: int, initial_total: int) -> int:
     """The total rank to end at: the mean target per site times the sites, refused if out of reach."""
     total = math.floor(target_r * modules + 1e-9)
     if total < 1:
-        raise ConfigError(
-            "rank.target_r", target_r, f"over {modules} sites this leaves no rank; at least one stays"
-        )
+        raise ConfigError("rank.target_r", target_r, f"over {modules} sites this leaves no rank; at least one stays")
     if total > initial_total:
         raise ConfigError(
             "rank.target_r",
@@ -299,9 +293,7 @@ def check_limit(limit: CostLimit, modules: Mapping[str, int]) -> None:
     """A parameter budget that one rank of any site fits into. Raises `BudgetError` otherwise."""
     dearest = max(limit.costs[name] for name in modules)
     if limit.final < dearest:
-        raise BudgetError(
-            "budget.final_params", limit.final, f"at least {dearest}, one rank of the largest site"
-        )
+        raise BudgetError("budget.final_params", limit.final, f"at least {dearest}, one rank of the largest site")
 
 
 def check_number(

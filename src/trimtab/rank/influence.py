@@ -54,9 +54,7 @@ def log_influence(series: Tensor, beta: float, gamma: float) -> tuple[Tensor, Te
     """Natural logarithm of D, (n,) float64, and which values have edges, (n,) bool. See `influence`."""
     check_thresholds(beta, gamma)
     if series.dim() != 2:
-        raise SelectionError(
-            f"series of shape {tuple(series.shape)}: one row per value is needed, shape (n, window)"
-        )
+        raise SelectionError(f"series of shape {tuple(series.shape)}: one row per value is needed, shape (n, window)")
     if not torch.isfinite(series).all():
         raise SelectionError("series holds NaN or infinity")
     n, window = series.shape
@@ -88,9 +86,7 @@ def check_thresholds(beta: float, gamma: float) -> None:
     if not 0 < beta <= 1:
         raise ConfigError("rank.beta", beta, "a correlation threshold above 0 and at most 1")
     if not 1 < gamma < math.inf:
-        raise ConfigError(
-            "rank.gamma", gamma, "a slope threshold above 1; at 1 equal values depend on each other"
-        )
+        raise ConfigError("rank.gamma", gamma, "a slope threshold above 1; at 1 equal values depend on each other")
 
 
 def _solve(z: Tensor, sigma: Tensor, beta: float, gamma: float) -> tuple[Tensor, Tensor]:
@@ -112,9 +108,7 @@ def _solve(z: Tensor, sigma: Tensor, beta: float, gamma: float) -> tuple[Tensor,
         reach = bisect.bisect_right(falling, gamma * falling[stop - 1])  # σ_j ≥ γ σ of the last row
         for left in range(0, min(reach, start), COLUMNS):
             right = min(left + COLUMNS, reach, start)
-            rho = torch.mm(
-                rows, zt[:, left:right], out=tile[: len(rows) * (right - left)].view(len(rows), -1)
-            )
+            rho = torch.mm(rows, zt[:, left:right], out=tile[: len(rows) * (right - left)].view(len(rows), -1))
             if beta * sizes[right - 1] < gamma * sizes[start]:  # else ρ ≥ β is the stricter test
                 rho.masked_fill_(rho * sigma[left:right] < floor, 0.0)
             torch.threshold_(rho, just_below, 0.0)  # keeps ρ ≥ β

@@ -90,9 +90,7 @@ class SalientLoRA(RankSettings):
         check_choice("rank.step_weight", self.step_weight, ("inverse", "minmax"))
         check_choice("rank.parity", self.parity, (None, "released"))
         if self.anchored and self.final_window == self.initial_window:
-            raise ConfigError(
-                "rank.anchored", True, "final_window above initial_window; otherwise nothing grows"
-            )
+            raise ConfigError("rank.anchored", True, "final_window above initial_window; otherwise nothing grows")
 
     def build(
         self,
@@ -111,9 +109,7 @@ class SalientLoRA(RankSettings):
         schedule = self.schedule(total_steps, steps_per_epoch, initial, min(initial, final))
         return SalientAllocator(self, modules, schedule, limit)
 
-    def schedule(
-        self, total_steps: int, steps_per_epoch: int | None, initial_total: int, final_total: int
-    ) -> Schedule:
+    def schedule(self, total_steps: int, steps_per_epoch: int | None, initial_total: int, final_total: int) -> Schedule:
         """The windows and budgets of one run. Raises `ConfigError` if they do not fit into it."""
         n_i = resolve_steps(self.warmup, total_steps, steps_per_epoch, "rank.warmup")
         n_f = resolve_steps(self.allocation, total_steps, steps_per_epoch, "rank.allocation")
@@ -128,9 +124,7 @@ class SalientLoRA(RankSettings):
                 f"warmup {n_i} + allocation {n_f} = {n_i + n_f} steps, but the run has {total_steps}; "
                 "shorten them or train longer",
             )
-        return Schedule(
-            n_i, n_f, initial_total, final_total, self.initial_window, self.final_window, self.anchored
-        )
+        return Schedule(n_i, n_f, initial_total, final_total, self.initial_window, self.final_window, self.anchored)
 
     def budget_curve(
         self,
@@ -252,9 +246,7 @@ def salience(
     return magnitude_weight * share + (1 - magnitude_weight) * influence(series, beta, gamma)
 
 
-def released_salience(
-    series: Tensor, orth: Tensor, beta: float, gamma: float, sizes: Sequence[int]
-) -> Tensor:
+def released_salience(series: Tensor, orth: Tensor, beta: float, gamma: float, sizes: Sequence[int]) -> Tensor:
     """The released code's score, where it is defined: for comparison only.
 
     Influence is 0 for values that nothing follows, though they count as 1 for others; magnitude sums to 1

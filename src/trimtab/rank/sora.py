@@ -79,22 +79,16 @@ class SoRA(RankSettings):
         limit: CostLimit | None = None,
     ) -> SoRAAllocator:
         if limit is not None:
-            raise BudgetError(
-                "rank.method", "sora", "salientlora or adalora; SoRA's final rank cannot be set"
-            )
+            raise BudgetError("rank.method", "sora", "salientlora or adalora; SoRA's final rank cannot be set")
         interval = max(1, resolve_steps(self.interval, total_steps, steps_per_epoch, "rank.interval"))
         values = [self.prox_threshold]
         if self.max_threshold is not None:
             if self.thresholds > total_steps:
-                raise ConfigError(
-                    "rank.thresholds", self.thresholds, f"at most the run's {total_steps} steps"
-                )
+                raise ConfigError("rank.thresholds", self.thresholds, f"at most the run's {total_steps} steps")
             values = threshold_values(self.prox_threshold, self.max_threshold, self.thresholds, self.spacing)
         if self.scale_by_lr:
             if base_lr is None:
-                raise ConfigError(
-                    "rank.scale_by_lr", True, "the learning rate is unknown here; scale the threshold"
-                )
+                raise ConfigError("rank.scale_by_lr", True, "the learning rate is unknown here; scale the threshold")
             values = [value * base_lr for value in values]
         return SoRAAllocator(self, modules, values, total_steps, interval)
 
@@ -113,9 +107,7 @@ def threshold_values(start: float, stop: float, count: int, spacing: Spacing = "
     check_number("rank.thresholds", count, at_least=2, whole=True)
     if spacing == "exp_linear":
         if start == 0:
-            raise ConfigError(
-                "rank.prox_threshold", start, "above 0 for spacing 'exp_linear', which multiplies it"
-            )
+            raise ConfigError("rank.prox_threshold", start, "above 0 for spacing 'exp_linear', which multiplies it")
         return [start * (stop / start) ** (k / (count - 1)) for k in range(count)]
     if spacing == "log_linear":
         low, high = math.exp(start), math.exp(stop)
@@ -190,9 +182,7 @@ class SoRAAllocator(Allocator):
             return self._again()
         if sticky:
             return self._cut(factors)
-        return Decision(
-            {name: factors[name].e.detach() != 0 for name in self.names}, "mask", None, event=True
-        )
+        return Decision({name: factors[name].e.detach() != 0 for name in self.names}, "mask", None, event=True)
 
     def finish(self, step: int, factors: Mapping[str, Factors]) -> Decision | None:
         if self.done:

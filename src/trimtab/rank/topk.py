@@ -32,15 +32,11 @@ def keep_top(scores: Tensor, budget: int, costs: Tensor | Sequence[int] | None =
     [True, False, True, True]
     """
     if scores.dim() != 1:
-        raise SelectionError(
-            f"scores of shape {tuple(scores.shape)}: one score per entry is needed, shape (n,)"
-        )
+        raise SelectionError(f"scores of shape {tuple(scores.shape)}: one score per entry is needed, shape (n,)")
     if isinstance(budget, bool) or not isinstance(budget, Integral) or budget < 0:
         raise SelectionError(f"budget={budget!r}: a whole number of at least 0 is needed")
     if torch.isnan(scores).any():
-        raise SelectionError(
-            f"{int(torch.isnan(scores).sum())} of {len(scores)} scores are NaN and cannot be ranked"
-        )
+        raise SelectionError(f"{int(torch.isnan(scores).sum())} of {len(scores)} scores are NaN and cannot be ranked")
     order = torch.sort(scores, descending=True, stable=True).indices
     keep = torch.zeros_like(scores, dtype=torch.bool)
     if costs is None:
