@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-from .errors import ConfigError, DataError, ModelError, did_you_mean
+from .errors import ConfigError, ModelError, TrimtabError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -119,11 +119,16 @@ def load_tokenizer(spec: ModelSpec, task: Task | None = None) -> Any:
     with _one_line(spec, key):
         loaded = auto.from_pretrained(source, **kwargs)
     tokenizer = getattr(loaded, "tokenizer", loaded)
+    where = f"{key}={getattr(spec, key.partition('.')[2])!r}"
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        # transformers makes an empty tokenizer where a folder has a config but no tokenizer files.
+        raise ModelError(f"{where}: has no tokenizer (no vocabulary beyond special tokens); name one in "
+                         "model.tokenizer")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token is None:
-        raise ModelError(f"{key}={getattr(spec, key.partition('.')[2])!r}: its tokenizer has no pad, eos or "
-                         "unknown token to pad with; name another in model.tokenizer")
+        raise ModelError(f"{where}: its tokenizer has no pad, eos or unknown token to pad with; name another in "
+                         "model.tokenizer")
     return loaded
 
 
@@ -147,6 +152,8 @@ def load_model(spec: ModelSpec, task: Task, tokenizer: Any = None) -> LoadedMode
     notes: list[str] = []
     if spec.name_or_path is None:
         assert whole is not None
+        if spec.quantization is not None:
+            raise ConfigError("model.quantization", spec.quantization, "needs model.name_or_path: nothing to quantise")
         config = _config_of(whole, spec.config, labels)
         model = _from_config(config, task.auto_class)
         if spec.dtype is not None:
@@ -297,9 +304,9 @@ def _one_line(spec: ModelSpec, key: str = "model.name_or_path") -> Iterator[None
     value = getattr(spec, key.partition(".")[2])
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-        if isinstance(error, (ModelError, ConfigError, DataError)):
-            raise
+    except TrimtabError:
+        raise
+    except Exception as error:  # damaged files raise nearly anything: SafetensorError, UnpicklingError, bare Exception
         text = _flat(error)
         if "couldn't connect" in text or "offline mode" in text or "LocalEntryNotFound" in text:
             text = ("no such folder, and not in the hub's local cache; the hub cannot be reached from here "
@@ -391,6 +398,13 @@ def _quantization(spec: ModelSpec, task: Task) -> Any:
     from transformers import BitsAndBytesConfig
 
     settings = dict(spec.quantization or {})
+    known = [name for name in inspect.signature(BitsAndBytesConfig).parameters if name != "kwargs"]
+    for key in settings:  # transformers itself ignores a misspelt one and loads the model unquantised
+        if key not in known:
+            raise ConfigError(f"model.quantization.{key}", settings[key],
+                              f"no such setting.{did_you_mean(key, known)} There is {', '.join(known)}")
+    if not (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
+        raise ConfigError("model.quantization", spec.quantization, "set load_in_4bit or load_in_8bit to true")
     if "llm_int8_skip_modules" not in settings:
         head = _head(meta_model(load_config(spec, task), task.auto_class))
         settings["llm_int8_skip_modules"] = list(head)

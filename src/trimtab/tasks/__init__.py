@@ -43,6 +43,7 @@ This module imports neither torch nor datasets.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -164,12 +165,11 @@ def get_task(spec: Mapping[str, Any]) -> Task:
                 raise ConfigError(f"task.{key}", options[key],
                                   f"task {name!r} has no such setting.{did_you_mean(key, others)} "
                                   f"It has {', '.join(others)}")
-    try:
-        return maker(**options)
-    except TypeError as error:  # a user's function that does not take these keys
-        if name in TASKS:
-            raise
-        raise ConfigError("task.name", name, f"{error}") from error
+    try:  # bound first, so that a TypeError inside a user's function keeps its own traceback
+        inspect.signature(maker).bind(**options)
+    except TypeError as error:
+        raise ConfigError("task.name", name, str(error)) from error
+    return maker(**options)
 
 
 def _import(name: str, target: str) -> Callable[..., Task]:

@@ -1,0 +1,65 @@
+"""Tokenizers, models and files small enough to make in a test."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import AutoConfig, PreTrainedTokenizerFast
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "dog", "ran", "home", "again", "good", "bad", "very", "so", "it", "is"]
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+def encoder_tokenizer() -> PreTrainedTokenizerFast:
+    """[CLS] text [SEP] pair [SEP], with token types, as BERT's and DeBERTa's do."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + WORDS)}, unk_token="[UNK]"))
+    inner.normalizer = normalizers.Lowercase()
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
+                                   sep_token="[SEP]", mask_token="[MASK]", model_max_length=64,
+                                   model_input_names=["input_ids", "token_type_ids", "attention_mask"])
+
+
+def decoder_tokenizer() -> PreTrainedTokenizerFast:
+    """No pad token, as Llama's."""
+    special = ["<unk>", "<s>", "</s>"]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + WORDS)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def tiny_config(kind: str, **more):
+    """A config of two blocks and 16 features."""
+    sizes = {
+        "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2},
+        "t5": {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "pad_token_id": 0,
+               "decoder_start_token_id": 0, "eos_token_id": 3},
+        "bart": {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
+                 "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "pad_token_id": 0,
+                 "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 3},
+        "llama": {**SIZES, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2},
+        "deberta-v2": {**SIZES, "relative_attention": True, "position_biased_input": False,
+                       "pos_att_type": ["p2c", "c2p"], "share_att_key": True, "norm_rel_ebd": "layer_norm",
+                       "position_buckets": 8, "max_position_embeddings": 64, "type_vocab_size": 0},
+    }.get(kind, {**SIZES, "max_position_embeddings": 64})
+    return AutoConfig.for_model(kind, vocab_size=32, **{**sizes, **more})
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def data_pack(name: str) -> Path:
+    """A folder of the project's data pack; the test is skipped where it is not at hand."""
+    root = Path(os.environ.get("TRIMTAB_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
+    if not (root / name).is_dir():
+        pytest.skip(f"data pack with {name} not found (set TRIMTAB_DATA)")
+    return root / name
