@@ -155,8 +155,7 @@ class Controller:
             for e in layer.diagonals(self.adapter_name):
                 if e is not None:
                     drop_optimizer_state(e, self.optimizer)
-            layer.finish(self.adapter_name)
-        self.is_finished = True
+        self._settle()
         self._emit_params()
 
     # -- figures ------------------------------------------------------------------------------------
@@ -235,12 +234,14 @@ class Controller:
                 own = {k.removeprefix(f"{part}/"): v for k, v in tensors.items() if k.startswith(f"{part}/")}
                 owner.load_state_dict(own, meta[part])
         if meta["is_finished"]:
-            self.finish_loaded()
+            self._settle()  # nothing is decided again
 
-    def finish_loaded(self) -> None:
-        """Mark as finished after loading the state of a finished run; nothing is decided again."""
+    def _settle(self) -> None:
         for layer in self.layers.values():
             layer.finish(self.adapter_name)
+        config = adapter_config(self.model, self.adapter_name)
+        if self.layers and isinstance(config, TrimConfig):
+            config.settle()
         self.is_finished = True
 
     def fingerprint(self) -> str:

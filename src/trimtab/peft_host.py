@@ -60,9 +60,18 @@ class TrimConfig(LoraConfig):
     where: Where | None = field(default=None, metadata={"help": "which layers are adapted"})
     rank: Any = field(default=None, metadata={"help": "rank method settings"})
     freeze: Any = field(default=None, metadata={"help": "freeze method settings"})
+    is_at_work: bool = field(
+        default=False, repr=False, metadata={"help": "set once layers of an adaptive adapter live"}
+    )
+    is_settled: bool = field(default=False, repr=False, metadata={"help": "set once the ranks are final"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.is_at_work:
+            # PEFT's tools (add_weighted_adapter and the like) copy a config with dataclasses.replace, then read raw A, B.
+            raise ConfigError(
+                "adapter", "still adapting", "PEFT's adapter tools read raw A and B; call Controller.finish() first"
+            )
         if isinstance(self.where, str):
             raise ConfigError("where", self.where, "a bare mask needs the model: trimtab.where.from_mask(model, mask)")
         if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
@@ -139,9 +148,14 @@ class TrimConfig(LoraConfig):
         live = self.live_ranks()
         if live and self.where is not None:
             out.update(exclude_modules=None, target_modules=sorted(live))
-        if live and self.is_adaptive:
+        if live and (self.is_adaptive or self.is_settled):
             out.update(portable_fields(live))
         return out
+
+    def settle(self) -> None:
+        """The ranks are final and the layers hold plain factors: from here on an ordinary LoRA config."""
+        self.rank = self.freeze = None
+        self.is_at_work, self.is_settled = False, True
 
 
 def portable_fields(ranks: dict[str, tuple[int, float]]) -> dict[str, Any]:
@@ -216,6 +230,7 @@ class TrimLayer(LoraLayer):
             A, B = self.factors(adapter_name)
             self.initial_factors[adapter_name] = A.detach().clone(), B.detach().clone()
         if config.is_adaptive:
+            config.is_at_work = True
             self._become_adaptive(adapter_name, r, lora_alpha, config)
 
     def _become_adaptive(self, adapter_name: str, r: int, alpha: float, config: TrimConfig) -> None:

@@ -1,0 +1,235 @@
+"""The hosted layer is a LoRA to everyone who looks at it from outside."""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import tiny
+import torch
+from fakes import Halving
+from torch import nn
+
+from trimtab import Controller, TrimConfig, Where
+from trimtab.errors import ConfigError, ModelError
+from trimtab.peft_host import TrimLayer, hosted_layers, portable_fields
+
+
+def adaptive(family: str = "bert", **more) -> peft.PeftModel:
+    fam = tiny.FAMILIES[family]
+    options = dict(r=4, lora_alpha=8, target_modules=list(fam.targets), rank=Halving(), task_type=fam.task_type) | more
+    base = tiny.build(family)
+    torch.manual_seed(0)
+    return peft.get_peft_model(base, TrimConfig(**options)).eval()
+
+
+def plain_reload(model: peft.PeftModel, family: str, folder) -> peft.PeftModel:
+    model.save_pretrained(str(folder))
+    return peft.PeftModel.from_pretrained(tiny.build(family), str(folder)).eval()
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_saved_adapter_is_plain_lora_of_the_same_function(family, tmp_path):
+    model = adaptive(family)
+    reloaded = plain_reload(model, family, tmp_path)
+    assert not any(isinstance(m, TrimLayer) for m in reloaded.modules())
+    assert torch.allclose(tiny.logits(model, family), tiny.logits(reloaded, family), atol=1e-5)
+    assert set(peft.get_peft_model_state_dict(model)) == set(peft.get_peft_model_state_dict(reloaded))
+
+
+def test_the_fold_is_exact_in_float64(tmp_path):
+    model = adaptive().double()
+    before = tiny.logits(model, "bert")
+    model.merge_adapter()
+    assert torch.allclose(tiny.logits(model, "bert"), before, rtol=1e-12, atol=1e-12)
+
+
+def test_a_state_dict_round_trip_changes_nothing():
+    model = adaptive()
+    raw = {n: p.clone() for n, p in model.named_parameters()}
+    assert not model.load_state_dict(model.state_dict()).missing_keys
+    assert all(torch.equal(p, raw[n]) for n, p in model.named_parameters())
+    assert not any(layer.hosted["default"].is_stale for layer in hosted_layers(model).values())
+
+
+def test_loading_another_lora_takes_its_tensors_and_marks_the_layer_stale(tmp_path):
+    other = adaptive(r=2, lora_alpha=4)  # the same scale: PEFT keeps the scale of the adapter that is there
+    model = adaptive()
+    other.save_pretrained(str(tmp_path))
+    model.load_adapter(str(tmp_path), "default", is_trainable=True)
+    assert torch.allclose(tiny.logits(model, "bert"), tiny.logits(other, "bert"), atol=1e-5)
+    assert all(layer.hosted["default"].is_stale for layer in hosted_layers(model).values())
+    assert all(layer.r["default"] == 2 for layer in hosted_layers(model).values())
+
+
+def test_disabling_merging_and_unmerging_follow_peft(tmp_path):
+    model = adaptive()
+    base = tiny.build("bert").eval()
+    adapted = tiny.logits(model, "bert")
+    with model.disable_adapter():
+        hidden = model.base_model.model.bert(**{k: v for k, v in tiny.batch("bert").items() if k != "labels"})
+    plain = base.bert(**{k: v for k, v in tiny.batch("bert").items() if k != "labels"})
+    assert torch.equal(hidden.last_hidden_state, plain.last_hidden_state)
+    model.merge_adapter()
+    assert torch.allclose(tiny.logits(model, "bert"), adapted, atol=1e-5)
+    model.unmerge_adapter()
+    assert torch.allclose(tiny.logits(model, "bert"), adapted, atol=1e-5)
+
+
+def test_two_adapters_keep_their_own_ranks_and_configs(tmp_path):
+    model = adaptive("llama")
+    second = TrimConfig(r=3, lora_alpha=6, target_modules=["q_proj", "o_proj"], rank=Halving())
+    first = tiny.logits(model, "llama")
+    model.add_adapter("second", second)
+    model.set_adapter("second")
+    other = tiny.logits(model, "llama")
+    model.save_pretrained(str(tmp_path))
+    for name, folder, expected in (("default", tmp_path, first), ("second", tmp_path / "second", other)):
+        reloaded = peft.PeftModel.from_pretrained(tiny.build("llama"), str(folder)).eval()
+        assert torch.allclose(tiny.logits(reloaded, "llama"), expected, atol=1e-5), name
+    model.delete_adapter("default")
+    assert torch.allclose(tiny.logits(model, "llama"), other)
+
+
+def test_float32_adapters_sit_on_a_bfloat16_base():
+    fam = tiny.FAMILIES["llama"]
+    base = tiny.build("llama").to(torch.bfloat16)
+    model = peft.get_peft_model(base, TrimConfig(r=4, target_modules=list(fam.targets), rank=Halving()))
+    out = model(**tiny.batch("llama"))
+    out.loss.backward()
+    assert out.logits.dtype == torch.bfloat16
+    grads = {n: p.grad.dtype for n, p in model.named_parameters() if p.grad is not None}
+    assert grads and set(grads.values()) == {torch.float32}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
+    gradients = []
+    for checkpointing in (False, True):
+        model = adaptive("llama")
+        model.train()
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model(**tiny.batch("llama")).loss.backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.allclose(g, gradients[1][n], atol=1e-7) for n, g in gradients[0].items())
+
+
+def test_conv1d_bases_merge_to_the_same_function():
+    model = adaptive("gpt2")
+    before = tiny.logits(model, "gpt2")
+    merged = copy.deepcopy(model).merge_and_unload()
+    assert torch.allclose(tiny.logits(merged, "gpt2"), before, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_bitsandbytes_bases_carry_adaptive_layers(bits, tmp_path):
+    bnb = pytest.importorskip("bitsandbytes")
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            linear = bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False) if bits == 8 else bnb.nn.Linear4bit(64, 64)
+            self.proj = linear
+            self.config = {"model_type": "none"}
+
+        def forward(self, x):
+            return self.proj(x)
+
+    torch.manual_seed(0)
+    net = Net().to("cpu")
+    model = peft.get_peft_model(net, TrimConfig(r=4, target_modules=["proj"], rank=Halving()))
+    layer = model.base_model.model.proj
+    assert isinstance(layer, TrimLayer) and "bit" in type(layer).__name__
+    x = torch.randn(3, 64)
+    out = model(x)
+    out.float().square().sum().backward()
+    A, B = layer.folded("default")
+    expected = layer.base_layer(x) + x @ A.T @ B.T * layer.scaling["default"]
+    assert torch.allclose(out.float(), expected.float(), atol=1e-2)
+    assert layer.lora_e["default"].grad is not None
+
+
+def test_the_saved_config_names_live_ranks_and_leaves_out_rank_zero():
+    fields = portable_fields({"a.q": (3, 2.0), "a.v": (0, 2.0), "b.q": (1, 2.0)})
+    assert fields["r"] == 3 and fields["lora_alpha"] == 6.0
+    assert fields["target_modules"] == ["a.q", "b.q"]
+    assert fields["rank_pattern"] == {r"b\.q": 1} and fields["alpha_pattern"] == {r"b\.q": 2.0}
+
+
+def test_an_adapter_without_any_rank_is_refused():
+    with pytest.raises(ModelError, match="every site is at rank 0"):
+        portable_fields({"a.q": (0, 2.0)})
+
+
+def test_where_restricts_by_the_selection():
+    model = adaptive(where=Where("mask", {"encoder.layer": "0110"}))
+    assert {name.split(".")[3] for name in hosted_layers(model)} == {"1", "2"}
+
+
+def test_where_keeps_what_the_user_excludes():
+    model = adaptive(where=Where("mask", {"encoder.layer": "0110"}), exclude_modules=["key"])
+    assert not any(name.endswith("key") for name in hosted_layers(model))
+    assert len(hosted_layers(model)) == 2 * 3
+
+
+def test_finish_leaves_plain_factors_that_peft_tools_accept():
+    model = adaptive("llama")
+    before = tiny.logits(model, "llama")
+    with pytest.raises(ConfigError, match=r"finish\(\) first"):
+        model.add_weighted_adapter(["default"], [1.0], "joined", combination_type="cat")
+    Controller(model, total_steps=1).finish()
+    assert torch.allclose(tiny.logits(model, "llama"), before, atol=1e-5)
+    model.add_weighted_adapter(["default"], [1.0], "joined", combination_type="cat")
+    model.set_adapter("joined")
+    assert torch.allclose(tiny.logits(model, "llama"), before, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"init_lora_weights": "pissa"}, "adapter.init"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"r": 0}, "adapter.r"),
+        ({"lora_alpha": -1}, "adapter.alpha"),
+        ({"lora_dropout": 1.0}, "adapter.dropout"),
+        ({"where": "0110"}, "where"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_by_name(options, words):
+    with pytest.raises(ConfigError, match=words):
+        TrimConfig(**(dict(r=4, target_modules=["query"], rank=Halving()) | options))
+
+
+def test_targets_that_are_no_linear_are_refused_with_a_rank_method():
+    with pytest.raises(ModelError, match="word_embeddings"):
+        adaptive(target_modules=["word_embeddings"])
+
+
+def test_one_config_for_two_models_of_different_ranks_is_refused():
+    config = TrimConfig(r=4, target_modules=["query"], rank=Halving())
+    first = peft.get_peft_model(tiny.build("bert"), config)
+    second = peft.get_peft_model(tiny.build("bert"), config)
+    next(iter(hosted_layers(first).values())).r["default"] = 3
+    with pytest.raises(ConfigError, match="two models"):
+        config.to_dict()
+    assert second is not first
+
+
+def test_plain_lora_through_trimconfig_equals_stock_peft():
+    fam = tiny.FAMILIES["bert"]
+    options = dict(r=4, lora_alpha=8, target_modules=list(fam.targets), task_type=fam.task_type)
+    outputs = []
+    for cls in (TrimConfig, peft.LoraConfig):
+        base = tiny.build("bert")
+        torch.manual_seed(0)
+        model = peft.get_peft_model(base, cls(**options))
+        for n, p in model.named_parameters():
+            if "lora_B" in n:
+                nn.init.normal_(p, generator=torch.Generator().manual_seed(len(n)))
+        outputs.append(tiny.logits(model, "bert"))
+    assert torch.allclose(*outputs, atol=1e-6)
