@@ -15,6 +15,9 @@ from trimtab.freeze.aflora import AFLoRA
 from trimtab.freeze.base import keep_by_cost
 from trimtab.freeze.controls import FreezeAt
 from trimtab.plans import Budget, Site
+from trimtab.rank.adalora import AdaLoRA
+from trimtab.rank.salientlora import SalientLoRA
+from trimtab.rank.sora import SoRA
 
 FFN = ("intermediate.dense", r"layer\.\d+\.output.dense")
 
@@ -43,16 +46,6 @@ class Cubic:
         return [(s, int(final + (initial_total - final) * (1 - (s - start) / (end - start)) ** 3)) for s in steps]
 
     budget_curve = prune_curve
-
-
-@dataclass(frozen=True)
-class Unforeseeable(Cubic):
-    """A rank method whose ranks follow from something else, as SoRA's."""
-
-    method: ClassVar[str] = "sora"
-
-    def budget_curve(self, *_args):
-        return []
 
 
 # -- counts --------------------------------------------------------------------------------------------
@@ -149,11 +142,24 @@ def test_two_stacks_share_one_ratio():
 
 def test_average_budget_moves_the_ranks_before_the_ramp():
     freeze = AFLoRA(rule="tensor_rank", warmup=0.5, final=0.1)
-    choice = solve(Budget(average_params=500_000), encoder(), 8, rank=Cubic(), freeze=freeze, total_steps=1000,
+    choice = solve(Budget(average_params=700_000), encoder(), 8, rank=Cubic(), freeze=freeze, total_steps=1000,
                    steps_per_epoch=100)
     assert choice.freeze == freeze
-    assert 0.999 * 500_000 <= choice.figures.average <= 500_000
-    assert choice.purse == Purse(500_000_000)
+    assert 0.999 * 700_000 <= choice.figures.average <= 700_000
+    assert choice.purse == Purse(700_000_000)
+
+
+@pytest.mark.parametrize("rank", [SalientLoRA(target_r=2), AdaLoRA(target_r=2)])
+def test_average_budget_reckons_with_when_each_method_cuts(rank):
+    choice = solve(Budget(average_params=900_000), encoder(), 8, rank=rank, total_steps=1000, steps_per_epoch=100)
+    assert 0.9999 * 900_000 <= choice.figures.average <= 900_000
+    cuts = rank.prune_curve(1000, 100, 8 * 165_960, 72, choice.rank_params)
+    sizes = [8 * 165_960] * 1000
+    for step, size in cuts:
+        sizes[step:] = [size] * len(sizes[step:])
+    assert sum(sizes) / 1000 == pytest.approx(choice.figures.average)
+    limit = choice.cost_limit()
+    assert limit.final == choice.rank_params and limit.costs[encoder()[0].name] == 1537
 
 
 def test_average_budget_moves_the_ramp_where_ranks_cannot():
@@ -215,7 +221,7 @@ def test_an_infeasible_number_is_refused_with_the_smallest_feasible_one(make):
 
 
 @pytest.mark.parametrize("settings, key, cure", [
-    ({"rank": Unforeseeable()}, "rank.method", "salientlora or adalora"),
+    ({"rank": SoRA(prox_threshold=1e-4)}, "rank.method", "salientlora or adalora"),
     ({"rank": Cubic(prune=False)}, "rank.prune", "true"),
     ({"freeze": AFLoRA()}, "freeze.rule", "tensor_rank"),
 ])

@@ -328,7 +328,7 @@ class _Task:
         smallest = math.ceil(self.smallest(layout) - 1e-9)
         if smallest > self.limit:
             raise BudgetError(f"budget.{self.key}", self.limit,
-                              f"at least {smallest} with {self._limits(layout, layers)}")
+                              f"at least {smallest} with {self._limits(layout, layers)}; adapter.r may be lowered")
         why = [f"budget.{self.key}={self.limit:,} over {layout.total_steps:,} steps"]
         if ratio is not None:
             why.append(self._why_layers(layers, alternatives, layout))
@@ -411,19 +411,22 @@ class _Task:
         total, epoch = layout.total_steps, layout.steps_per_epoch
         curve = layout.freeze.trainable_curve(total, epoch)
         fraction = layout.freeze.average_fraction(total, epoch)
-        first = curve[1][0] if len(curve) > 1 else total
-        until = curve[-1][0] if curve[-1][1] == 0 else total
         how = "chosen" if ramp is not None else "as set"
-        return (f"freeze: projections freeze from step {first:,} to step {until:,}, training {fraction:.1%} of the "
-                f"time ({how})")
+        if len(curve) == 1:
+            return f"freeze: the projections train to the end ({how})"
+        until = f"to step {curve[-1][0]:,}" if curve[-1][1] == 0 else "on"
+        return (f"freeze: projections freeze from step {curve[1][0]:,} {until}, training {fraction:.1%} of the time "
+                f"({how})")
 
     def _why_figure(self, figure: float, found: Figures, purse: Purse | None, total_steps: int) -> str:
         text = f"predicted {self.key}: {figure:,.0f}, {figure / self.limit:.1%} of the budget"
         if self.is_average and found.average_closed_form is not None:
             text += f" ({found.average_closed_form:,.0f} in closed form)"
+        held = figure
         if purse is not None:
-            return f"{text}; freezing follows what is spent, up to {purse.total / total_steps:,.0f} on average"
-        if figure < 0.99 * self.limit:
+            held = purse.total / total_steps
+            text += f"; freezing follows what is spent, up to {held:,.0f} on average"
+        if held < 0.99 * self.limit:
             text += "; nothing that may be chosen comes closer, and the rest is not used"
         return text
 

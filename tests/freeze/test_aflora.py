@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from trimtab.adapters.lowrank import delta_weight, fold, lowrank_delta
 from trimtab.errors import ConfigError, TrimtabError
 from trimtab.freeze.aflora import (
     AFLoRA,
@@ -56,9 +57,12 @@ def test_delta_of_a_small_layer_is_the_one_worked_out_by_hand():
     A, B = torch.tensor([[1.0, 0, 2], [0, 1, -1]]), torch.tensor([[1.0, 0], [2, 1], [0, -3]])
     e, b, x = torch.tensor([0.1, 0.1]), torch.tensor([0.5, -1, 2]), torch.tensor([1.0, -2, 3])
     # A x = [7, -5]; e ⊙ = [.7, -.5]; B · = [.7, .9, 1.5]; b ⊙ = [.35, -.9, 3]
-    torch.testing.assert_close(b * (B @ (e * (A @ x))), torch.tensor([0.35, -0.9, 3]))
-    delta = b[:, None] * B * e @ A
-    torch.testing.assert_close(delta, torch.tensor([[0.05, 0, 0.1], [-0.2, -0.1, -0.3], [0, -0.6, 0.6]]))
+    scale = AFLoRA().scale(alpha=16, r=2)
+    torch.testing.assert_close(lowrank_delta(x, A, B, scale, e, b), torch.tensor([0.35, -0.9, 3]))
+    expected = torch.tensor([[0.05, 0, 0.1], [-0.2, -0.1, -0.3], [0, -0.6, 0.6]])
+    torch.testing.assert_close(delta_weight(A, B, scale, e, b), expected)
+    folded_A, folded_B = fold(A.double(), B.double(), e.double(), b.double())
+    torch.testing.assert_close(folded_B @ folded_A, expected.double(), rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("step, left", [(10, 1), (11, 0.941192), (20, 0.512), (35, 0.125), (50, 0.008),
@@ -361,6 +365,7 @@ def test_a_site_cut_to_rank_zero_is_neither_scored_nor_frozen():
         rule.observe(step, {n: g[step] for n, g in gradients.items()})
         rule.decide(step)
     rule.pruned({"layer.0.dense": torch.zeros(4, dtype=torch.bool)})
+    rule.pruned({"layer.0.dense": torch.zeros(0, dtype=torch.bool)})  # a later cut elsewhere
     rest = {n: g for n, g in gradients.items() if "layer.1" in n}
     assert set(run(rule, rest, range(15, 200))) == set(rest)
 

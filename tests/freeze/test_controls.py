@@ -1,5 +1,7 @@
 """Freezing at a fixed step, the table of methods, and freezing by cost."""
 
+import doctest
+import importlib
 import subprocess
 import sys
 
@@ -66,6 +68,13 @@ def test_reading_the_table_needs_no_torch():
 ])
 def test_items_are_kept_by_score_while_they_fit_then_the_cheapest(scores, costs, limit, kept):
     assert keep_by_cost(scores, costs, limit) == [bool(k) for k in kept]
+
+
+@pytest.mark.parametrize("module", ["trimtab.freeze", "trimtab.freeze.base", "trimtab.freeze.aflora", "trimtab.budget",
+                                    "trimtab.adapters.vera"])
+def test_examples_in_docstrings_hold(module):
+    result = doctest.testmod(importlib.import_module(module))
+    assert result.attempted and not result.failed
 
 
 def test_sums_of_a_step_function():

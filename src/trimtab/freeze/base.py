@@ -142,8 +142,7 @@ class Freezer:
         """Follow a cut of ranks: ``keep[site] (r,)`` is False where a row of A and a column of B went."""
         for site, kept in keep.items():
             for name in (f"{site}.lora_A", f"{site}.lora_B"):
-                if name in self.numels:
-                    # sizes are multiples of the rank
+                if len(kept) and name in self.numels:  # sizes are multiples of the rank
                     self.numels[name] = self.numels[name] // len(kept) * int(kept.sum())
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
