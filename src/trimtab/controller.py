@@ -96,7 +96,7 @@ class Controller:
         self.initial_ranks = dict(ranks)
         self.allocator = self.freezer = None
         if self.rank is not None:
-            self.allocator = self.rank.build(ranks, total_steps, steps_per_epoch)
+            self.allocator = self.rank.build(ranks, total_steps, steps_per_epoch, self._peak_learning_rate())
         if self.freeze is not None:
             self.freezer = self.freeze.build(self._trainable_projections(), total_steps, steps_per_epoch)
         self._why_masks_only = self._masks_only_reason()
@@ -273,6 +273,11 @@ class Controller:
             for name, layer in self.layers.items()
             for which, parameter in zip(PROJECTIONS, layer.factors(self.adapter_name))
         }
+
+    def _peak_learning_rate(self) -> float | None:
+        if self.optimizer is None:
+            return None
+        return max(group.get("initial_lr", group["lr"]) for group in self.optimizer.param_groups)
 
     def _trainable_projections(self) -> dict[str, int]:
         """Elements of every projection that trains at the start of the run, also when this is a resumed one."""

@@ -1,0 +1,63 @@
+"""One short stock-Trainer run on a tiny model, used by every test of a promise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import tiny
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from trimtab import AdaLoRA, AFLoRA, SalientLoRA, SoRA, TrimCallback, TrimConfig
+
+STEPS = 40
+
+# Each has two pruning events inside 40 steps, or freezes in mid-run.
+METHODS: dict[str, dict[str, Any]] = {
+    "salientlora": {"rank": SalientLoRA(target_r=2, warmup=4, allocation=24, initial_window=4, final_window=8)},
+    "adalora": {"rank": AdaLoRA(target_r=2, warmup=4, final=14, interval_steps=5)},
+    "sora": {"rank": SoRA(prox_threshold=0.04, sticky_zeros=True, interval=12)},
+    "aflora": {"freeze": AFLoRA(warmup=4, final=12, interval_steps=4)},
+    "salientlora+aflora": {
+        "rank": SalientLoRA(target_r=2, warmup=4, allocation=24, initial_window=4, final_window=8),
+        "freeze": AFLoRA(warmup=4, final=12, interval_steps=4),
+    },
+}
+
+
+def model_for(family: str, method: str, **options: Any) -> peft.PeftModel:
+    """The tiny model with the method's adapter, the same weights every time."""
+    fam = tiny.FAMILIES[family]
+    base = tiny.build(family)
+    if options.pop("double", False):
+        base = base.double()
+    torch.manual_seed(0)
+    settings = dict(r=4, lora_alpha=8, target_modules=list(fam.targets), task_type=fam.task_type)
+    return peft.get_peft_model(base, TrimConfig(**(settings | METHODS[method] | options)))
+
+
+class _KeepLogits(TrainerCallback):
+    def __init__(self, family: str) -> None:
+        self.family, self.logits = family, {}
+
+    def on_save(self, args, state, control, model=None, **kw):
+        self.logits[state.global_step] = tiny.logits(model, self.family)
+
+
+def train(
+    model: peft.PeftModel, family: str, folder: Path, resume: str | None = None, callbacks: tuple = (), **more: Any
+) -> tuple[TrimCallback, dict[int, torch.Tensor]]:
+    """Train 40 steps, saving every 5; returns the callback and the logits at every save."""
+    args = dict(
+        output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=8, save_steps=5, logging_steps=5,
+        report_to=[], learning_rate=1e-2, use_cpu=True, disable_tqdm=True, seed=0, average_tokens_across_devices=False,
+    ) | more  # fmt: skip
+    trim, keep = TrimCallback(history=folder / "history.jsonl"), _KeepLogits(family)
+    trainer = Trainer(
+        model, TrainingArguments(**args), train_dataset=tiny.rows(family), eval_dataset=tiny.rows(family, 16, seed=5),
+        callbacks=[trim, keep, *callbacks],
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=resume)
+    return trim, keep.logits
