@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import peft
-import tiny
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+import tiny
 from trimtab import AdaLoRA, AFLoRA, SalientLoRA, SoRA, TrimCallback, TrimConfig
 
 STEPS = 40

@@ -6,11 +6,11 @@ import copy
 
 import peft
 import pytest
-import tiny
 import torch
-from fakes import Halving
 from torch import nn
 
+import tiny
+from fakes import Halving
 from trimtab import Controller, TrimConfig, Where
 from trimtab.errors import ConfigError, ModelError
 from trimtab.peft_host import TrimLayer, hosted_layers, portable_fields

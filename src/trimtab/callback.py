@@ -14,7 +14,7 @@ import os
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.state import GradientState
@@ -275,7 +275,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         ours = {id(p) for layer in self._layers(model).values() for p in layer.parameters(recurse=True)}
         base = {id(p) for layer in self._layers(model).values() for p in layer.base_layer.parameters()}
         names = [n for n, p in peft_model.named_parameters() if id(p) in ours - base]
-        peft_model._ddp_params_and_buffers_to_ignore = names
+        peft_model._ddp_params_and_buffers_to_ignore = cast(Any, names)  # what DDP reads on the module it wraps
         if not any(p.requires_grad and n not in set(names) for n, p in peft_model.named_parameters()):
             # DDP refuses a module in which every trainable parameter is ignored: give it one that nothing uses.
             device = next(peft_model.parameters()).device
@@ -287,7 +287,7 @@ class TrimCallback(TrainerCallback, ExportableState):
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         assert self.controller is not None
-        folder = self.resume_from or Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        folder = self.resume_from or Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
         if not self.controller.layers and what_is_wrong(folder):
             self._start_history()
             return  # a plain adapter resumes with Trainer's own means

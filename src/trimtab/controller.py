@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .budget import Choice, solve
 from .errors import CheckpointError, ConfigError, DisagreementError, StaleAdapterError
 from .peft_host import (
     PROJECTIONS,
@@ -29,6 +30,7 @@ from .peft_host import (
     hosted_layers,
     set_data,
 )
+from .plans import Budget, Site
 from .prune import Freed, drop_optimizer_state, prune_layer, unwrap_optimizer, why_not_cuttable
 
 if TYPE_CHECKING:
@@ -85,20 +87,29 @@ class Controller:
         self.param_steps = 0  # sum over steps of what was trainable in them: the time-average's numerator
         self.initial_params = self.trainable_params()
         self.last_penalty: Tensor | None = None
+        self.final_params = self.held_params = 0  # known once finished
         self.is_finished = False
         self._is_ready = False
         self._gradients: dict[str, Tensor] = {}
         self._e_before: dict[str, Tensor] = {}
         config = adapter_config(model, adapter_name)
-        self.rank = config.rank if isinstance(config, TrimConfig) and self.layers else None
-        self.freeze = config.freeze if isinstance(config, TrimConfig) and self.layers else None
+        self.rank = self.freeze = None
+        self.choice: Choice | None = None
+        if isinstance(config, TrimConfig) and self.layers:
+            self.rank, self.freeze = config.rank, config.freeze
+            if config.budget is not None:
+                self._meet(config.budget, config.budget_frees)
         ranks = {name: layer.hosted[adapter_name].initial_r for name, layer in self.layers.items()}
         self.initial_ranks = dict(ranks)
         self.allocator = self.freezer = None
         if self.rank is not None:
-            self.allocator = self.rank.build(ranks, total_steps, steps_per_epoch, self._peak_learning_rate())
+            limit = self.choice.cost_limit() if self.choice is not None else None
+            self.allocator = self.rank.build(ranks, total_steps, steps_per_epoch, self._peak_learning_rate(), limit)
         if self.freeze is not None:
+            self.freeze.check_sites(self.layers)
             self.freezer = self.freeze.build(self._trainable_projections(), total_steps, steps_per_epoch)
+            if self.choice is not None:
+                self.freezer.follow(list(self.choice.levels))
         self._why_masks_only = self._masks_only_reason()
         self._refuse_dead_start()
         self._emit_params()
@@ -141,8 +152,8 @@ class Controller:
                 self.freezer.observe(self.step - 1, self._gradients)
             if self.allocator is not None:
                 self._apply(self.allocator.after_step(self.step, self._factors()))
-            if self.freezer is not None:
-                self._freeze(self.freezer.decide(self.step - 1))
+        if self.freezer is not None and (not skipped or self._has_purse()):
+            self._freeze(self.freezer.decide(self.step - 1, self._allowance()))
         self._gradients, self._e_before = {}, {}
 
     def finish(self) -> None:
@@ -151,6 +162,9 @@ class Controller:
             return
         if self.allocator is not None:
             self._apply(self.allocator.finish(self.step, self._factors()))
+        # Before the diagonals are folded in: they were trained, and are part of what the run held.
+        self.final_params = self.trainable_params()
+        self.held_params = sum(p.numel() for p in adapter_parameters(self.model, self.adapter_name))
         for layer in self.layers.values():
             for e in layer.diagonals(self.adapter_name):
                 if e is not None:
@@ -167,6 +181,15 @@ class Controller:
     def average_params(self) -> float:
         """Mean over the steps so far of the parameters that were trainable in them (AFLoRA's figure)."""
         return self.param_steps / self.step if self.step else float(self.initial_params)
+
+    def figures(self) -> dict[str, float]:
+        """Measured adapter parameters: ``initial``, ``final``, ``average`` trainable, and ``held`` at the end."""
+        is_open = not self.is_finished
+        held = (
+            sum(p.numel() for p in adapter_parameters(self.model, self.adapter_name)) if is_open else self.held_params
+        )
+        final = self.trainable_params() if is_open else self.final_params
+        return {"initial": self.initial_params, "final": final, "average": self.average_params(), "held": held}
 
     def ranks(self) -> dict[str, int]:
         """Site name -> current rank."""
@@ -189,6 +212,8 @@ class Controller:
             "param_steps": self.param_steps,
             "initial_params": self.initial_params,
             "initial_ranks": self.initial_ranks,
+            "final_params": self.final_params,
+            "held_params": self.held_params,
             "is_finished": self.is_finished,
             "settings": self.fingerprint(),
             "ranks": self.ranks(),
@@ -218,6 +243,7 @@ class Controller:
             raise CheckpointError(f"checkpoint: it adapts other modules ({missing[0]!r} and {len(missing) - 1} more)")
         self.step, self.param_steps = meta["step"], meta["param_steps"]
         self.initial_params, self.initial_ranks = meta["initial_params"], meta["initial_ranks"]
+        self.final_params, self.held_params = meta["final_params"], meta["held_params"]
         for name, layer in self.layers.items():
             if meta["is_finished"]:
                 self._restore_finished(layer, meta["ranks"][name])
@@ -247,7 +273,8 @@ class Controller:
     def fingerprint(self) -> str:
         """Hash of the settings that decide: a resumed run must have the same."""
         sites = sorted(self.layers)
-        text = repr((self.rank, self.freeze, sites, self.adapter_name))
+        budget = self.choice.explanation[:1] if self.choice is not None else ()
+        text = repr((self.rank, self.freeze, sites, self.adapter_name, *budget))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def frozen(self) -> set[str]:
@@ -274,6 +301,29 @@ class Controller:
             for which, parameter in zip(PROJECTIONS, layer.factors(self.adapter_name))
         }
 
+    def _meet(self, budget: Budget, free: tuple[str, ...]) -> None:
+        """Choose the free settings for the sites and steps that there really are."""
+        sites = [Site(name, *layer.widths()) for name, layer in self.layers.items()]
+        ranks = {name: layer.hosted[self.adapter_name].initial_r for name, layer in self.layers.items()}
+        self.choice = solve(
+            budget, sites, ranks, rank=self.rank, freeze=self.freeze, ratio=None, total_steps=self.total_steps,
+            steps_per_epoch=self.steps_per_epoch, free=free,
+        )  # fmt: skip
+        self.rank, self.freeze = self.choice.rank, self.choice.freeze
+        reason = why_not_cuttable(self.optimizer)
+        if self.rank is not None and reason:
+            raise ConfigError("budget", str(budget), f"ranks cannot be cut: {reason}; use torch's AdamW, Adam or SGD")
+
+    def _has_purse(self) -> bool:
+        return self.choice is not None and self.choice.purse is not None
+
+    def _allowance(self) -> int | None:
+        if self.choice is None or self.choice.purse is None:
+            return None
+        trainable = self.trainable_params()
+        projections = sum(p.numel() for p in self._projections().values() if p.requires_grad)
+        return self.choice.purse.allowance(self.param_steps, trainable - projections, self.total_steps - self.step)
+
     def _peak_learning_rate(self) -> float | None:
         if self.optimizer is None:
             return None
@@ -283,9 +333,7 @@ class Controller:
         """Elements of every projection that trains at the start of the run, also when this is a resumed one."""
         found = {}
         for name, layer in self.layers.items():
-            for which, p, width in zip(
-                PROJECTIONS, layer.factors(self.adapter_name), (layer.in_features, layer.out_features)
-            ):
+            for which, p, width in zip(PROJECTIONS, layer.factors(self.adapter_name), layer.widths()):
                 if p.requires_grad:
                     found[f"{name}.{which}"] = layer.hosted[self.adapter_name].initial_r * width
         return found
@@ -299,7 +347,7 @@ class Controller:
         found = {}
         for name, layer in self.layers.items():
             A, B = layer.factors(self.adapter_name)
-            found[name] = Factors(name=name, A=A, e=layer.diagonals(self.adapter_name)[0], B=B)
+            found[name] = Factors(name=name, A=A, e=layer.rank_diagonal(self.adapter_name), B=B)
         return found
 
     def _check_not_stale(self) -> None:
@@ -316,11 +364,18 @@ class Controller:
         if stale:
             raise StaleAdapterError(
                 f"the tensors of {stale[0]!r} and {len(stale) - 1} more modules were replaced while a rank or freeze "
-                "method was at work. To resume, use trainer.train(resume_from_checkpoint=trimtab.last_checkpoint(dir)); "
+                "method was at work. To resume, use train(resume_from_checkpoint=trimtab.last_checkpoint(dir)); "
                 "to train on from a finished adapter, use PeftModel.from_pretrained(checkpoint, is_trainable=True)"
             )
 
     def _refuse_dead_start(self) -> None:
+        if self.freeze is not None and self.layers and not self._trains_to_the_end():
+            raise ConfigError(
+                "freeze.method",
+                self.freeze.method,
+                "nothing would be left to train once all projections froze; use aflora, whose vectors train on, or "
+                "train a head (modules_to_save)",
+            )
         for name, layer in self.layers.items():
             A, B = layer.factors(self.adapter_name)
             e, b = layer.diagonals(self.adapter_name)
@@ -331,6 +386,10 @@ class Controller:
                     name,
                     "two of A, e, B, b are all zero: no gradient can ever reach them; start at most one at zero",
                 )
+
+    def _trains_to_the_end(self) -> bool:
+        projections = {id(p) for p in self._projections().values()}
+        return any(p.requires_grad and id(p) not in projections for p in self.model.parameters())
 
     def _masks_only_reason(self) -> str | None:
         if self.rank is None:
@@ -417,7 +476,8 @@ class Controller:
             for name, keep in decision.keep.items():
                 layer = self.layers[name]
                 if not cut:
-                    layer.diagonals(self.adapter_name)[0].data.mul_(keep.to(layer.factors(self.adapter_name)[0].device))
+                    e = layer.rank_diagonal(self.adapter_name)
+                    e.data.mul_(keep.to(e.device))
                 elif not bool(keep.all()):
                     freed += prune_layer(layer, self.adapter_name, keep, self.optimizer)
         if cut:

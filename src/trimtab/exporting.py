@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ def export(
     return folder
 
 
-def lora_pairs(peft_model: PeftModel, adapter_name: str = "default") -> dict[str, tuple[Tensor, Tensor]]:
+def lora_pairs(peft_model: PeftModel, adapter_name: str = "default") -> Mapping[str, tuple[Tensor, Tensor]]:
     """Module name in the base model -> ``(A (r, in), B (out, r))`` with every scale inside B; rank 0 left out.
 
     Raises:
@@ -89,7 +90,7 @@ def lora_pairs(peft_model: PeftModel, adapter_name: str = "default") -> dict[str
         if isinstance(layer, TrimLayer) and layer.is_adaptive(adapter_name):
             A, B = layer.folded(adapter_name)
         else:
-            A, B = layer.lora_A[adapter_name].weight.detach(), layer.lora_B[adapter_name].weight.detach()
+            A, B = (cast(Tensor, part[adapter_name].weight).detach() for part in (layer.lora_A, layer.lora_B))
         B = B * layer.scaling[adapter_name]
         start = getattr(layer, "initial_factors", {}).get(adapter_name)
         if start is not None:
@@ -101,7 +102,7 @@ def lora_pairs(peft_model: PeftModel, adapter_name: str = "default") -> dict[str
 
 
 def _write_adapter(
-    peft_model: PeftModel, name: str, pairs: dict[str, tuple[Tensor, Tensor]], folder: Path, is_padded: bool
+    peft_model: PeftModel, name: str, pairs: Mapping[str, tuple[Tensor, Tensor]], folder: Path, is_padded: bool
 ) -> None:
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
@@ -172,6 +173,6 @@ def _export_merged(peft_model: PeftModel, name: str, folder: Path) -> Path:
         raise ExportError(f"export.format='merged': {kind} changes the function in a way that no weight holds")
     if any(layer.merged for layer in peft_model.modules() if hasattr(layer, "merged")):
         raise ExportError("export.format='merged': the adapter is merged already; call unmerge_adapter() first")
-    merged = copy.deepcopy(peft_model).merge_and_unload(adapter_names=[name], safe_merge=True)
+    merged = cast(Any, copy.deepcopy(peft_model)).merge_and_unload(adapter_names=[name], safe_merge=True)
     merged.save_pretrained(str(folder))
     return folder

@@ -16,7 +16,7 @@ import re
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .adapters.lowrank import delta_weight, fold, lowrank_delta
 from .errors import ConfigError, ModelError
-from .plans import Where
+from .plans import Budget, Where
 
 PROJECTIONS = ("lora_A", "lora_B")
 DIAGONALS = ("lora_e", "lora_b")
@@ -53,6 +53,8 @@ class TrimConfig(LoraConfig):
         where: a selection from `trimtab.select_layers` or a control; None adapts every layer.
         rank: `SalientLoRA(...)`, `AdaLoRA(...)`, `SoRA(...)`, or None for a fixed rank ``r``.
         freeze: `AFLoRA(...)`, `FreezeAt(...)`, or None.
+        budget: `Budget(final_params=…)` or `Budget(average_params=…)`; solved when training starts and its
+            length is known. ``budget_frees`` names what it may choose; the rest stays as set.
     Raises:
         ConfigError: a pair of settings that cannot work together.
     """
@@ -60,6 +62,10 @@ class TrimConfig(LoraConfig):
     where: Where | None = field(default=None, metadata={"help": "which layers are adapted"})
     rank: Any = field(default=None, metadata={"help": "rank method settings"})
     freeze: Any = field(default=None, metadata={"help": "freeze method settings"})
+    budget: Budget | None = field(default=None, metadata={"help": "one limit over ranks and freezing"})
+    budget_frees: tuple[str, ...] = field(
+        default=("rank.target_r", "freeze.ramp"), metadata={"help": "what the budget may choose"}
+    )
     is_at_work: bool = field(
         default=False, repr=False, metadata={"help": "set once layers of an adaptive adapter live"}
     )
@@ -68,7 +74,7 @@ class TrimConfig(LoraConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.is_at_work:
-            # PEFT's tools (add_weighted_adapter and the like) copy a config with dataclasses.replace, then read raw A, B.
+            # PEFT's tools (add_weighted_adapter …) copy a config with dataclasses.replace and then read raw A and B.
             raise ConfigError(
                 "adapter", "still adapting", "PEFT's adapter tools read raw A and B; call Controller.finish() first"
             )
@@ -85,7 +91,7 @@ class TrimConfig(LoraConfig):
         if self.where is not None:
             self.exclude_modules = excluding(self.where, self.exclude_modules)
         self._live: dict[str, list[tuple[weakref.ref[TrimLayer], str]]] = {}
-        self._register_custom_module({nn.Module: host})
+        self._register_custom_module(cast(Any, {nn.Module: host}))  # PEFT calls it; a class would do no more
 
     @property
     def is_adaptive(self) -> bool:
@@ -143,7 +149,7 @@ class TrimConfig(LoraConfig):
     def to_dict(self) -> dict[str, Any]:
         """Stock `LoraConfig` fields that describe the live layers: ranks, alphas and targets match the tensors."""
         out = {f.name: getattr(self, f.name) for f in dataclasses.fields(LoraConfig)}
-        out = {k: (dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v) for k, v in out.items()}
+        out = {k: (dataclasses.asdict(cast(Any, v)) if dataclasses.is_dataclass(v) else v) for k, v in out.items()}
         out.pop("runtime_config")  # as LoraConfig.to_dict does: it holds for one process only
         live = self.live_ranks()
         if live and self.where is not None:
@@ -205,24 +211,32 @@ class Hosted:
     """Tensors from elsewhere were loaded: a running controller's state no longer describes them."""
 
 
-class TrimLayer(LoraLayer):
+# At run time a mixin: each hosted class names its own PEFT layer after it.
+if TYPE_CHECKING:
+    _Mixed = PeftLinear
+else:
+    _Mixed = LoraLayer
+
+
+class TrimLayer(_Mixed):
     """Mixin over PEFT's LoRA layers: adds the diagonals e and b, ranks that change, projections that freeze."""
 
     adapter_layer_names = (*LoraLayer.adapter_layer_names, *DIAGONALS)
 
     lora_e: nn.ParameterDict
     lora_b: nn.ParameterDict
+    _active_adapter: str | list[str]
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
         if "lora_e" not in self._modules:  # PEFT walks adapter_layer_names inside super().update_layer
             self.lora_e, self.lora_b = nn.ParameterDict(), nn.ParameterDict()
             self.hosted: dict[str, Hosted] = {}
             self.initial_factors: dict[str, tuple[Tensor, Tensor]] = {}
-            self.frozen_peft_weight_names = {}
+            self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
             self.site_name = kwargs.get("target_name", "")
             self.register_state_dict_post_hook(_emit_plain_lora)
             self.register_load_state_dict_pre_hook(_accept_plain_lora)
-        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+        super().update_layer(adapter_name, r, lora_alpha=cast(int, lora_alpha), config=config, **kwargs)
         if not isinstance(config, TrimConfig):
             return
         config.hosts(self, adapter_name)
@@ -234,7 +248,7 @@ class TrimLayer(LoraLayer):
             self._become_adaptive(adapter_name, r, lora_alpha, config)
 
     def _become_adaptive(self, adapter_name: str, r: int, alpha: float, config: TrimConfig) -> None:
-        A, B = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+        A, B = self.factors(adapter_name)
         rank, freeze = config.rank, config.freeze
         wants_b = freeze is not None and freeze.needs_output_diagonal
         if rank is not None or wants_b:
@@ -246,11 +260,11 @@ class TrimLayer(LoraLayer):
         if rank is not None:  # where both meet, the rank method's start and scale win
             scale = rank.scale(alpha, r)
             if A.device.type != "meta":
-                rank.init_factors(A.data, e.data, B.data)
+                rank.init_factors(A.data, self.rank_diagonal(adapter_name).data, B.data)
         elif wants_b:
             scale = freeze.scale(alpha, r)
             if A.device.type != "meta":
-                freeze.init_factors(A.data, e.data, b.data, B.data)
+                freeze.init_factors(A.data, *(d.data for d in (e, b) if d is not None), B.data)
         self.hosted[adapter_name] = Hosted(scale, r)
         self._set_scale_and_rank(adapter_name, r)
         if freeze is not None and freeze.initially_frozen(self.site_name):
@@ -265,12 +279,25 @@ class TrimLayer(LoraLayer):
 
     def diagonals(self, adapter_name: str) -> tuple[nn.Parameter | None, nn.Parameter | None]:
         """The parameters ``(e, b)`` of shapes (r,) and (out,); None where there is none."""
-        e = self.lora_e[adapter_name] if adapter_name in self.lora_e else None
-        return e, (self.lora_b[adapter_name] if adapter_name in self.lora_b else None)
+        e = self.lora_e.get(adapter_name, None)
+        return e, (self.lora_b.get(adapter_name, None))
+
+    def rank_diagonal(self, adapter_name: str) -> nn.Parameter:
+        """``e`` of shape (r,), where there must be one."""
+        e, _ = self.diagonals(adapter_name)
+        assert e is not None, f"{self.site_name} has no rank diagonal"
+        return e
+
+    def widths(self) -> tuple[int, int]:
+        """(in_features, out_features) of the base layer."""
+        assert self.in_features is not None and self.out_features is not None
+        return self.in_features, self.out_features
 
     def factors(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """The raw parameters ``(A, B)`` of shapes (r, in) and (out, r)."""
-        return self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+        return cast(nn.Parameter, self.lora_A[adapter_name].weight), cast(
+            nn.Parameter, self.lora_B[adapter_name].weight
+        )
 
     def folded(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """The LoRA form ``(A', B')``, detached."""
@@ -292,7 +319,8 @@ class TrimLayer(LoraLayer):
     def resized(self, adapter_name: str) -> None:
         """Bring PEFT's bookkeeping in line after the factors' rank changed."""
         A, _ = self.factors(adapter_name)
-        self.lora_A[adapter_name].out_features = self.lora_B[adapter_name].in_features = A.shape[0]
+        cast(nn.Linear, self.lora_A[adapter_name]).out_features = A.shape[0]
+        cast(nn.Linear, self.lora_B[adapter_name]).in_features = A.shape[0]
         self._set_scale_and_rank(adapter_name, A.shape[0])
 
     def finish(self, adapter_name: str) -> None:
@@ -311,7 +339,7 @@ class TrimLayer(LoraLayer):
 
     def delete_adapter_here(self, adapter_name: str) -> None:
         """Forget the adapter in this layer only; which adapters are active elsewhere does not change."""
-        active = self._active_adapter
+        active: str | list[str] = self._active_adapter
         for attribute in (*self.adapter_layer_names, *self.other_param_names):
             holder = getattr(self, attribute)
             if adapter_name in holder:
@@ -483,7 +511,7 @@ def host(target: nn.Module, adapter_name: str, config: TrimConfig, **kwargs: Any
 def _bnb_layer(
     cls: type[nn.Module],
     target: nn.Module,
-    base: nn.Module,
+    base: Any,
     adapter_name: str,
     config: TrimConfig,
     kwargs: dict[str, Any],
@@ -526,10 +554,10 @@ def hosted_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, 
 
 def adapter_layers(model: nn.Module, adapter_name: str = "default") -> Iterator[tuple[str, LoraLayer]]:
     """Every LoRA layer that holds the adapter, adaptive or not, with its name in the base model."""
-    for name, module in peft_model_of(model).base_model.model.named_modules():
+    for name, module in peft_model_of(model).get_base_model().named_modules():
         if isinstance(module, LoraLayer) and adapter_name in module.lora_A:
             yield name, module
 
 
 def adapter_config(model: nn.Module, adapter_name: str = "default") -> LoraConfig:
-    return peft_model_of(model).peft_config[adapter_name]
+    return cast(LoraConfig, peft_model_of(model).peft_config[adapter_name])
