@@ -105,9 +105,7 @@ class Page:
         path.write_bytes(base64.b64decode(data))
 
     def pdf(self) -> bytes:
-        return base64.b64decode(
-            self.call("Page.printToPDF", printBackground=True, preferCSSPageSize=True)["data"]
-        )
+        return base64.b64decode(self.call("Page.printToPDF", printBackground=True, preferCSSPageSize=True)["data"])
 
     def close(self) -> None:
         self._process.terminate()

@@ -98,9 +98,7 @@ def where(mask: str = "011010", **scores: Any) -> dict[str, Any]:
     return {"method": "cka", "stacks": {"encoder.layer": mask}, "scores": found}
 
 
-def plan(
-    layers: int = 12, r: int = 15, prefix: str = "bert.encoder.layer", kinds: dict | None = None
-) -> Plan:
+def plan(layers: int = 12, r: int = 15, prefix: str = "bert.encoder.layer", kinds: dict | None = None) -> Plan:
     sites = [
         SitePlan(Site(f"{prefix}.{layer}.{kind}", i, o, "encoder.layer", layer, kind), r, r * (i + o))
         for layer in range(layers)
@@ -141,9 +139,7 @@ def full_run(
     }
     ranks = {s.name: r for s in sites}
     params = sum(r * size[name] for name in ranks)
-    history: list[dict[str, Any]] = [
-        {"event": "params", "step": 0, "trainable": params, "total_rank": r * len(sites)}
-    ]
+    history: list[dict[str, Any]] = [{"event": "params", "step": 0, "trainable": params, "total_rank": r * len(sites)}]
     at = [100 + round(500 * i / max(1, events - 1)) for i in range(events)]
     frozen_order = sorted(
         (f"{s.name}.lora_{ab}" for s in sites for ab in "AB"),
@@ -187,9 +183,7 @@ def full_run(
                 }
             )
             params = sum(ranks[n] * size[n] for n in ranks)
-            history.append(
-                {"event": "params", "step": event, "trainable": params, "total_rank": sum(ranks.values())}
-            )
+            history.append({"event": "params", "step": event, "trainable": params, "total_rank": sum(ranks.values())})
             history.append(
                 {
                     "event": "values",

@@ -51,9 +51,7 @@ def full(browser: Page, full_report: Path) -> Page:
 
 
 def scheme(page: Page, value: str, media: str = "") -> None:
-    page.call(
-        "Emulation.setEmulatedMedia", media=media, features=[{"name": "prefers-color-scheme", "value": value}]
-    )
+    page.call("Emulation.setEmulatedMedia", media=media, features=[{"name": "prefers-color-scheme", "value": value}])
 
 
 def test_every_chart_of_a_full_run_is_drawn_in_silence(full: Page) -> None:
@@ -113,10 +111,7 @@ def test_a_phone_needs_no_sideways_scroll_even_for_long_names(browser: Page, tmp
 
 
 def test_the_slider_moves_the_ranks_of_every_stack(browser: Page, tmp_path: Path) -> None:
-    ranks = [
-        {f"{stack}.block.{i}.q": 3 - s for stack in ("encoder", "decoder") for i in range(2)}
-        for s in range(3)
-    ]
+    ranks = [{f"{stack}.block.{i}.q": 3 - s for stack in ("encoder", "decoder") for i in range(2)} for s in range(3)]
     history = [{"event": "rank", "step": 10 * s, "kind": "mask", "ranks": now} for s, now in enumerate(ranks)]
     page = shown(browser, write(runs.write_run(tmp_path / "run", history=history)))
     page.evaluate("""(() => { const slider = document.querySelector('input[type=range]');
@@ -130,9 +125,7 @@ def test_runs_with_nan_or_a_single_point_draw_what_they_have(browser: Page, tmp_
     nan = float("nan")
     history = [{"event": "log", "step": s, "loss": v} for s, v in ((10, 0.7), (20, nan), (30, nan))]
     history += [{"event": "eval", "step": 30, "metrics": {"eval_accuracy": 0.5}}]
-    run = runs.write_run(
-        tmp_path / "run", history=history, where=runs.where(), metrics=runs.metrics(score=nan)
-    )
+    run = runs.write_run(tmp_path / "run", history=history, where=runs.where(), metrics=runs.metrics(score=nan))
     page = shown(browser, write(run))
     marks = page.evaluate(MARKS)
     assert marks["loss"] and marks["where-0"] and quiet(page)

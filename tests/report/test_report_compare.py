@@ -85,9 +85,7 @@ def test_a_missing_recipe_is_made_up_for_by_the_metrics(tmp_path: Path) -> None:
 
 
 def test_a_seed_without_a_score_is_left_out_of_the_mean_and_said(tmp_path: Path) -> None:
-    folders = [
-        runs.plain_run(tmp_path / f"s{s}", seed=s, score=v) for s, v in ((0, 0.5), (1, math.nan), (2, 0.7))
-    ]
+    folders = [runs.plain_run(tmp_path / f"s{s}", seed=s, score=v) for s, v in ((0, 0.5), (1, math.nan), (2, 0.7))]
     other = runs.plain_run(tmp_path / "other", where=CKA, score=0.4)
     table = compare([*folders, other])
     assert table.rows[0].scores == [0.5, None, 0.7] and table.rows[0].score == pytest.approx(0.6)
@@ -96,10 +94,7 @@ def test_a_seed_without_a_score_is_left_out_of_the_mean_and_said(tmp_path: Path)
 
 def test_a_gap_within_the_spread_of_the_seeds_is_called_so(tmp_path: Path) -> None:
     a = [runs.plain_run(tmp_path / f"a{s}", seed=s, score=0.60 + 0.02 * s, params=1000) for s in range(3)]
-    b = [
-        runs.plain_run(tmp_path / f"b{s}", seed=s, score=0.59 + 0.02 * s, params=500, where=CKA)
-        for s in range(3)
-    ]
+    b = [runs.plain_run(tmp_path / f"b{s}", seed=s, score=0.59 + 0.02 * s, params=500, where=CKA) for s in range(3)]
     assert "is 0.01 behind (within one standard deviation) with 50 %" in compare([*a, *b]).finding
 
 
@@ -129,19 +124,13 @@ def test_markdown_is_a_github_table_with_the_best_in_bold(tmp_path: Path) -> Non
     a = runs.plain_run(tmp_path / "a", score=0.91)
     b = runs.plain_run(tmp_path / "b", score=0.90, where=CKA)
     lines = compare([a, b]).as_markdown().splitlines()
-    assert lines[0].startswith("| run | matthews_correlation | seeds |") and lines[1].startswith(
-        "| --- | ---: |"
-    )
-    assert lines[2].startswith("| where=all | **0.91** | 1 |") and lines[3].startswith(
-        "| where=cka | 0.9 | 1 |"
-    )
+    assert lines[0].startswith("| run | matthews_correlation | seeds |") and lines[1].startswith("| --- | ---: |")
+    assert lines[2].startswith("| where=all | **0.91** | 1 |") and lines[3].startswith("| where=cka | 0.9 | 1 |")
     assert lines[5].startswith("`where=all` scored best")
 
 
 def test_json_is_strict_and_whole(tmp_path: Path) -> None:
-    table = compare(
-        [runs.plain_run(tmp_path / "a", score=math.nan), runs.full_run(tmp_path / "b", layers=2, events=2)]
-    )
+    table = compare([runs.plain_run(tmp_path / "a", score=math.nan), runs.full_run(tmp_path / "b", layers=2, events=2)])
     data = json.loads(json.dumps(table.to_json(), allow_nan=False))
     assert data["rows"][0]["score"] is None and data["rows"][1]["params"].keys() == {
         "initial",

@@ -45,9 +45,7 @@ def folder(tmp_path: Path, *history: dict, **pieces: object) -> Path:
 
 def test_importing_the_report_imports_neither_torch_nor_plotly() -> None:
     code = "import sys, trimtab.report; sys.exit(bool({'torch', 'plotly', 'pandas'} & set(sys.modules)))"
-    assert (
-        subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}).returncode == 0
-    )
+    assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}).returncode == 0
 
 
 def test_header_tells_what_the_run_was_and_what_came_out(tmp_path: Path) -> None:
@@ -84,8 +82,7 @@ def test_layer_profile_marks_chosen_and_undefined_layers(tmp_path: Path) -> None
     assert stack.undefined == [True, False, False, False, False, False]
     assert stack.chosen == [False, True, True, False, True, False]
     assert profile.finding == (
-        "CKA chose 3 of 6 layers (1, 2, 4): those that change their input most (lowest CKA); "
-        "1 layer undefined"
+        "CKA chose 3 of 6 layers (1, 2, 4): those that change their input most (lowest CKA); 1 layer undefined"
     )
     assert profile.how == "unbiased estimator, pool cls, 1,024 samples"
     assert profile.warnings == ["layer 0: one input row covers more than half of the samples"]
@@ -106,29 +103,23 @@ def test_a_selection_without_scores_still_shows_its_layers(tmp_path: Path) -> No
     profile = load(folder(tmp_path, where=where)).where
     assert profile is not None and not profile.has_scores
     assert (
-        profile.finding
-        == "Uniform chose 2 of 4 layers of encoder.block (0, 2) and 1 of 4 layers of decoder.block (3)"
+        profile.finding == "Uniform chose 2 of 4 layers of encoder.block (0, 2) and 1 of 4 layers of decoder.block (3)"
     )
     assert [stack.undefined for stack in profile.stacks] == [[False] * 4] * 2
 
 
 def test_losses_and_penalty_are_kept_apart(tmp_path: Path) -> None:
-    report = load(
-        folder(tmp_path, log(10, 0.8, penalty=0.05), log(20, 0.4, penalty=0.01), evaluation(20, loss=0.5))
-    )
+    report = load(folder(tmp_path, log(10, 0.8, penalty=0.05), log(20, 0.4, penalty=0.01), evaluation(20, loss=0.5)))
     assert report.loss is not None and report.penalty is not None
     assert report.loss.curves == [Curve("training", [10, 20], [0.8, 0.4]), Curve("evaluation", [20], [0.5])]
     assert (
-        report.loss.finding
-        == "Training loss fell from 0.8 to 0.4; evaluation loss was 0.5 at step 20, the only point"
+        report.loss.finding == "Training loss fell from 0.8 to 0.4; evaluation loss was 0.5 at step 20, the only point"
     )
     assert report.penalty.curves == [Curve("penalty", [10, 20], [0.05, 0.01])]
 
 
 def test_score_names_its_best_evaluation(tmp_path: Path) -> None:
-    history = [
-        evaluation(s, matthews_correlation=v, runtime=1.0) for s, v in ((10, 0.2), (20, 0.6), (30, 0.5))
-    ]
+    history = [evaluation(s, matthews_correlation=v, runtime=1.0) for s, v in ((10, 0.2), (20, 0.6), (30, 0.5))]
     score = load(folder(tmp_path, *history, metrics=runs.metrics())).score
     assert score is not None
     assert score.finding == "matthews_correlation rose from 0.2 to 0.5; best 0.6 at step 20"
@@ -149,10 +140,7 @@ def test_a_loss_that_stops_being_a_number_is_said_and_drawn_as_a_gap(tmp_path: P
 
 def test_a_single_overflow_is_counted(tmp_path: Path) -> None:
     report = load(folder(tmp_path, log(10, 0.8), log(20, math.nan), log(30, 0.4)))
-    assert (
-        report.loss is not None
-        and report.loss.finding == "Training loss fell from 0.8 to 0.4 (no number at 1 step)"
-    )
+    assert report.loss is not None and report.loss.finding == "Training loss fell from 0.8 to 0.4 (no number at 1 step)"
 
 
 def test_a_score_that_is_not_a_number_is_a_warning(tmp_path: Path) -> None:
@@ -163,12 +151,9 @@ def test_a_score_that_is_not_a_number_is_a_warning(tmp_path: Path) -> None:
 
 def test_average_parameters_weigh_each_count_by_its_steps(tmp_path: Path) -> None:
     counts = [
-        {"event": "params", "step": s, "trainable": n, "total_rank": 1}
-        for s, n in ((0, 1000), (20, 600), (50, 100))
+        {"event": "params", "step": s, "trainable": n, "total_rank": 1} for s, n in ((0, 1000), (20, 600), (50, 100))
     ]
-    report = load(
-        folder(tmp_path, *counts, log(100, 0.5))
-    )  # no metrics.json: (20·1000 + 30·600 + 50·100) / 100
+    report = load(folder(tmp_path, *counts, log(100, 0.5)))  # no metrics.json: (20·1000 + 30·600 + 50·100) / 100
     assert report.header.params == {"initial": 1000, "final": 100, "average": 430.0}
     assert report.trainable is not None
     assert (report.trainable.steps, report.trainable.params) == ([0, 20, 50, 100], [1000, 600, 100, 100])
@@ -218,10 +203,13 @@ def test_prunes_are_counted_from_the_rank_at_the_start_and_masks_are_none(tmp_pa
     assert found is not None
     assert [(row.step, row.kept, row.removed) for row in found.rows] == [(10, 6, 2), (30, 3, 3)]
     assert found.freed == {"parameters": 1536, "gradients": 1536, "moments": 3072}
-    assert (
-        found.finding
-        == "2 prunes freed 6.0 KiB: 1.5 KiB of parameters, 1.5 KiB of gradients and 3.0 KiB of moments"
-    )
+    assert found.finding == "2 prunes freed 6.0 KiB: 1.5 KiB of parameters, 1.5 KiB of gradients and 3.0 KiB of moments"
+
+
+def test_a_prune_that_found_nothing_to_cut_is_not_counted(tmp_path: Path) -> None:
+    start = {"event": "params", "step": 0, "trainable": 128, "total_rank": 8}
+    report = load(folder(tmp_path, start, ranks(10, 4, 4, parameters=0, gradients=0, moments=0)))
+    assert report.prunes is None and report.ranks is not None
 
 
 def test_rank_diagonals_become_bands_and_falling_spectra(tmp_path: Path) -> None:
@@ -305,9 +293,7 @@ def test_everything_is_strict_json(tmp_path: Path) -> None:
 def test_a_run_that_only_wrote_its_recipe_has_a_report(tmp_path: Path) -> None:
     report = load(runs.write_run(tmp_path / "run", recipe=runs.recipe()))
     assert (
-        report.header.model == "sentence-transformers/all-MiniLM-L6-v2"
-        and report.loss is None
-        and report.where is None
+        report.header.model == "sentence-transformers/all-MiniLM-L6-v2" and report.loss is None and report.where is None
     )
     assert report.notes == ["This run is not finished (no metrics.json). The history ends at step 0."]
 

@@ -112,9 +112,7 @@ def test_every_colour_is_a_variable_of_the_style_sheet(tmp_path: Path) -> None:
         for chart in s.charts
         for c in re.findall(r'"(--[\w-]+)"', json.dumps([chart.data, chart.layout]))
     }
-    used |= {
-        key.color for s in every_section(tmp_path / "again") for chart in s.charts for key in chart.legend
-    }
+    used |= {key.color for s in every_section(tmp_path / "again") for chart in s.charts for key in chart.legend}
     assert used and all(f"{name}:" in css for name in used)
 
 

@@ -163,8 +163,7 @@ def grid_layout(grid: Grid, characters: int) -> Spec:
     layout["xaxis"] |= {"dtick": tick_step(len(grid.layers)), "showgrid": False, "ticks": ""}
     # Names as wide as a phone would leave no room for the cells; the hover and the table have them whole.
     names = [
-        label if len(label) <= 24 else f"{label[:11].rstrip('.')}…{label[-12:].lstrip('.')}"
-        for label in grid.labels
+        label if len(label) <= 24 else f"{label[:11].rstrip('.')}…{label[-12:].lstrip('.')}" for label in grid.labels
     ]
     layout["yaxis"] |= {
         "autorange": "reversed",

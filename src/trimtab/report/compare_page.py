@@ -60,13 +60,7 @@ def _score(table: CompareTable) -> Section | None:
     labels = [(row.name, row.score_text) for row in rows]
     at = _heights(labels)
     data: list[Spec] = []
-    dots = [
-        (y, score)
-        for y, row in zip(at, rows)
-        if len(row.scores) > 1
-        for score in row.scores
-        if score is not None
-    ]
+    dots = [(y, score) for y, row in zip(at, rows) if len(row.scores) > 1 for score in row.scores if score is not None]
     if dots:
         data.append(
             {
@@ -99,9 +93,7 @@ def _score(table: CompareTable) -> Section | None:
     data.append(mean)
     layout = _named_layout(labels, at, table.metric)
     # A score has no natural zero; some room at both ends keeps the marks whole.
-    ends = [(row.score or 0) + sign * (row.score_sd or 0) for row in rows for sign in (-1, 1)] + [
-        x for _, x in dots
-    ]
+    ends = [(row.score or 0) + sign * (row.score_sd or 0) for row in rows for sign in (-1, 1)] + [x for _, x in dots]
     room = 0.08 * (max(ends) - min(ends)) or 0.01 * (abs(ends[0]) or 1)
     layout["xaxis"]["range"] = [min(ends) - room, max(ends) + room]
     means = [row.score or 0.0 for row in rows]
@@ -110,14 +102,8 @@ def _score(table: CompareTable) -> Section | None:
         if min(means) < max(means)
         else f"is {number(means[0])}" + (" for all" if len(means) > 1 else "")
     )
-    cells = [
-        [row.name, row.score_text, *([", ".join(map(number, row.scores))] if dots else [])] for row in rows
-    ]
-    legend = (
-        [Key("mean ± standard deviation", "--accent", "dot"), Key("one seed", "--third", "ring")]
-        if dots
-        else []
-    )
+    cells = [[row.name, row.score_text, *([", ".join(map(number, row.scores))] if dots else [])] for row in rows]
+    legend = [Key("mean ± standard deviation", "--accent", "dot"), Key("one seed", "--third", "ring")] if dots else []
     return Section(
         "score",
         "score",
@@ -133,14 +119,10 @@ def _params(table: CompareTable) -> Section | None:
         return None
     labels = [(row.name, _params_text(row)) for row in rows]
     at = _heights(labels)
-    moving = [
-        (row, y) for row, y in zip(rows, at) if row.params["initial"] not in (None, row.params["final"])
-    ]
+    moving = [(row, y) for row, y in zip(rows, at) if row.params["initial"] not in (None, row.params["final"])]
     data: list[Spec] = []
     if moving:
-        data.append(
-            _bar([row.params["initial"] for row, _ in moving], [y for _, y in moving], "--band", "initial")
-        )
+        data.append(_bar([row.params["initial"] for row, _ in moving], [y for _, y in moving], "--band", "initial"))
     data.append(_bar([row.params["final"] for row in rows], at, "--accent", "final"))
     averaged = [(row.params["average"], y) for row, y in moving if row.params["average"] is not None]
     if averaged:
@@ -180,9 +162,7 @@ def _params(table: CompareTable) -> Section | None:
 
 def _params_text(row: CompareRow) -> str:
     initial, final = row.params["initial"], row.params["final"]
-    return (
-        short_count(final) if initial in (final, None) else f"{short_count(initial)} → {short_count(final)}"
-    )
+    return short_count(final) if initial in (final, None) else f"{short_count(initial)} → {short_count(final)}"
 
 
 def _cost(
@@ -219,9 +199,7 @@ def _cost(
     )
 
 
-def _over_steps(
-    rows: list[CompareRow], axis: str, what: str | None, curves: list[Curve | None]
-) -> Section | None:
+def _over_steps(rows: list[CompareRow], axis: str, what: str | None, curves: list[Curve | None]) -> Section | None:
     known = [(row.name, curve) for row, curve in zip(rows, curves) if curve and curve.steps]
     is_count = axis == "params"
     if not known or what is None or (is_count and all(len(set(curve.values)) == 1 for _, curve in known)):
@@ -239,11 +217,7 @@ def _over_steps(
     if ends:
         (low, low_name), (high, high_name) = min(ends), max(ends)
         heading = f"{what} at the last evaluation" if not is_count else f"{what} at the last step"
-        heading += (
-            f": {form(low)} (`{low_name}`) to {form(high)} (`{high_name}`)"
-            if low < high
-            else f": {form(low)}"
-        )
+        heading += f": {form(low)} (`{low_name}`) to {form(high)} (`{high_name}`)" if low < high else f": {form(low)}"
     tables = [
         shortened(
             ["step", name],

@@ -135,25 +135,18 @@ def compare(run_folders: Iterable[str | Path], out_html: str | Path | None = Non
     folders = [Path(folder) for folder in run_folders]
     if not folders:
         raise DataError("compare: no run folder given; name at least one")
-    twice = next(
-        (f for i, f in enumerate(folders) if f.resolve() in {g.resolve() for g in folders[:i]}), None
-    )
+    twice = next((f for i, f in enumerate(folders) if f.resolve() in {g.resolve() for g in folders[:i]}), None)
     if twice is not None:
         raise DataError(f"compare: run folder {str(twice)!r} is given twice")
     runs = [read(folder) for folder in folders]
     groups: dict[str, list[RunFolder]] = {}
     for run in runs:
-        key = json.dumps(
-            {k: v for k, v in settings_of(run).items() if k not in SAME_RUN}, sort_keys=True, default=str
-        )
+        key = json.dumps({k: v for k, v in settings_of(run).items() if k not in SAME_RUN}, sort_keys=True, default=str)
         groups.setdefault(key, []).append(run)
-    settings = [
-        {k: v for k, v in settings_of(group[0]).items() if k not in SAME_RUN} for group in groups.values()
-    ]
+    settings = [{k: v for k, v in settings_of(group[0]).items() if k not in SAME_RUN} for group in groups.values()]
     names = _unique(names_of(settings), [group[0].path for group in groups.values()])
     rows = [
-        _row(name, group, differing)
-        for name, group, differing in zip(names, groups.values(), _differing(settings))
+        _row(name, group, differing) for name, group, differing in zip(names, groups.values(), _differing(settings))
     ]
     table = _table(rows)
     if out_html is not None:
@@ -248,16 +241,10 @@ def _row(name: str, group: list[RunFolder], settings: dict[str, Any]) -> Compare
         score_sd=statistics.stdev(known) if len(known) > 1 else None,
         params={k: _mean(h.params[k] for h in headers) for k in ("initial", "final", "average")},
         seconds=_mean(h.seconds for h in headers),
-        peak_memory_bytes=max(
-            (h.peak_memory_bytes for h in headers if h.peak_memory_bytes is not None), default=None
-        ),
+        peak_memory_bytes=max((h.peak_memory_bytes for h in headers if h.peak_memory_bytes is not None), default=None),
         settings=settings,
-        score_curve=_mean_curve(
-            [c.curves[0] for run in group if (c := score_curve(run, metric))], metric or "score"
-        ),
-        params_curve=_mean_curve(
-            [_params_curve(run, h) for run, h in zip(group, headers)][:1], "trainable parameters"
-        ),
+        score_curve=_mean_curve([c.curves[0] for run in group if (c := score_curve(run, metric))], metric or "score"),
+        params_curve=_mean_curve([_params_curve(run, h) for run, h in zip(group, headers)][:1], "trainable parameters"),
     )
 
 

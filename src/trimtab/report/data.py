@@ -156,9 +156,7 @@ def header_of(run: RunFolder) -> Header:
     where = run.where or (run.plan.where if run.plan else None)
     seed = metrics.get("seed", recipe.get("seed"))
     return Header(
-        model=_name(metrics.get("model"))
-        or _name(recipe.get("model"))
-        or (run.plan.model if run.plan else None),
+        model=_name(metrics.get("model")) or _name(recipe.get("model")) or (run.plan.model if run.plan else None),
         task=_name(metrics.get("task")) or _name(recipe.get("task")),
         metric=metric,
         score=finite(raw),
@@ -212,30 +210,22 @@ def profile(run: RunFolder) -> Profile | None:
     for stack in stacks:
         chosen = [i for i, is_chosen in enumerate(stack.chosen) if is_chosen]
         of = f"{len(chosen)} of {plural(len(stack.chosen), 'layer')}"
-        named = (
-            f" ({ranges(chosen)})" if len(ranges(chosen)) <= 24 else ""
-        )  # the chart shows a longer list better
+        named = f" ({ranges(chosen)})" if len(ranges(chosen)) <= 24 else ""  # the chart shows a longer list better
         parts.append(
-            f"{of}{f' of {stack.stack}' if len(stacks) > 1 else ''}{named}"
-            if chosen
-            else f"no layer of {stack.stack}"
+            f"{of}{f' of {stack.stack}' if len(stacks) > 1 else ''}{named}" if chosen else f"no layer of {stack.stack}"
         )
     why = ": those that change their input most (lowest CKA)" if by_stack and where.method == "cka" else ""
     n_undefined = sum(sum(stack.undefined) for stack in stacks)
     tail = f"; {plural(n_undefined, 'layer')} undefined" if n_undefined else ""
     method = where.method.upper() if where.method == "cka" else sentence(where.method)
     finding = f"{method} chose {' and '.join(parts)}{why}{tail}"
-    return Profile(
-        finding, where.method, how, bool(by_stack), stacks, [str(w) for w in scores.get("warnings") or ()]
-    )
+    return Profile(finding, where.method, how, bool(by_stack), stacks, [str(w) for w in scores.get("warnings") or ()])
 
 
 def losses(run: RunFolder) -> Curves | None:
     """The task loss in training and in evaluation; the penalty is not in it."""
     train = _curve("training", run.of("log"), "loss")
-    held_out = _curve(
-        "evaluation", [{"step": e["step"], **e["metrics"]} for e in run.of("eval")], "eval_loss"
-    )
+    held_out = _curve("evaluation", [{"step": e["step"], **e["metrics"]} for e in run.of("eval")], "eval_loss")
     curves = [curve for curve in (train, held_out) if curve.steps]
     if not curves:
         return None
@@ -255,8 +245,7 @@ def score_curve(run: RunFolder, metric: str | None) -> Curves | None:
     if metric is None:
         return None
     bare = [
-        {"step": e["step"], **{k.removeprefix("eval_"): v for k, v in e["metrics"].items()}}
-        for e in run.of("eval")
+        {"step": e["step"], **{k.removeprefix("eval_"): v for k, v in e["metrics"].items()}} for e in run.of("eval")
     ]
     curve = _curve(metric, bare, metric)
     if not curve.steps:
@@ -264,9 +253,7 @@ def score_curve(run: RunFolder, metric: str | None) -> Curves | None:
     known = [(value, step) for value, step in zip(curve.values, curve.steps) if value is not None]
     finding = _told(metric, curve)
     if len(known) > 1:
-        best, step = (
-            min(known) if lower_is_better(metric) else max(known, key=lambda pair: (pair[0], -pair[1]))
-        )
+        best, step = min(known) if lower_is_better(metric) else max(known, key=lambda pair: (pair[0], -pair[1]))
         finding += f"; best {number(best)} at step {count(step)}"
     return Curves(finding, [curve])
 
@@ -313,9 +300,7 @@ def step_times(run: RunFolder) -> Curves | None:
     if len(values) < 5:
         finding = f"A step took {duration(statistics.median(values))}"
     else:
-        finding = (
-            f"A step took {duration(first)} in the first fifth of the run and {duration(last)} in the last"
-        )
+        finding = f"A step took {duration(first)} in the first fifth of the run and {duration(last)} in the last"
         finding += f" ({change(first, last)})" if change(first, last) else ""
     return Curves(finding, [Curve("seconds per step", steps, list(values))])
 
@@ -367,9 +352,7 @@ def _params(run: RunFolder) -> dict[str, float | None]:
 def _notes(run: RunFolder, header: Header) -> list[str]:
     notes = []
     if not header.is_finished:
-        notes.append(
-            f"This run is not finished (no metrics.json). The history ends at step {count(header.steps)}."
-        )
+        notes.append(f"This run is not finished (no metrics.json). The history ends at step {count(header.steps)}.")
     if header.score_is_nan:
         notes.append(f"The score ({header.metric}) is not a number.")
     if run.plan:

@@ -35,9 +35,7 @@ def write(run_folder: str | Path) -> Path:
     """
     report = load(run_folder)
     path = Path(run_folder) / "report.html"
-    metrics = [
-        (name, words.number(value) if value is not None else "not a number") for name, value in report.metrics
-    ]
+    metrics = [(name, words.number(value) if value is not None else "not a number") for name, value in report.metrics]
     save(
         path,
         page(
@@ -120,9 +118,7 @@ def page(template: str, title: str, body: list[Section], **context: Any) -> str:
 
 def embed(data: Any) -> str:
     """Strict JSON that cannot end the script element it stands in."""
-    return json.dumps(data, allow_nan=False, separators=(",", ":"), ensure_ascii=False).replace(
-        "<", "\\u003c"
-    )
+    return json.dumps(data, allow_nan=False, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
 
 
 def save(path: Path, text: str) -> None:

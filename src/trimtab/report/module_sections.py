@@ -33,9 +33,7 @@ def ranks_section(section: Ranks) -> Section:
         subtitle = grid.stack if several else ""
         frames = [grid.cells(dict(ranks)) for ranks in section.ranks]
         cells_drawn = heat(grid, frames[-1], "rank", 0, section.highest, "--heat")
-        labels = [
-            f"step {count(s)} · {plural(t, 'rank')} kept" for s, t in zip(section.steps, section.totals)
-        ]
+        labels = [f"step {count(s)} · {plural(t, 'rank')} kept" for s, t in zip(section.steps, section.totals)]
         control = Control("range", "Event", labels, [[{"z": cells}] for cells in frames], len(frames) - 1)
         scale = Scale("rank", "0", str(section.highest), "--heat")
         moves = len(frames) > 1
@@ -132,10 +130,7 @@ def budget_section(section: Budget, end: int) -> Section:
         )
     layout = step_layout("total rank", end)
     layout["yaxis"]["rangemode"] = "tozero"
-    rows = [
-        [count(step), count(b), count(kept)]
-        for step, b, kept in zip(section.steps, section.budget, section.kept)
-    ]
+    rows = [[count(step), count(b), count(kept)] for step, b, kept in zip(section.steps, section.budget, section.kept)]
     return Section(
         "budget",
         "rank",
@@ -221,7 +216,10 @@ def prunes_section(section: Prunes) -> Section:
                 "hovertemplate": f"by step %{{x}}: %{{customdata}}<extra>{kind}</extra>",
             }
         )
-    layout = base_layout("prune at step", f"freed so far ({unit})") | {"barmode": "stack", "bargap": 0.15}
+    layout = base_layout("prune at step", f"freed so far ({unit})") | {
+        "barmode": "stack",
+        "bargap": 0.15 if len(steps) > 4 else 0.7,
+    }
     layout["xaxis"] |= {"type": "category", "showgrid": False, "nticks": 12, "tickangle": 0}
     rows = [
         [
@@ -291,11 +289,7 @@ def freeze_section(section: Freezes) -> Section:
             "hovertemplate": "%{y}, layer %{x}: %{customdata}<extra></extra>",
             "text": [
                 [
-                    ""
-                    if name is None
-                    else "end"
-                    if section.frozen_at[name] is None
-                    else str(section.frozen_at[name])
+                    "" if name is None else "end" if section.frozen_at[name] is None else str(section.frozen_at[name])
                     for name in row
                 ]
                 for row in grid.names
@@ -314,14 +308,9 @@ def freeze_section(section: Freezes) -> Section:
             )
         )
     ratio = [(s, r) for s, r in zip(section.steps, section.trainable_ratio) if r is not None]
-    rows = [
-        [name, "trained to the end" if step is None else count(step)]
-        for name, step in section.frozen_at.items()
-    ]
+    rows = [[name, "trained to the end" if step is None else count(step)] for name, step in section.frozen_at.items()]
     tables = [Table(["matrix", "froze at step"], rows)]
     if ratio:
-        tables.append(
-            shortened(["step", "share still trained"], [[count(s), f"{100 * r:.1f} %"] for s, r in ratio])
-        )
+        tables.append(shortened(["step", "share still trained"], [[count(s), f"{100 * r:.1f} %"] for s, r in ratio]))
     note = "Darker means frozen later; the darkest trained to the end. A and B are an adapter's two factors."
     return Section("freeze", "freeze", section.finding, charts, tables, [note])

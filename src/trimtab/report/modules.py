@@ -186,20 +186,14 @@ def values(run: RunFolder) -> Values | None:
         }
         for e in shown
     ]
-    bands: dict[str, list[float]] = {
-        k: [] for k in ("largest", "upper tenth", "median", "lower tenth", "zero_ratio")
-    }
+    bands: dict[str, list[float]] = {k: [] for k in ("largest", "upper tenth", "median", "lower tenth", "zero_ratio")}
     for frame in falling:
         entries = sorted(x for entries in frame.values() for x in entries)
         alive = [x for x in entries if x > 0] or [0.0]
         for name, at in (("largest", 1.0), ("upper tenth", 0.9), ("median", 0.5), ("lower tenth", 0.1)):
             bands[name].append(_round(alive[min(len(alive) - 1, int(at * len(alive)))]))
         bands["zero_ratio"].append(_round(1 - len([x for x in entries if x > 0]) / max(1, len(entries))))
-    method = (
-        str((run.recipe.get("rank") or {}).get("method", ""))
-        if isinstance(run.recipe.get("rank"), dict)
-        else ""
-    )
+    method = str((run.recipe.get("rank") or {}).get("method", "")) if isinstance(run.recipe.get("rank"), dict) else ""
     noun = {"sora": "gate", "salientlora": "singular value", "adalora": "singular value"}.get(
         method, "rank diagonal entry"
     )
@@ -210,12 +204,8 @@ def values(run: RunFolder) -> Values | None:
         finding = f"The median {noun} {moved(first, last)} " + (
             f"from {number(first)} to {number(last)}" if first != last else f"at {number(last)}"
         )
-    finding += (
-        f"; {100 * bands['zero_ratio'][-1]:.0f} % are zero at the end" if bands["zero_ratio"][-1] else ""
-    )
-    by_site = {
-        bare(name): [[_round(x) for x in frame[name][:longest]] for frame in falling] for name in sites
-    }
+    finding += f"; {100 * bands['zero_ratio'][-1]:.0f} % are zero at the end" if bands["zero_ratio"][-1] else ""
+    by_site = {bare(name): [[_round(x) for x in frame[name][:longest]] for frame in falling] for name in sites}
     return Values(finding, noun, [e["step"] for e in shown], bands, by_site)
 
 
@@ -228,14 +218,10 @@ def prunes(run: RunFolder) -> Prunes | None:
         kept = sum(int(r) for r in event["ranks"].values() if finite(r) is not None)
         if event.get("kind") == "prune":
             freed = event.get("freed") or {}
-            rows.append(
-                Prune(
-                    event["step"],
-                    kept,
-                    max(0, (before if before is not None else kept) - kept),
-                    {k: int(finite(freed.get(k)) or 0) for k in ("parameters", "gradients", "moments")},
-                )
-            )
+            sizes = {k: int(finite(freed.get(k)) or 0) for k in ("parameters", "gradients", "moments")}
+            removed = max(0, before - kept) if before is not None else 0
+            if removed or any(sizes.values()):  # an event may find nothing to cut
+                rows.append(Prune(event["step"], kept, removed, sizes))
             before = kept
     if not rows:
         return None
@@ -251,9 +237,7 @@ def freezes(run: RunFolder) -> Freezes | None:
     events = run.of("freeze")
     if not events:
         return None
-    matrices = (
-        [f"{s.site.name}.{ab}" for s in run.plan.sites for ab in ("lora_A", "lora_B")] if run.plan else []
-    )
+    matrices = [f"{s.site.name}.{ab}" for s in run.plan.sites for ab in ("lora_A", "lora_B")] if run.plan else []
     frozen_at: dict[str, int | None] = dict.fromkeys(matrices)
     for event in events:
         for name in map(bare, map(str, event["frozen"])):
@@ -296,9 +280,7 @@ def grids_of(run: RunFolder, names: Iterable[str]) -> list[Grid]:
             kind += matrix[2] if matrix else ""
         else:
             parts = re.fullmatch(r"(.*?)\.(\d+)\.(.*)", name)
-            stack, layer, kind = (
-                (parts[1], int(parts[2]), parts[3]) if parts else ("outside the layers", 0, name)
-            )
+            stack, layer, kind = (parts[1], int(parts[2]), parts[3]) if parts else ("outside the layers", 0, name)
         stacks.setdefault(stack, {})[kind, layer] = name
     grids = []
     for stack, cells in stacks.items():

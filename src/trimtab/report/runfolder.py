@@ -65,9 +65,7 @@ def read(folder: str | Path) -> RunFolder:
     if not path.is_dir():
         raise DataError(f"run folder {str(path)!r}: no such folder")
     if not any((path / name).is_file() for name in FILES):
-        raise DataError(
-            f"run folder {str(path)!r}: holds none of {', '.join(FILES)}; is it a run's output_dir?"
-        )
+        raise DataError(f"run folder {str(path)!r}: holds none of {', '.join(FILES)}; is it a run's output_dir?")
     notes: list[str] = []
     events: dict[str, list[dict[str, Any]]] = {}
     for event in _history(path / "history.jsonl", notes):
@@ -108,9 +106,7 @@ def _history(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
         name, wanted = NEEDED[kind]
         if not _is_count(event.get("step")) or not isinstance(event.get(name), wanted):
             if kind != "log":  # Trainer also logs rows without a loss (its closing summary)
-                notes.append(
-                    f"{path.name} line {line}: {kind} event without a usable step or {name}, skipped"
-                )
+                notes.append(f"{path.name} line {line}: {kind} event without a usable step or {name}, skipped")
             continue
         yield event
 
@@ -174,9 +170,7 @@ def _where(data: dict[str, Any]) -> Where:
         layers = len(where.stacks.get(stack, ""))
         for name in ("cka", "undefined"):
             if layers and len(scores.get(name, [])) != layers:
-                raise ValueError(
-                    f"stack {stack!r}: {len(scores.get(name, []))} values of {name!r}, mask of {layers}"
-                )
+                raise ValueError(f"stack {stack!r}: {len(scores.get(name, []))} values of {name!r}, mask of {layers}")
     return where
 
 

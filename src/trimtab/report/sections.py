@@ -34,8 +34,7 @@ def sections(report: Report) -> list[Section]:
         report.values and values_section(report.values, end),
         report.prunes and prunes_section(report.prunes),
         report.freeze and freeze_section(report.freeze),
-        report.step_times
-        and _curves("step-times", "time", report.step_times, end, "seconds per step", from_zero=True),
+        report.step_times and _curves("step-times", "time", report.step_times, end, "seconds per step", from_zero=True),
     )
     return [section for section in made if section]
 
@@ -63,9 +62,7 @@ def _where(profile: Profile) -> Section:
             value = f"{NOTHING} (undefined)" if undefined else number(cka)
             rows.append([name, *([value] if profile.has_scores else []), "yes" if chosen else "no"])
     columns = ["layer", *(["CKA"] if profile.has_scores else []), "chosen"]
-    return Section(
-        "where", "where", profile.finding, charts, [Table(columns, rows)], notes + profile.warnings
-    )
+    return Section("where", "where", profile.finding, charts, [Table(columns, rows)], notes + profile.warnings)
 
 
 def _profile(stack: StackProfile, has_scores: bool) -> tuple[list[Spec], Spec, list[Key]]:
@@ -78,13 +75,7 @@ def _profile(stack: StackProfile, has_scores: bool) -> tuple[list[Spec], Spec, l
     }
     groups: dict[str, list[int]] = {name: [] for name in looks}
     for layer, (undefined, chosen) in enumerate(zip(stack.undefined, stack.chosen)):
-        name = (
-            ("undefined, chosen" if chosen else "undefined")
-            if undefined
-            else "chosen"
-            if chosen
-            else "not chosen"
-        )
+        name = ("undefined, chosen" if chosen else "undefined") if undefined else "chosen" if chosen else "not chosen"
         groups[name].append(layer)
     data: list[Spec] = []
     for name, layers in groups.items():
@@ -136,9 +127,7 @@ def _curves(id: str, axis: str, section: Curves, end: int, y: str, from_zero: bo
     if len(seen) == 1:  # around a single value Plotly would show one unit up and down, whatever its size
         layout["yaxis"]["range"] = sorted([0, 1.25 * (seen.pop() or 1)])
     tables = [_curve_table(curve) for curve in section.curves]
-    return Section(
-        id, axis, section.finding, [Chart(id, section.finding, data, layout, legend=keys(data))], tables
-    )
+    return Section(id, axis, section.finding, [Chart(id, section.finding, data, layout, legend=keys(data))], tables)
 
 
 def _curve_table(curve: Curve) -> Table:
