@@ -178,7 +178,7 @@ def values_section(section: Values, end: int) -> Section:
         ]
         for i, s in enumerate(section.steps)
     ]
-    note = f"Magnitudes |e| of the {section.noun}s; median and tenths are over those that are not zero."
+    note = f"Magnitudes |e| of the {section.nouns}; median and tenths are over those that are not zero."
     return Section(
         "values",
         "rank",

@@ -68,6 +68,7 @@ class Values:
 
     finding: str
     noun: str
+    nouns: str
     steps: list[int]
     bands: dict[str, list[float]]
     """``largest``, ``upper tenth``, ``median``, ``lower tenth`` over all modules, and ``zero_ratio``."""
@@ -194,9 +195,9 @@ def values(run: RunFolder) -> Values | None:
             bands[name].append(_round(alive[min(len(alive) - 1, int(at * len(alive)))]))
         bands["zero_ratio"].append(_round(1 - len([x for x in entries if x > 0]) / max(1, len(entries))))
     method = str((run.recipe.get("rank") or {}).get("method", "")) if isinstance(run.recipe.get("rank"), dict) else ""
-    noun = {"sora": "gate", "salientlora": "singular value", "adalora": "singular value"}.get(
-        method, "rank diagonal entry"
-    )
+    nouns = {"sora": ("gate", "gates"), "salientlora": ("singular value", "singular values")}
+    nouns["adalora"] = nouns["salientlora"]
+    noun, plural_noun = nouns.get(method, ("rank diagonal entry", "rank diagonal entries"))
     first, last = bands["median"][0], bands["median"][-1]
     if len(shown) == 1:
         finding = f"The median {noun} was {number(last)} at step {count(shown[0]['step'])}"
@@ -206,7 +207,7 @@ def values(run: RunFolder) -> Values | None:
         )
     finding += f"; {100 * bands['zero_ratio'][-1]:.0f} % are zero at the end" if bands["zero_ratio"][-1] else ""
     by_site = {bare(name): [[_round(x) for x in frame[name][:longest]] for frame in falling] for name in sites}
-    return Values(finding, noun, [e["step"] for e in shown], bands, by_site)
+    return Values(finding, noun, plural_noun, [e["step"] for e in shown], bands, by_site)
 
 
 def prunes(run: RunFolder) -> Prunes | None:
