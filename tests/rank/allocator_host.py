@@ -96,9 +96,7 @@ class Host:
         return decision
 
     def kept(self, decision: Decision) -> frozenset[tuple[str, int]]:
-        return frozenset(
-            (name, int(i)) for name, keep in decision.keep.items() for i in self.held[name][keep].tolist()
-        )
+        return frozenset((name, int(i)) for name, keep in decision.keep.items() for i in self.held[name][keep].tolist())
 
     def nonzero(self) -> frozenset[tuple[str, int]]:
         return frozenset(

@@ -133,7 +133,9 @@ def test_influence_beyond_float64_is_solved_in_logs(decades, gamma, log10):
     # 1080 proportional rows: log10 of the largest D, in part beyond the 308 that float64 holds
     series = 10 ** torch.linspace(0, decades, 1080, dtype=torch.float64)[:, None] * torch.linspace(0, 1, 10)
     log_domain, _ = log_influence(series, 0.9, gamma)
-    assert log_domain.max().item() / np.log(10) == pytest.approx(log10, abs=0.06 if log10 < 100 or decades == 2 else 0.6)
+    assert log_domain.max().item() / np.log(10) == pytest.approx(
+        log10, abs=0.06 if log10 < 100 or decades == 2 else 0.6
+    )
     share = influence(series, 0.9, gamma)
     assert torch.isfinite(share).all() and share.sum().item() == pytest.approx(1)
 
@@ -185,3 +187,16 @@ def test_no_n_by_n_matrix_is_made(monkeypatch):
     monkeypatch.setattr(torch, "mm", lambda *a, **k: largest.append((r := real(*a, **k)).numel()) or r)
     influence(torch.from_numpy(walks(n, 10, 3)), 0.9, 2.0)
     assert max(largest) <= module.ROWS * module.COLUMNS < n * n / 10
+
+
+def test_the_number_of_threads_changes_no_bit_and_is_left_as_it_was(monkeypatch):
+    monkeypatch.setattr(module, "COLUMNS", 128)
+    series, threads, found = torch.from_numpy(walks(1100, 10, 3)), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(influence(series, 0.9, 2.0))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])

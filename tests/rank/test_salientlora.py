@@ -255,7 +255,7 @@ def defect_before(rails):
 
     def value(t, alive):
         total = 0.0
-        for name, r in rails.ranks.items():
+        for name in rails.ranks:
             index = [i for site, i in alive if site == name]
             A = rails.values[name]["A"][t - 1][index].numpy()
             B = rails.values[name]["B"][t - 1][:, index].numpy()

@@ -104,7 +104,7 @@ def test_the_loss_term_is_the_mean_gate_over_those_at_the_start():
     assert penalty.item() == pytest.approx(0.5 * 6 / 4)
     penalty.backward()
     assert site.e.grad.tolist() == pytest.approx([0.125, -0.125, 0.125])
-    assert build().penalty({name: site for name in RANKS}) is None
+    assert build().penalty(dict.fromkeys(RANKS, site)) is None
 
 
 # -- the whole course ----------------------------------------------------------------------------------

@@ -14,6 +14,10 @@ from __future__ import annotations
 
 import bisect
 import math
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -62,20 +66,21 @@ def log_influence(series: Tensor, beta: float, gamma: float) -> tuple[Tensor, Te
     has_edge = torch.zeros(n, dtype=torch.bool, device=series.device)
     if n == 0 or window < 2:
         return log_domain, has_edge
-    # One sort by σ; the centred, unit-length rows z give ρ = z zᵀ without ever multiplying variances.
-    z = series.to(torch.float64, memory_format=torch.contiguous_format, copy=True)
-    largest = z.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
-    z.div_(largest)  # scales near the ends of float64 would leave it when squared
-    z.sub_(z.mean(dim=1, keepdim=True))
-    length = torch.linalg.vector_norm(z, dim=1)
-    moves = length / math.sqrt(window) > 1e-12  # below that a value is pruned or frozen, and has no edge
-    order = torch.argsort(length, descending=True)
-    order = order[moves[order]]
-    if len(order) == 0:
-        return log_domain, has_edge
-    length = length[order]
-    z = z[order].div_(length[:, None])
-    flow, linked = _solve(z, length, beta, gamma)
+    with _mapping(series.device, n) as each:
+        # One sort by σ; the centred, unit-length rows z give ρ = z zᵀ without ever multiplying variances.
+        z = series.to(torch.float64, memory_format=torch.contiguous_format, copy=True)
+        largest = z.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+        z.div_(largest)  # scales near the ends of float64 would leave it when squared
+        z.sub_(z.mean(dim=1, keepdim=True))
+        length = torch.linalg.vector_norm(z, dim=1)
+        moves = length / math.sqrt(window) > 1e-12  # below that a value is pruned or frozen, and has no edge
+        order = torch.argsort(length, descending=True)
+        order = order[moves[order]]
+        if len(order) == 0:
+            return log_domain, has_edge
+        length = length[order]
+        z = z[order].div_(length[:, None])
+        flow, linked = _solve(z, length, beta, gamma, each)
     log_domain[order] = torch.where(linked, flow - length.log(), 0.0)
     has_edge[order] = linked
     return log_domain, has_edge
@@ -89,8 +94,32 @@ def check_thresholds(beta: float, gamma: float) -> None:
         raise ConfigError("rank.gamma", gamma, "a slope threshold above 1; at 1 equal values depend on each other")
 
 
-def _solve(z: Tensor, sigma: Tensor, beta: float, gamma: float) -> tuple[Tensor, Tensor]:
-    """log F of all rows and which have edges. Args: z (n, w) unit rows, sigma (n,) falling."""
+@contextmanager
+def _mapping(device: torch.device, n: int) -> Iterator[Callable[..., Iterable[Tensor]]]:
+    """A `map` over tiles. On the CPU a tile is worked on by one thread, several tiles at a time.
+
+    Tiles are small enough for the cache of one core. Sharing each between threads costs more than it
+    gives, many times more when other work wants the cores, and makes results depend on their number.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        yield map
+        return
+    torch.set_num_threads(1)
+    try:
+        if n <= 4 * COLUMNS:
+            yield map
+        else:
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                yield pool.map
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _solve(
+    z: Tensor, sigma: Tensor, beta: float, gamma: float, each: Callable[..., Iterable[Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """log F of all rows and which have edges. Args: z (n, w) unit rows, sigma (n,) falling, each: a `map`."""
     n = len(sigma)
     flow = torch.empty_like(sigma)
     linked = torch.zeros_like(sigma, dtype=torch.bool)
@@ -98,28 +127,35 @@ def _solve(z: Tensor, sigma: Tensor, beta: float, gamma: float) -> tuple[Tensor,
     sizes = sigma.tolist()
     falling = [-s for s in sizes]  # rising, as bisect needs it
     just_below = math.nextafter(beta, 0.0)
-    tile = z.new_empty(ROWS * COLUMNS)
     zt = z.T
+    scratch = threading.local()
+
+    def along(start: int, stop: int, left: int, right: int) -> Tensor:
+        """log Σ_j ρ_ij F_j over the edges from rows start:stop to the solved rows left:right."""
+        if not hasattr(scratch, "tile"):
+            scratch.tile = z.new_empty(ROWS * COLUMNS)
+        shape = stop - start, right - left
+        rho = torch.mm(z[start:stop], zt[:, left:right], out=scratch.tile[: shape[0] * shape[1]].view(shape))
+        if beta * sizes[right - 1] < gamma * sizes[start]:  # else ρ ≥ β is the stricter test
+            rho.masked_fill_(rho * sigma[left:right] < gamma * sigma[start:stop, None], 0.0)
+        torch.threshold_(rho, just_below, 0.0)  # keeps ρ ≥ β
+        return _log_product(rho, flow[left:right])
+
     for start in range(0, n, ROWS):
         stop = min(start + ROWS, n)
-        rows = z[start:stop]
-        total = flow.new_full((stop - start,), -math.inf)
-        floor = gamma * sigma[start:stop, None]  # ρ_ij σ_j must reach it
         reach = bisect.bisect_right(falling, gamma * falling[stop - 1])  # σ_j ≥ γ σ of the last row
-        for left in range(0, min(reach, start), COLUMNS):
-            right = min(left + COLUMNS, reach, start)
-            rho = torch.mm(rows, zt[:, left:right], out=tile[: len(rows) * (right - left)].view(len(rows), -1))
-            if beta * sizes[right - 1] < gamma * sizes[start]:  # else ρ ≥ β is the stricter test
-                rho.masked_fill_(rho * sigma[left:right] < floor, 0.0)
-            torch.threshold_(rho, just_below, 0.0)  # keeps ρ ≥ β
-            total = torch.logaddexp(total, _log_product(rho, flow[left:right]))
+        solved = min(reach, start)
+        tiles = [(start, stop, left, min(left + COLUMNS, solved)) for left in range(0, solved, COLUMNS)]
+        total = flow.new_full((stop - start,), -math.inf)
+        for part in each(along, *zip(*tiles)) if tiles else ():
+            total = torch.logaddexp(total, part)
         if reach <= start:
             linked[start:stop] = total > -math.inf
             flow[start:stop] = torch.where(linked[start:stop], total, log_sigma[start:stop])
             continue
         # Edges inside the block: rows within a factor γ of each other cannot depend on each other.
-        rho = rows @ rows.T
-        rho.masked_fill_(rho * sigma[start:stop] < floor, 0.0)
+        rho = z[start:stop] @ zt[:, start:stop]
+        rho.masked_fill_(rho * sigma[start:stop] < gamma * sigma[start:stop, None], 0.0)
         torch.threshold_(rho, just_below, 0.0)
         first = start
         while first < stop:
