@@ -112,6 +112,8 @@ class Controller:
                 self.freezer.follow(list(self.choice.levels))
         self._why_masks_only = self._masks_only_reason()
         self._refuse_dead_start()
+        if never := self.frozen():
+            self._emit_freeze(never)
         self._emit_params()
 
     # -- the protocol -------------------------------------------------------------------------------
@@ -165,12 +167,12 @@ class Controller:
         # Before the diagonals are folded in: they were trained, and are part of what the run held.
         self.final_params = self.trainable_params()
         self.held_params = sum(p.numel() for p in adapter_parameters(self.model, self.adapter_name))
+        self._emit_params()
         for layer in self.layers.values():
             for e in layer.diagonals(self.adapter_name):
                 if e is not None:
                     drop_optimizer_state(e, self.optimizer)
         self._settle()
-        self._emit_params()
 
     # -- figures ------------------------------------------------------------------------------------
 
@@ -513,6 +515,10 @@ class Controller:
         agree("freeze", self.step, sorted(names))
         for name in sorted(names):
             self._freeze_one(name)
+        self._emit_freeze(names)
+        self._emit_params()
+
+    def _emit_freeze(self, names: set[str]) -> None:
         projections = self._projections().values()
         total = sum(p.numel() for p in projections)
         left = sum(p.numel() for p in projections if p.requires_grad)
@@ -524,7 +530,6 @@ class Controller:
                 "trainable_ratio": left / total if total else 0.0,
             }
         )
-        self._emit_params()
 
     def _freeze_one(self, name: str) -> None:
         site, _, which = name.rpartition(".")
