@@ -84,6 +84,7 @@ class Controller:
         self.on_event = on_event
         self.step = 0
         self.layers: dict[str, TrimLayer] = hosted_layers(model, adapter_name)
+        self._parameters = adapter_parameters(model, adapter_name)  # pruning keeps their identity
         self.param_steps = 0  # sum over steps of what was trainable in them: the time-average's numerator
         self.initial_params = self.trainable_params()
         self.last_penalty: Tensor | None = None
@@ -166,7 +167,7 @@ class Controller:
             self._apply(self.allocator.finish(self.step, self._factors()))
         # Before the diagonals are folded in: they were trained, and are part of what the run held.
         self.final_params = self.trainable_params()
-        self.held_params = sum(p.numel() for p in adapter_parameters(self.model, self.adapter_name))
+        self.held_params = sum(p.numel() for p in self._parameters)
         self._emit_params()
         for layer in self.layers.values():
             for e in layer.diagonals(self.adapter_name):
@@ -178,7 +179,7 @@ class Controller:
 
     def trainable_params(self) -> int:
         """Trainable adapter parameters now; heads and other saved modules are not counted."""
-        return sum(p.numel() for p in adapter_parameters(self.model, self.adapter_name) if p.requires_grad)
+        return sum(p.numel() for p in self._parameters if p.requires_grad)
 
     def average_params(self) -> float:
         """Mean over the steps so far of the parameters that were trainable in them (AFLoRA's figure)."""
@@ -187,9 +188,7 @@ class Controller:
     def figures(self) -> dict[str, float]:
         """Measured adapter parameters: ``initial``, ``final``, ``average`` trainable, and ``held`` at the end."""
         is_open = not self.is_finished
-        held = (
-            sum(p.numel() for p in adapter_parameters(self.model, self.adapter_name)) if is_open else self.held_params
-        )
+        held = sum(p.numel() for p in self._parameters) if is_open else self.held_params
         final = self.trainable_params() if is_open else self.final_params
         return {"initial": self.initial_params, "final": final, "average": self.average_params(), "held": held}
 
@@ -270,6 +269,7 @@ class Controller:
         config = adapter_config(self.model, self.adapter_name)
         if self.layers and isinstance(config, TrimConfig):
             config.settle()
+        self._parameters = adapter_parameters(self.model, self.adapter_name)
         self.is_finished = True
 
     def fingerprint(self) -> str:
