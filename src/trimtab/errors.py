@@ -5,7 +5,7 @@ TrimtabError                  one line: key, value found, what would work
 │   └── BudgetError           no setting within the limits meets the budget
 ├── DataError                 a file, a column or a value in the data is wrong
 ├── ModelError                the model has no such module, or cannot carry what was asked
-├── SelectionError            layer scores cannot be computed or ranked
+├── SelectionError            scores of layers or of ranks cannot be computed or ranked
 ├── CheckpointError           a checkpoint is incomplete, damaged, or belongs to another run
 ├── ExportError               an adapter has no such form
 ├── StaleAdapterError         tensors were replaced under a running controller
@@ -52,7 +52,7 @@ class ModelError(TrimtabError, ValueError):
 
 
 class SelectionError(TrimtabError, ValueError):
-    """Layer scores cannot be computed or ranked."""
+    """Scores of layers or of ranks cannot be computed or compared."""
 
 
 class CheckpointError(TrimtabError, RuntimeError):

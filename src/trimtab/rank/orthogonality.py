@@ -61,6 +61,8 @@ class Orthogonality:
             index = living.get(name)
             for side, factor in (("A", site.A), ("B", site.B)):
                 by_column = side == "B"
+                if index is not None and index.device != factor.device:  # a model spread over devices
+                    index = index.to(factor.device)
                 if factor.requires_grad:
                     self._frozen.pop((name, side), None)
                     training.append(factor if index is None else factor.index_select(int(by_column), index))
