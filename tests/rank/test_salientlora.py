@@ -91,11 +91,13 @@ def test_perfect_orthogonality_at_one_step_is_no_division_by_zero():
 
 @pytest.mark.parametrize(
     "series, orth", [(torch.zeros(3, 4), torch.zeros(5)), (torch.full((3, 4), torch.nan), torch.ones(4)),
-                     (torch.zeros(3, 4), torch.tensor([1.0, torch.inf, 1, 1])), (torch.zeros(4), torch.ones(4))],
+                     (torch.zeros(3, 4), torch.tensor([1.0, torch.inf, 1, 1])), (torch.zeros(4), torch.ones(4)),
+                     (torch.zeros(3, 4), torch.tensor([1.0, torch.nan, 1, 1]))],
 )  # fmt: skip
 def test_salience_refuses_what_it_cannot_rank(series, orth):
-    with pytest.raises(SelectionError):
-        salience(series, orth, 0.9, 2.0, 0.7)
+    for step_weight in ("inverse", "minmax"):
+        with pytest.raises(SelectionError):
+            salience(series, orth, 0.9, 2.0, 0.7, step_weight)
 
 
 def test_the_released_salience_as_its_code_computes_it():

@@ -59,14 +59,14 @@ def log_influence(series: Tensor, beta: float, gamma: float) -> tuple[Tensor, Te
     check_thresholds(beta, gamma)
     if series.dim() != 2:
         raise SelectionError(f"series of shape {tuple(series.shape)}: one row per value is needed, shape (n, window)")
-    if not torch.isfinite(series).all():
-        raise SelectionError("series holds NaN or infinity")
     n, window = series.shape
     log_domain = torch.zeros(n, dtype=torch.float64, device=series.device)
     has_edge = torch.zeros(n, dtype=torch.bool, device=series.device)
-    if n == 0 or window < 2:
-        return log_domain, has_edge
     with _mapping(series.device, n) as each:
+        if not torch.isfinite(series).all():
+            raise SelectionError("series holds NaN or infinity")
+        if n == 0 or window < 2:
+            return log_domain, has_edge
         # One sort by σ; the centred, unit-length rows z give ρ = z zᵀ without ever multiplying variances.
         z = series.to(torch.float64, memory_format=torch.contiguous_format, copy=True)
         largest = z.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
@@ -101,17 +101,24 @@ def _mapping(device: torch.device, n: int) -> Iterator[Callable[..., Iterable[Te
     Tiles are small enough for the cache of one core. Sharing each between threads costs more than it
     gives, many times more when other work wants the cores, and makes results depend on their number.
     """
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1:
-        yield map
-        return
-    torch.set_num_threads(1)
-    try:
-        if n <= 4 * COLUMNS:
+    with one_thread(device) as threads:
+        if threads == 1 or n <= 4 * COLUMNS:
             yield map
         else:
             with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
                 yield pool.map
+
+
+@contextmanager
+def one_thread(device: torch.device) -> Iterator[int]:
+    """On the CPU, let torch use one thread meanwhile; gives the number there may be otherwise (1 elsewhere)."""
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    if threads == 1:
+        yield 1
+        return
+    torch.set_num_threads(1)
+    try:
+        yield threads
     finally:
         torch.set_num_threads(threads)
 

@@ -33,7 +33,7 @@ from .base import (
     check_number,
     final_total,
 )
-from .influence import check_thresholds, influence, log_influence
+from .influence import check_thresholds, influence, log_influence, one_thread
 from .orthogonality import Norm, Orthogonality
 from .topk import keep_top
 
@@ -272,14 +272,16 @@ def _weighted_magnitude(series: Tensor, orth: Tensor, step_weight: StepWeight) -
         raise SelectionError(
             f"series {tuple(series.shape)} and orth {tuple(orth.shape)}: shapes (n, window) and (window,) needed"
         )
-    if not (torch.isfinite(series).all() and torch.isfinite(orth).all()):
-        raise SelectionError("series or orthogonality holds NaN or infinity")
     orth = orth.double().clamp_min(1e-12)
     g = orth.sum() / orth
     if step_weight == "minmax":
         low, high = g.aminmax()
         g = torch.where(high > low, (g - low) / (high - low), 1.0)
-    return series.double().abs() @ g
+    with one_thread(series.device):
+        total = series.double().abs() @ g
+    if not (torch.isfinite(total).all() and torch.isfinite(g).all() and torch.isfinite(orth).all()):
+        raise SelectionError("series or orthogonality holds NaN or infinity")
+    return total
 
 
 class SalientAllocator(Allocator):
