@@ -25,6 +25,7 @@ from peft.tuners.tuners_utils import (
     _get_in_out_features,
     _maybe_include_all_linear_layers,
 )
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -56,7 +57,7 @@ class Stack:
         return len(self.module)
 
 
-def base_of(model: nn.Module) -> nn.Module:
+def base_of(model: Any) -> Any:
     """The model under a `PeftModel`, a data-parallel wrapper or `torch.compile`; else the model itself.
 
     Module names in here are the ones that PEFT matches and that `Site.name` holds.
@@ -75,7 +76,7 @@ def base_of(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def backbone_of(base: nn.Module) -> tuple[str, nn.Module]:
+def backbone_of(base: Any) -> tuple[str, Any]:
     """Prefix and module of the part below the head (``("bert.", BertModel)``); ``("", base)`` without one."""
     name = getattr(base, "base_model_prefix", "") or ""
     inner = getattr(base, name, None) if name else None
@@ -108,12 +109,14 @@ def check_where(where: Where, stacks: dict[str, Stack]) -> None:
     for path, mask in where.stacks.items():
         if path not in stacks:
             raise ConfigError(
-                "where.stacks", path,
+                "where.stacks",
+                path,
                 f"the model has no such stack; it has {', '.join(stacks)}.{did_you_mean(path, stacks)}",
             )
         if len(mask) != len(stacks[path]):
             raise ConfigError(
-                f"where.mask[{path}]", mask,
+                f"where.mask[{path}]",
+                mask,
                 f"{len(mask)} characters, but {path} has {len(stacks[path])} layers; select again for this model",
             )
 
@@ -144,13 +147,17 @@ def find_sites(
     base = base_of(model)
     config = target_modules
     if not isinstance(config, PeftConfig):
-        config = LoraConfig(target_modules=target_modules, exclude_modules=exclude_modules,
-                            modules_to_save=modules_to_save, task_type=task_type)
+        config = LoraConfig(
+            target_modules=target_modules,
+            exclude_modules=exclude_modules,
+            modules_to_save=modules_to_save,
+            task_type=task_type,
+        )
     modules = dict(base.named_modules())
     linears = {name: module for name, module in _outside_adapters(base) if _is_linear(module)}
     _check_targets(config.target_modules, linears)
 
-    stacks = find_stacks(base, include_vision=True) if where is None else find_stacks(base)
+    stacks = find_stacks(base, include_vision=True)
     if where is not None:
         check_where(where, stacks)
     sites = []
@@ -159,37 +166,46 @@ def find_sites(
         if where is not None and (stack is None or not is_chosen(where, stack, block)):
             continue
         if name not in linears:
-            raise ModelError(f"target_modules: {name!r} is a {type(modules[name]).__name__}, not a linear. "
-                             f"Linears here are {', '.join(_endings(linears))}.")
-        in_features, out_features = _get_in_out_features(_base_layer(modules[name]))
-        sites.append(Site(name, int(in_features), int(out_features), stack, block, kind))
+            raise ModelError(
+                f"target_modules: {name!r} is a {type(modules[name]).__name__}, not a linear. "
+                f"Linears here are {', '.join(_endings(linears))}."
+            )
+        sites.append(Site(name, *_features(modules[name]), stack, block, kind))
     if not sites:
-        raise ModelError(f"target_modules={_shown(config.target_modules)}: every match is excluded"
-                         f"{' or lies outside the chosen layers' if where else ''}.")
+        raise ModelError(
+            f"target_modules={_shown(config.target_modules)}: every match is excluded"
+            f"{' or lies outside the chosen layers' if where else ''}."
+        )
     return sites
 
 
-def matched_names(base: nn.Module, config: PeftConfig) -> list[str]:
+def matched_names(base: nn.Module, config: Any) -> list[str]:
     """Names of the modules of a base model that PEFT would adapt under this config, in model order."""
     tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
     config = prepared(base, config)
     if heads := HEADS.get(str(getattr(config.task_type, "value", config.task_type)), []):
-        config.modules_to_save = [*(config.modules_to_save or []), *heads]
+        config.modules_to_save = [*(getattr(config, "modules_to_save", None) or []), *heads]
     return [name for name, _ in _outside_adapters(base) if tuner._check_target_module_exists(config, name)]
 
 
-def prepared(base: nn.Module, config: PeftConfig) -> PeftConfig:
-    """A copy of the config with the model type's defaults filled in and "all-linear" spelt out, by PEFT."""
+def prepared(base: nn.Module, config: Any) -> Any:
+    """A copy of the config with the model type's defaults filled in and "all-linear" spelt out, by PEFT.
+
+    Names of experts, which transformers 5 fuses into parameters, become ``target_parameters``.
+    """
     config = copy.deepcopy(config)
+    convert_peft_config_for_transformers(config, base, None)
     tuner_class = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
     tuner = tuner_class.__new__(tuner_class)  # not initialised: we ask it a question, it must not inject anything
     nn.Module.__init__(tuner)
+    tuner.__dict__["model"] = base  # not as a submodule
     try:
         config = tuner._prepare_adapter_config(config, BaseTuner.get_model_config(base))
     except ValueError as error:
         kind = getattr(getattr(base, "config", None), "model_type", type(base).__name__)
-        raise ModelError(f"target_modules: PEFT has no default for {kind!r}; name the modules "
-                         f"or say 'all-linear'.") from error
+        raise ModelError(
+            f"target_modules: PEFT has no default for {kind!r}; name the modules or say 'all-linear'."
+        ) from error
     return _maybe_include_all_linear_layers(config, base)
 
 
@@ -197,7 +213,7 @@ def locate(name: str, stacks: dict[str, Stack]) -> tuple[str | None, int | None,
     """Stack path, block index and name inside the block; ``(None, None, name)`` outside of all stacks."""
     for path, stack in stacks.items():
         if name.startswith(f"{stack.name}."):
-            index, _, kind = name[len(stack.name) + 1:].partition(".")
+            index, _, kind = name[len(stack.name) + 1 :].partition(".")
             return path, int(index), kind
     return None, None, name
 
@@ -230,9 +246,9 @@ def _is_block(module: nn.Module) -> bool:
     return any(_is_linear(inner) for inner in module.modules())
 
 
-def _is_language(near: nn.Module, base: nn.Module) -> bool:
+def _is_language(near: Any, base: Any) -> bool:
     """Is the model nearest to a stack the language model of its composite?"""
-    config = getattr(base, "config", None)
+    config: Any = getattr(base, "config", None)
     if not hasattr(config, "get_text_config"):
         return True
     try:
@@ -253,7 +269,7 @@ def _hidden_size(near: nn.Module, base: nn.Module, blocks: nn.ModuleList) -> int
         if isinstance(size, int):
             return size
     first = next(m for m in blocks.modules() if _is_linear(m))
-    return int(_get_in_out_features(_base_layer(first))[0])
+    return _features(first)[0]
 
 
 # --------------------------------------------------------------------------------------------- linears
@@ -282,6 +298,13 @@ def _is_linear(module: nn.Module) -> bool:
     return any(all(isinstance(getattr(layer, n, None), int) for n in pair) for pair in names)
 
 
+def _features(linear: nn.Module) -> tuple[int, int]:
+    """Numbers of inputs and outputs of a linear of any make."""
+    inputs, outputs = _get_in_out_features(_base_layer(linear))
+    assert inputs is not None and outputs is not None  # `_is_linear` saw them
+    return int(inputs), int(outputs)
+
+
 def _endings(linears: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[2] for name in linears))
 
@@ -297,13 +320,17 @@ def _check_targets(target_modules: Any, linears: dict[str, nn.Module]) -> None:
     known = _endings(linears)
     if isinstance(target_modules, str):
         if not any(re.fullmatch(target_modules, name) for name in linears):
-            raise ModelError(f"target_modules: no linear matches {target_modules!r} as a regex for the whole name. "
-                             f"Linears here end in {', '.join(known)}.")
+            raise ModelError(
+                f"target_modules: no linear matches {target_modules!r} as a regex for the whole name. "
+                f"Linears here end in {', '.join(known)}."
+            )
         return
     for target in sorted(target_modules):
         if not any(name == target or name.endswith(f".{target}") for name in linears):
-            raise ModelError(f"target_modules: no linear named {target!r} in this model. "
-                             f"It has {', '.join(known)}.{did_you_mean(target, known)}")
+            raise ModelError(
+                f"target_modules: no linear named {target!r} in this model. "
+                f"It has {', '.join(known)}.{did_you_mean(target, known)}"
+            )
 
 
 def is_on_meta(model: nn.Module) -> bool:
