@@ -191,13 +191,16 @@ def portable_fields(ranks: dict[str, tuple[int, float]]) -> dict[str, Any]:
     }
 
 
-def excluding(where: Where, user: str | Iterable[str] | None) -> str:
+def excluding(where: Where | str, user: str | Iterable[str] | None) -> str:
     """The ``exclude_modules`` regex for a selection, joined with what the user already excludes."""
+    outside = where if isinstance(where, str) else where.outside
     if not user:
-        return where.outside
+        return outside
     if not isinstance(user, str):
         user = rf"(?:.*\.)?(?:{'|'.join(re.escape(u) for u in user)})"
-    return rf"(?:{user})|(?:{where.outside})"
+    elif flags := re.match(r"\(\?([aiLmsux]+)\)", user):  # global flags may stand at the start only: make them local
+        user = f"(?{flags[1]}:{user[flags.end():]})"
+    return rf"(?:{user})|(?:{outside})"
 
 
 @dataclass

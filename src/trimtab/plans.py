@@ -57,7 +57,7 @@ class Where:
 
     @property
     def outside(self) -> str:
-        """A regex that full-matches every module name outside the chosen blocks.
+        """A regex that full-matches every module name outside the chosen blocks (a chosen block itself is inside).
 
         Goes into PEFT's ``exclude_modules``, which every PEFT version that Trimtab supports applies
         before any kind of ``target_modules`` (list, regex, ``"all-linear"``, or PEFT's own default).
@@ -66,7 +66,7 @@ class Where:
         for path, mask in self.stacks.items():
             indices = "|".join(str(i) for i, c in enumerate(mask) if c == "1")
             if indices:
-                chosen.append(rf"{re.escape(path)}\.(?:{indices})\..*")
+                chosen.append(rf"{re.escape(path)}\.(?:{indices})(?:\.|$)")
         return rf"(?!(?:.*\.)?(?:{'|'.join(chosen)})).*"
 
     def to_json(self) -> dict[str, Any]:
