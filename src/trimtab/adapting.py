@@ -1,0 +1,93 @@
+"""The recipe's `adapter`, `where`, `rank` and `freeze` -> one PEFT config."""
+
+from __future__ import annotations
+
+import inspect
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from . import recipe as recipes
+from .errors import ConfigError
+from .plans import Where
+from .recipe import ADAPTERS, Adapter, Rank, Recipe
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from torch import nn
+
+
+def method_settings(axis: str, section: Rank | None) -> Any:
+    """The settings object that ``rank:`` or ``freeze:`` describes; None for none.
+
+    Raises:
+        ConfigError: an unknown method or setting, or a value that cannot work.
+    """
+    if section is None:
+        return None
+    try:
+        return import_module(f".{axis}", __package__).make(section.method, section.options)
+    except TypeError as error:  # a value of a type that cannot be compared
+        raise ConfigError(axis, section.options, " ".join(str(error).split())) from None
+
+
+def choose_without_data(model: nn.Module, settings: recipes.Where, seed: int) -> Where:
+    """The selection of a method that looks at no data: a control, or the user's own mask."""
+    from .where import controls
+
+    if settings.method == "mask":
+        return controls.from_mask(model, settings.mask or "")
+    if settings.method == "random":
+        return controls.random(model, settings.ratio, settings.count, seed if settings.seed is None else settings.seed)
+    return getattr(controls, settings.method)(model, settings.ratio, settings.count)
+
+
+def adapter_config(recipe: Recipe, model: nn.Module, *, where: Where | None = None, task_type: str | None = None,
+                   modules_to_save: tuple[str, ...] = ()) -> PeftConfig:
+    """What goes to `peft.get_peft_model`.
+
+    Args:
+        model: the base model, on any device; adapters other than `lora` need it to apply ``where``.
+        where: the selection; None adapts every layer.
+        modules_to_save: what the checkpoint lacked; joined with the recipe's own.
+    Raises:
+        ConfigError: settings that cannot work, alone or together.
+    """
+    adapter = recipe.adapter
+    settings = {axis: method_settings(axis, getattr(recipe, axis)) for axis in ("rank", "freeze")}
+    kept = list(dict.fromkeys([*modules_to_save, *(adapter.modules_to_save or ())]))
+    common = {"target_modules": adapter.target_modules, "modules_to_save": kept or None, "task_type": task_type}
+    values = {**common, **_own_words(adapter), **adapter.options}
+    if adapter.type == "lora":
+        from .peft_host import TrimConfig
+
+        return _built(TrimConfig, {**values, **settings, "where": where})
+    for axis, value in settings.items():
+        if value is not None:
+            cure = f"works on adapter.type=lora; {adapter.type} has no ranks or projections to decide on"
+            raise ConfigError(f"{axis}.method", getattr(recipe, axis).method, cure)
+    module, name, _ = ADAPTERS[adapter.type]
+    config = _built(getattr(import_module(module), name), values)
+    if where is None:
+        return config
+    from .where.restrict import restrict
+
+    return restrict(config, where, model)
+
+
+def _own_words(adapter: Adapter) -> dict[str, Any]:
+    values = {"r": adapter.r, "alpha": adapter.alpha or 2 * adapter.r, "dropout": adapter.dropout, "init": adapter.init}
+    return {theirs: values[ours] for ours, theirs in ADAPTERS[adapter.type][2].items()}
+
+
+def _built(config: type[PeftConfig], values: dict[str, Any]) -> PeftConfig:
+    known = inspect.signature(config).parameters
+    for key in values:
+        if key not in known:  # the installed PEFT is older than the one the recipe was written for
+            cure = f"this version of PEFT's {config.__name__} has no such field"
+            raise ConfigError(f"adapter.{key}", values[key], cure)
+    try:
+        return config(**values)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError("adapter", values, " ".join(str(error).split())) from None

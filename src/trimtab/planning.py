@@ -1,0 +1,269 @@
+"""What a recipe will train, before anything is loaded: sites, parameters, memory, schedule.
+
+The model is built on the meta device from its config alone, so a 7B plan takes seconds on a laptop.
+Parameters are those of adapters; a new head, which every method trains alike, is reported apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import recipe as recipes
+from .adapting import adapter_config, choose_without_data
+from .budget import figures
+from .errors import BudgetError
+from .plans import Plan, Site, SitePlan, Where
+from .recipe import Recipe
+from .report.words import count
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from torch import nn
+
+    from .tasks import Task
+
+# Bytes of optimizer state per trained parameter. Adapters train in float32 whatever the model's dtype is.
+_STATE_BYTES = {"sgd": 0, "8bit": 2, "adafactor": 0, "rmsprop": 4, "adagrad": 4}
+_ADAM_STATE_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """Length of a run in optimizer steps."""
+
+    total_steps: int
+    steps_per_epoch: int
+
+
+def plan(source: Recipe | Mapping[str, Any] | str | Path | nn.Module, config: PeftConfig | None = None,
+         overrides: Iterable[str] = (), *, total_steps: int | None = None,
+         steps_per_epoch: int | None = None) -> Plan:
+    """Dry run of a recipe, or of a model with the config that `peft.get_peft_model` would get.
+
+    Args:
+        source: a recipe (file, run folder, dict or `Recipe`), or a base model, on any device.
+        config: the PEFT config, with a model.
+        overrides: ``key=value`` texts, with a recipe.
+        total_steps, steps_per_epoch: length of the run, where it does not follow from the recipe.
+    Raises:
+        TrimtabError: whatever would stop the run, as far as it shows without weights.
+    """
+    given = Horizon(total_steps, steps_per_epoch or total_steps) if total_steps else None
+    if config is not None:
+        return plan_model(source, config, given)  # type: ignore[arg-type]
+    chosen = source if isinstance(source, Recipe) else recipes.load(source, overrides)  # type: ignore[arg-type]
+    return plan_recipe(chosen, given)
+
+
+def plan_recipe(recipe: Recipe, horizon: Horizon | None = None, task: Task | None = None) -> Plan:
+    """The plan of a recipe.
+
+    Args:
+        horizon: length of the run; else it is counted from local rows.
+        task: the recipe's task, if it has been made (and has seen its data).
+    """
+    from . import models
+    from .sites import HEADS
+    from .tasks import get_task
+
+    rows = None
+    if task is None and recipe.task is not None:
+        task = get_task(recipe.task.model_dump())
+        if recipe.data.train is not None:  # some tasks learn their labels here
+            rows = len(task.load_data(recipe.data.model_dump(exclude_none=True))["train"])
+    notes: list[str] = []
+    horizon = horizon or horizon_of(recipe, rows)
+    if horizon is None and task is not None:
+        notes.append("the number of training rows is not known here, so the schedule has no steps yet "
+                     "(give data.train, or train.max_steps)")
+    model_config = models.load_config(model_spec(recipe), task)
+    model = models.meta_model(model_config, task.auto_class if task else auto_class_of(model_config))
+    choice = _where_without_data(recipe, model, notes)
+    task_type = task.task_type if task else None
+    # A pretrained language model has no head for these tasks: without its weights, all outside the backbone is new.
+    head = _outside_backbone(model) if task_type in HEADS else ()
+    peft_config = adapter_config(recipe, model, where=choice, task_type=task_type, modules_to_save=head)
+    made = plan_of_run(recipe, model, peft_config, horizon, rows)
+    if recipe.where is not None and recipe.where.method == "cka":
+        made = replace(made, where=None, settings={**made.settings, "layers_undecided": True})
+    return replace(made, notes=(*notes, *made.notes))
+
+
+def plan_of_run(recipe: Recipe, model: nn.Module, config: PeftConfig, horizon: Horizon | None,
+                rows: int | None = None) -> Plan:
+    """The plan of a recipe whose model and config are made.
+
+    Raises:
+        BudgetError: the recipe's budget is not met.
+    """
+    made = plan_model(model, config, horizon, optim=str(recipe.train.get("optim", "adamw")))
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    settings = {"recipe": recipe.model_dump(mode="json", exclude_none=True), "rows": rows, **made.settings}
+    made = replace(made, model=recipe.model.name_or_path or kind, settings=settings)
+    _check_budget(recipe, made)
+    return made
+
+
+def plan_model(model: nn.Module, config: PeftConfig, horizon: Horizon | None = None, optim: str = "adamw") -> Plan:
+    """The plan for a base model and a PEFT config.
+
+    Raises:
+        ModelError: the config's targets match nothing in the model.
+    """
+    from .sites import HEADS, find_sites
+
+    where = getattr(config, "where", None)
+    sites = find_sites(model, config, where)
+    ranks = {site.name: site_rank(site, config) for site in sites}
+    if config.peft_type == "VERA":  # one frozen pair shared by all sites: only two vectors train at each
+        costs = {site.name: ranks[site.name] + site.out_features for site in sites}
+        params, schedule = _constant(sum(costs.values())), tuple[dict[str, Any], ...]()
+    else:
+        methods = {axis: getattr(config, axis, None) for axis in ("rank", "freeze")}
+        costs = {site.name: initial_params(site, ranks[site.name], **methods) for site in sites}
+        params, schedule = _predicted(sites, ranks, sum(costs.values()), horizon, **methods)
+    adapts = getattr(config, "is_adaptive", False)
+    task_type = str(getattr(config.task_type, "value", config.task_type))
+    head = _saved_params(model, [*(getattr(config, "modules_to_save", None) or ()), *HEADS.get(task_type, ())])
+    notes = []
+    if head:
+        notes.append(f"the head (modules_to_save) trains {count(head)} parameters more, in every method alike")
+    if adapts and horizon is None:
+        notes.append("final and average parameters need the length of the run: they are those of the start here")
+    rows = [SitePlan(site, ranks[site.name], costs[site.name], None if adapts else ranks[site.name]) for site in sites]
+    return Plan(
+        model=getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__,
+        sites=tuple(rows),
+        params=params,
+        where=where,
+        schedule=schedule,
+        optimizer_bytes=(int(params["initial"]) + head) * _state_bytes(optim),
+        notes=tuple(notes),
+        settings={"total_steps": horizon.total_steps, "steps_per_epoch": horizon.steps_per_epoch} if horizon else {},
+    )
+
+
+def initial_params(site: Site, r: int, rank: Any, freeze: Any) -> int:
+    """Adapter parameters that train at a site in the first step: projections, and the diagonals if there are any."""
+    has_b = freeze is not None and freeze.needs_output_diagonal
+    has_e = rank is not None or has_b
+    is_frozen = freeze is not None and freeze.initially_frozen(site.name)
+    projections = 0 if is_frozen else r * (site.in_features + site.out_features)
+    return projections + r * has_e + site.out_features * has_b
+
+
+def _predicted(sites: list[Site], ranks: dict[str, int], initial: int, horizon: Horizon | None, rank: Any,
+               freeze: Any) -> tuple[dict[str, float], tuple[dict[str, Any], ...]]:
+    """Parameters and schedule of a run; those of its start where its length is not known."""
+    if horizon is None:
+        return _constant(initial), ()
+    length = horizon.total_steps, horizon.steps_per_epoch
+    found = figures(sites, ranks, rank, freeze, *length)
+    params = {"initial": found.initial, "final": round(found.final), "average": round(found.average, 1)}
+    if freeze is not None and found.average_closed_form is not None:
+        params["average_closed_form"] = round(found.average_closed_form, 1)
+    total = sum(ranks.values())
+    budgets = dict(rank.budget_curve(*length, total, len(sites))) if rank is not None else {}
+    shares = dict(freeze.trainable_curve(*length)) if freeze is not None else {}
+    trainable = dict(found.curve)
+    now: dict[str, Any] = {"trainable": found.initial, "total_rank": total, "training_ratio": 1.0}
+    rows = []
+    for step in sorted({0, *trainable, *budgets, *shares}):
+        now = {"trainable": round(trainable.get(step, now["trainable"])),
+               "total_rank": budgets.get(step, now["total_rank"]),
+               "training_ratio": round(shares.get(step, now["training_ratio"]), 6)}
+        event = "start" if step == 0 else "rank" if step in budgets else "freeze"
+        rows.append({"step": step, "event": event, **now})
+    return params, (*rows, {"step": horizon.total_steps, "event": "end"})
+
+
+def _constant(trainable: int) -> dict[str, float]:
+    return {"initial": trainable, "final": trainable, "average": float(trainable)}
+
+
+def site_rank(site: Site, config: PeftConfig) -> int:
+    """The rank that the config gives a site, its ``rank_pattern`` included."""
+    pattern = getattr(config, "rank_pattern", None)
+    if pattern:
+        from peft.utils.other import get_pattern_key
+
+        return pattern.get(get_pattern_key(pattern.keys(), site.name), config.r)  # type: ignore[attr-defined]
+    return config.r  # type: ignore[attr-defined]
+
+
+def model_spec(recipe: Recipe) -> Any:
+    """`models.ModelSpec` for the recipe's ``model:``, with ``package:`` resolved to a folder."""
+    from .lookup import PACKAGE_PREFIX, package_folder
+    from .models import ModelSpec
+
+    values = recipe.model.model_dump()
+    name = values["name_or_path"]
+    if name and name.startswith(PACKAGE_PREFIX):
+        values["name_or_path"] = str(package_folder(name))
+    return ModelSpec(**values)
+
+
+def auto_class_of(config: Any) -> str:
+    """The class for a recipe without a task: with a language-model head where there is one."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    for auto in (AutoModelForSeq2SeqLM, AutoModelForCausalLM):
+        if type(config) in auto._model_mapping:
+            return auto.__name__
+    return "AutoModel"
+
+
+def horizon_of(recipe: Recipe, rows: int | None) -> Horizon | None:
+    """Steps as the Trainer counts them on one process; None if rows are unknown and no steps are given."""
+    train = recipe.train
+    steps = int(train.get("max_steps", -1))
+    if rows is None:
+        return Horizon(steps, steps) if steps > 0 else None
+    batches = math.ceil(rows / int(train.get("per_device_train_batch_size", 8)))
+    if train.get("dataloader_drop_last"):
+        batches = rows // int(train.get("per_device_train_batch_size", 8))
+    per_epoch = max(1, math.ceil(batches / int(train.get("gradient_accumulation_steps", 1))))
+    return Horizon(steps if steps > 0 else math.ceil(float(train.get("num_train_epochs", 3)) * per_epoch), per_epoch)
+
+
+def _where_without_data(recipe: Recipe, model: nn.Module, notes: list[str]) -> Where | None:
+    """The selection where it needs no data; for CKA one of the right size, and a note that says so."""
+    if recipe.where is None:
+        return None
+    stand_in = {"method": "first"} if recipe.where.method == "cka" else {}
+    chosen = choose_without_data(model, recipe.where.model_copy(update=stand_in), recipe.seed)
+    if recipe.where.method == "cka":
+        counted = ", ".join(f"{m.count('1')} of {len(m)} layers of {path}" for path, m in chosen.stacks.items())
+        notes.append(f"which layers is for CKA to say, from data (`trimtab select`); counted here: {counted}")
+    return chosen
+
+
+def _outside_backbone(model: nn.Module) -> tuple[str, ...]:
+    from .sites import backbone_of
+
+    _, backbone = backbone_of(model)
+    return tuple(name for name, child in model.named_children() if child is not backbone and list(child.parameters()))
+
+
+def _saved_params(model: nn.Module, names: Iterable[str]) -> int:
+    wanted = set(names)
+    inside = [module for name, module in model.named_modules() if name in wanted or name.rpartition(".")[2] in wanted]
+    return sum(p.numel() for p in {id(p): p for module in inside for p in module.parameters()}.values())
+
+
+def _state_bytes(optim: str) -> int:
+    return next((size for word, size in _STATE_BYTES.items() if word in optim), _ADAM_STATE_BYTES)
+
+
+def _check_budget(recipe: Recipe, made: Plan) -> None:
+    if recipe.budget is None:
+        return
+    for kind in ("final", "average"):
+        limit = getattr(recipe.budget, f"{kind}_params")
+        if limit is not None and made.params[kind] > limit:
+            cure = f"this recipe needs {made.params[kind]:.0f}; lower adapter.r, where.ratio or rank.target_r"
+            raise BudgetError(f"budget.{kind}_params", limit, cure)
