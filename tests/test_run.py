@@ -1,0 +1,255 @@
+"""A run leaves a folder from which every stage can start again, and an adapter that needs no Trimtab."""
+
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+from tasks.tiny import WORDS, encoder_tokenizer, tiny_config, write_jsonl
+from trimtab import run as runs
+from trimtab.cli import cli
+from trimtab.plans import Plan
+
+FILES = {"recipe.yaml", "where.json", "plan.json", "history.jsonl", "timing.jsonl", "checkpoints", "adapter",
+         "metrics.json", "report.html"}
+
+
+def trimtab(*args, code=0):
+    result = CliRunner().invoke(cli, [str(arg) for arg in args])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def tiny_model(folder, kind="bert", layers=4):
+    torch.manual_seed(0)
+    AutoModel.from_config(tiny_config(kind, num_hidden_layers=layers)).save_pretrained(folder)
+    encoder_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def paraphrases(path, n):
+    """Pairs of which half are the same words in another order."""
+    generator = torch.Generator().manual_seed(n)
+    rows = []
+    for i in range(n):
+        words = [WORDS[j] for j in torch.randperm(len(WORDS), generator=generator)[:6]]
+        other = words[::-1] if i % 2 else [WORDS[j] for j in torch.randperm(len(WORDS), generator=generator)[:6]]
+        rows.append({"sentence1": " ".join(words), "sentence2": " ".join(other), "label": i % 2})
+    return write_jsonl(path, rows)
+
+
+def write_recipe(folder, **sections):
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe = {
+        "model": {"name_or_path": str(tiny_model(folder / "model"))},
+        "task": {"name": "glue/mrpc", "max_length": 24},
+        "data": {"train": paraphrases(folder / "train.jsonl", 64),
+                 "validation": paraphrases(folder / "validation.jsonl", 24)},
+        "adapter": {"r": 4, "target_modules": ["query", "value"]},
+        "where": {"ratio": 0.5, "samples": 40, "batch_size": 16},
+        "train": {"num_train_epochs": 2, "per_device_train_batch_size": 8, "learning_rate": 5e-3, "use_cpu": True},
+        "output_dir": str(folder / "run"),
+        **sections,
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))  # YAML reads JSON
+    return folder / "recipe.yaml"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Folder of a finished run; tests that write copy it first."""
+    recipe = write_recipe(tmp_path_factory.mktemp("finished"))
+
+    def scoring(job, model, folder, screen):  # keeps the logits of the model that was trained
+        batch = job.task.collator(job.tokenizer)([dict(row) for row in job.ready["validation"]])
+        labels = batch.pop("labels")
+        with torch.no_grad():
+            torch.save((model.eval()(**batch).logits, labels), recipe.parent / "logits.pt")
+        return score(job, model, folder, screen)
+
+    score = runs.score
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "score", scoring)
+        trimtab("run", recipe)
+    return recipe.parent / "run"
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def read(folder, name):
+    return json.loads((folder / name).read_text())
+
+
+def test_a_run_writes_every_file_of_the_run_folder(finished):
+    assert {path.name for path in finished.iterdir()} == FILES
+    where, plan, metrics = (read(finished, f"{name}.json") for name in ("where", "plan", "metrics"))
+    mask = where["stacks"]["encoder.layer"]
+    assert (len(mask), mask.count("1"), mask[0]) == (4, 2, "0")  # the first token enters layer 0 alike in every row
+    made = Plan.from_json(plan)
+    assert made.where.mask == mask
+    assert {site.site.block for site in made.sites} == {i for i, chosen in enumerate(mask) if chosen == "1"}
+    assert metrics["params"] == {"initial": 512, "final": 512, "average": 512.0}  # 2 layers, 2 sites, 4 · 32 each
+    assert metrics["metric"] == "accuracy"
+    assert set(metrics["metrics"]) == {"accuracy", "f1", "loss"}
+    assert metrics["seconds"] > 0
+    assert metrics["peak_memory_bytes"] > 0
+    assert (metrics["train_samples"], metrics["seed"], metrics["rank"]) == (64, 0, None)
+
+
+def test_the_history_holds_the_course_of_the_run_and_no_clock(finished):
+    events = [json.loads(line) for line in (finished / "history.jsonl").read_text().splitlines()]
+    assert {event["event"] for event in events} == {"params", "log", "eval"}
+    assert [event["step"] for event in events if event["event"] == "eval"] == [8, 16]
+    assert sum(event["event"] == "log" for event in events) == 16  # short runs log every step
+    assert not any("second" in key or "runtime" in key for event in events for key in str(event).split())
+
+
+def test_stock_peft_loads_the_adapter_without_trimtab_and_gives_the_run_s_logits(finished, tmp_path):
+    code = textwrap.dedent("""\
+        import json, sys, torch
+        from peft import PeftModel
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        run, model, out = sys.argv[1:]
+        base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=2)
+        peft_model = PeftModel.from_pretrained(base, run + "/adapter").eval()
+        tokenizer = AutoTokenizer.from_pretrained(run + "/adapter")
+        rows = [json.loads(line) for line in open(out + ".rows")]
+        batch = tokenizer([r["sentence1"] for r in rows], [r["sentence2"] for r in rows], padding=True,
+                          truncation=True, max_length=24, return_tensors="pt")
+        with torch.no_grad():
+            torch.save(peft_model(**batch).logits, out)
+        sys.exit(any(name.startswith("trimtab") for name in sys.modules))
+        """)
+    out = tmp_path / "logits.pt"
+    shutil.copy(finished.parent / "validation.jsonl", f"{out}.rows")
+    done = subprocess.run([sys.executable, "-c", code, str(finished), str(finished.parent / "model"), str(out)])
+    assert done.returncode == 0
+    logits, labels = torch.load(finished.parent / "logits.pt")
+    assert torch.load(out).sub(logits).abs().max() < 1e-5
+    accuracy = (logits.argmax(1) == labels).float().mean().item()
+    assert read(finished, "metrics.json")["metrics"]["accuracy"] == pytest.approx(accuracy)
+
+
+def test_eval_starts_from_the_folder_and_agrees_with_the_run(copied):
+    before = read(copied, "metrics.json")
+    after = json.loads(trimtab("eval", copied, "--json").stdout)
+    assert after["metrics"] == pytest.approx(before["metrics"], abs=1e-6)
+    assert {k: after[k] for k in before if k != "metrics"} == {k: before[k] for k in before if k != "metrics"}
+
+
+@pytest.mark.parametrize("form, file", [("padded", "adapter_model.safetensors"), ("merged", "model.safetensors")])
+def test_export_writes_another_form_beside_the_adapter(copied, form, file):
+    written = json.loads(trimtab("export", copied, "--format", form, "--json").stdout)
+    assert written == {"format": form, "path": str(copied / form)}
+    assert (copied / form / file).is_file()
+
+
+def test_report_is_made_again_from_the_folder(copied):
+    (copied / "report.html").unlink()
+    assert trimtab("report", copied).stdout.strip() == str(copied / "report.html")
+    assert (copied / "report.html").is_file()
+
+
+def test_a_finished_run_is_not_overwritten_unless_asked(finished):
+    recipe = finished.parent / "recipe.yaml"
+    before = (finished / "metrics.json").read_bytes()
+    message = trimtab("run", recipe, code=2).stderr
+    assert "holds a finished run" in message
+    assert "--overwrite" in message
+    assert (finished / "metrics.json").read_bytes() == before
+
+
+def test_overwrite_leaves_the_user_s_own_files(tmp_path):
+    recipe = write_recipe(tmp_path, where=None, train={"max_steps": 1, "use_cpu": True})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    trimtab("train", recipe)
+    trimtab("train", recipe, code=2)
+    trimtab("train", recipe, "--overwrite")
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_a_resumed_run_ends_where_the_unbroken_one_did(finished, copied):
+    """As if killed after the first epoch's checkpoint."""
+    for name in ("adapter", "checkpoints/checkpoint-16"):
+        shutil.rmtree(copied / name)
+    for name in ("metrics.json", "report.html"):
+        (copied / name).unlink()
+    recipe = finished.parent / "recipe.yaml"
+    assert "--resume" in trimtab("run", recipe, f"output_dir={copied}", code=2).stderr
+    assert "adapter.r=8" in trimtab("run", recipe, f"output_dir={copied}", "adapter.r=8", "--resume", code=2).stderr
+    trimtab("run", recipe, f"output_dir={copied}", "--resume")
+    ours, theirs = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (copied, finished))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert (copied / "history.jsonl").read_text() == (finished / "history.jsonl").read_text()
+    assert read(copied, "metrics.json")["metrics"] == read(finished, "metrics.json")["metrics"]
+
+
+def test_select_then_train_takes_the_selection_as_it_is(tmp_path):
+    recipe = write_recipe(tmp_path, train={"max_steps": 2, "use_cpu": True})
+    chosen = json.loads(trimtab("select", recipe, "--json").stdout)
+    saved = read(tmp_path / "run", "where.json")
+    assert saved == chosen
+    saved["stacks"]["encoder.layer"] = "0001"  # a sign that it is read, not made again
+    (tmp_path / "run" / "where.json").write_text(json.dumps(saved))
+    plan = json.loads(trimtab("train", recipe, "--json").stdout)
+    assert {site["site"]["block"] for site in plan["sites"]} == {3}
+
+
+def test_a_selection_of_another_recipe_is_made_again(tmp_path):
+    recipe = write_recipe(tmp_path, train={"max_steps": 1, "use_cpu": True})
+    trimtab("select", recipe)
+    trimtab("train", recipe, "where=last")
+    assert read(tmp_path / "run", "where.json")["stacks"]["encoder.layer"] == "0011"
+
+
+def test_where_rank_and_freeze_go_together_in_one_recipe(tmp_path):
+    recipe = write_recipe(
+        tmp_path,
+        adapter={"r": 6, "target_modules": ["query", "value", "intermediate.dense"]},
+        rank={"method": "salientlora", "target_r": 2, "initial_window": 2, "final_window": 4},
+        freeze={"method": "aflora", "interval_steps": 2},
+        train={"num_train_epochs": 4, "per_device_train_batch_size": 8, "learning_rate": 5e-3, "use_cpu": True},
+    )
+    trimtab("run", recipe)
+    plan, metrics = (read(tmp_path / "run", f"{name}.json") for name in ("plan", "metrics"))
+    assert sum(site["final_r"] for site in plan["sites"]) == 2 * len(plan["sites"])
+    params = metrics["params"]
+    assert params["final"] < params["average"] < params["initial"]
+    assert set(plan["settings"]["predicted_params"]) == {"initial", "final", "average"}
+    assert params["initial"] == plan["settings"]["predicted_params"]["initial"]
+    assert (metrics["rank"]["method"], metrics["freeze"]["method"]) == ("salientlora", "aflora")
+
+
+def test_vera_trains_and_exports_a_plain_lora(tmp_path):
+    recipe = write_recipe(tmp_path, adapter={"type": "vera", "r": 8, "target_modules": ["query", "value"]})
+    trimtab("run", recipe)
+    config = read(tmp_path / "run" / "adapter", "adapter_config.json")
+    assert config["peft_type"] == "LORA"
+    assert read(tmp_path / "run", "metrics.json")["params"]["initial"] == 2 * 2 * (8 + 16)
+
+
+def test_a_merged_export_stands_beside_the_adapter(tmp_path):
+    recipe = write_recipe(tmp_path, export="merged", where=None, train={"max_steps": 1, "use_cpu": True})
+    trimtab("run", recipe)
+    assert (tmp_path / "run" / "merged" / "model.safetensors").is_file()
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_two_runs_of_one_seed_are_the_same_and_of_two_seeds_are_not(tmp_path):
+    recipe = write_recipe(tmp_path, train={"max_steps": 3, "use_cpu": True})
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        trimtab("train", recipe, f"output_dir={tmp_path / name}", f"seed={seed}")
+    a, b, c = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in "abc")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not all(torch.equal(a[key], c[key]) for key in a)
