@@ -26,6 +26,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .adapters import fused
 from .adapters.lowrank import delta_weight, fold, lowrank_delta
 from .errors import ConfigError, ModelError
 from .plans import Budget, Where
@@ -376,6 +377,10 @@ class TrimLayer(_Mixed):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = [n for n in self.active_adapters if n in self.lora_A]
         mixed = kwargs.get("adapter_names") is not None
+        if len(names) == 1 and not args and not any(v is not None for v in kwargs.values()):
+            result = self._fused(names[0], x)
+            if result is not None:
+                return result
         if mixed or self.disable_adapters or self.merged or not any(self.is_adaptive(n) for n in names):
             return super().forward(x, *args, **kwargs)
         result = self.base_layer(x, *args, **kwargs)
@@ -383,6 +388,20 @@ class TrimLayer(_Mixed):
         for name in names:
             result = result + self._delta(name, x)
         return result.to(dtype)
+
+    def _fused(self, name: str, x: Tensor) -> Tensor | None:
+        """Base and adapter in one function, plain LoRA included; None where the plain formula has to do it."""
+        base, dropout = self.base_layer, self.lora_dropout[name]
+        if self.disable_adapters or self.merged or name in self.lora_variant:
+            return None
+        if type(dropout) not in (nn.Identity, nn.Dropout) or not fused.can_fuse(
+            x, base, self.lora_A[name], self.lora_B[name]
+        ):
+            return None
+        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        A, B = self.factors(name)
+        e, b = self.diagonals(name)
+        return fused.lowrank_linear(x, base.weight, base.bias, A, B, self.scaling[name], e, b, p)
 
     def _delta(self, name: str, x: Tensor) -> Tensor:
         A, B = self.factors(name)

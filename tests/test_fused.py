@@ -1,0 +1,549 @@
+"""The fused function equals the plain formula, and its gradients are exact, on every path it can take."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tiny
+import trimtab
+from trimtab.adapters import dropout, fused
+from trimtab.adapters.fused import Route, lowrank_linear
+from trimtab.adapters.lowrank import lowrank_delta
+
+N, IN, OUT, R = 5, 4, 3, 2
+ROUTES = [Route(merged, dense) for merged in (False, True) for dense in (False, True)]
+# x, A, B require a gradient or not; e, b: trained (True), frozen (False), absent (None).
+COMBINATIONS = list(
+    itertools.product((True, False), (True, False), (True, False), (True, False, None), (True, False, None))
+)
+
+
+def tensors(dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Tensor]:
+    make = torch.Generator().manual_seed(seed)
+    shapes = {"x": (N, IN), "W": (OUT, IN), "bias": (OUT,), "A": (R, IN), "B": (OUT, R), "e": (R,), "b": (OUT,)}
+    return {name: torch.randn(shape, generator=make, dtype=dtype) for name, shape in shapes.items()}
+
+
+def chosen(x: bool, A: bool, B: bool, e: bool | None, b: bool | None) -> tuple[dict[str, Tensor | None], list[str]]:
+    t: dict[str, Tensor | None] = dict(tensors())
+    wants = {"x": x, "A": A, "B": B, "e": e, "b": b}
+    for name, want in wants.items():
+        if want is None:
+            t[name] = None
+    return t, [name for name, want in wants.items() if want]
+
+
+def apply(t: dict[str, Tensor | None], p: float = 0.0, scale: float = 0.7) -> Tensor:
+    return lowrank_linear(t["x"], t["W"], t["bias"], t["A"], t["B"], scale, t["e"], t["b"], p)
+
+
+def plain(t: dict[str, Tensor | None], mask: Tensor | float = 1.0, scale: float = 0.7) -> Tensor:
+    delta = lowrank_delta(t["x"] * mask, t["A"], t["B"], scale, t["e"], t["b"])
+    return F.linear(t["x"], t["W"], t["bias"]) + delta
+
+
+def drawn_mask(x: Tensor, p: float, seed: int) -> Tensor:
+    """The scaled mask that the fused function draws after this seed."""
+    torch.manual_seed(seed)
+    bits = dropout.draw_bits(x.numel(), x.device)
+    return dropout.keep_mask(bits, p, x.dtype).view_as(x) / (1 - dropout.drop_rate(p))
+
+
+def force(monkeypatch: pytest.MonkeyPatch, way: Route) -> None:
+    """Take this contraction order wherever it is possible at all."""
+
+    def route(n, n_in, n_out, r, needs, may_merge, copied):
+        _, a, g = needs
+        return Route(way.merged and may_merge, way.dense and (a or g))
+
+    monkeypatch.setattr(fused, "route", route)
+
+
+class Products(TorchDispatchMode):
+    """Counts the multiply-adds of matrix products, two each; torch's own counter passes over `addmm_`."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket._qualified_op_name
+        if name in ("aten::mm", "aten::addmm", "aten::addmm_"):
+            left, right = args[-2:]
+            self.flops += 2 * left.shape[0] * left.shape[1] * right.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("way", ROUTES, ids=str)
+def test_gradients_are_exact_for_every_combination_of_frozen_and_trained(way, p, monkeypatch):
+    force(monkeypatch, way)
+    for combination in COMBINATIONS:
+        t, wanted = chosen(*combination)
+        mask = drawn_mask(t["x"], p, seed=3) if p else 1.0
+
+        def function(*values, t=t, wanted=wanted):
+            torch.manual_seed(3)  # the same mask at every evaluation
+            return apply({**t, **dict(zip(wanted, values))}, p)
+
+        values = [t[name].clone().requires_grad_() for name in wanted]
+        out = function(*values)
+        torch.testing.assert_close(out.detach(), plain(t, mask), rtol=1e-12, atol=1e-12)
+        assert out.requires_grad == bool(wanted)
+        if wanted:
+            theirs = torch.autograd.grad(plain({**t, **dict(zip(wanted, values))}, mask).sum(), values)
+            torch.testing.assert_close(torch.autograd.grad(out.sum(), values), theirs, rtol=1e-11, atol=1e-11)
+            assert torch.autograd.gradcheck(function, values, fast_mode=True), combination
+
+
+def test_what_is_frozen_gets_no_gradient_and_costs_no_product(monkeypatch):
+    force(monkeypatch, Route(merged=False, dense=False))
+
+    def backward_flops(**wants: bool) -> int:
+        t: dict[str, Tensor | None] = dict(tensors())
+        for name, want in wants.items():
+            t[name] = t[name].requires_grad_(want)
+        out = apply(t)
+        with Products() as counter:
+            out.sum().backward()
+        assert all((t[name].grad is not None) == want for name, want in wants.items())
+        return counter.flops
+
+    thin_in, thin_out, base = 2 * N * R * IN, 2 * N * R * OUT, 2 * N * IN * OUT
+    # x: base and two thin products; A: one more; B or e or b: G, made once for all three.
+    assert backward_flops(x=True, A=False, B=False, e=False, b=False) == base + thin_out + thin_in
+    assert backward_flops(x=True, A=True, B=False, e=False, b=False) == base + thin_out + 2 * thin_in
+    assert backward_flops(x=True, A=True, B=True, e=True, b=True) == base + 2 * thin_out + 2 * thin_in
+    # Every projection frozen: only G beside what x needs.
+    assert backward_flops(x=True, A=False, B=False, e=True, b=True) == base + 2 * thin_out + thin_in
+    # Input without gradient: no base product; vectors alone need G only.
+    assert backward_flops(x=False, A=False, B=False, e=True, b=True) == thin_out
+    assert backward_flops(x=False, A=True, B=True, e=False, b=False) == 2 * thin_out + thin_in
+
+
+def test_the_input_is_kept_only_where_the_down_projection_trains(monkeypatch):
+    force(monkeypatch, Route(merged=False, dense=False))
+
+    def kept(**wants: bool) -> set[torch.Size]:
+        t: dict[str, Tensor | None] = dict(tensors())
+        for name, want in wants.items():
+            t[name] = t[name].requires_grad_(want)
+        shapes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda s: shapes.append(s.shape) or s, lambda s: s):
+            apply(t)
+        return set(shapes)
+
+    x, h = torch.Size((N, IN)), torch.Size((R, N))
+    assert x in kept(A=True, B=True)
+    assert x not in kept(x=True, B=True, b=True) and h in kept(x=True, B=True)
+    assert not {x, h} & kept(x=True)
+
+
+@pytest.mark.parametrize("way", ROUTES, ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_inputs_of_any_layout_and_shape_work(way, p, monkeypatch):
+    force(monkeypatch, way)
+    t = tensors()
+    make = torch.Generator().manual_seed(1)
+    base = torch.randn(IN, 3, 2, generator=make, dtype=torch.float64)
+    inputs = {
+        "transposed": base.permute(2, 1, 0),
+        "strided": torch.randn(3, 2 * IN, generator=make, dtype=torch.float64)[:, ::2],
+        "expanded": base[:, 0, 0].expand(3, IN),
+        "vector": base[:, 0, 0],
+        "empty": torch.empty(0, 7, IN, dtype=torch.float64),
+        "four dimensions": torch.randn(2, 1, 3, IN, generator=make, dtype=torch.float64),
+    }
+    for name, x in inputs.items():
+        wanted = ["A", "B", "e", "b"]
+
+        def function(x, *values, wanted=wanted):
+            torch.manual_seed(5)
+            # A gradient that is itself not contiguous.
+            return apply({**t, "x": x, **dict(zip(wanted, values))}, p).transpose(0, -1)
+
+        values = [x.detach().requires_grad_(), *(t[n].clone().requires_grad_() for n in wanted)]
+        mask = drawn_mask(x, p, seed=5) if p else 1.0
+        torch.testing.assert_close(function(*values).transpose(0, -1), plain({**t, "x": x}, mask), msg=name)
+        if name == "expanded":  # gradcheck takes no overlapping input
+            ours = torch.autograd.grad(function(*values).sum(), values)
+            theirs = plain({**t, "x": values[0], **dict(zip(wanted, values[1:]))}, mask)
+            torch.testing.assert_close(ours, torch.autograd.grad(theirs.sum(), values))
+        elif x.numel():
+            assert torch.autograd.gradcheck(function, values), name
+        else:
+            function(*values).sum().backward()
+            assert all(v.grad is not None and not v.grad.any() for v in values[1:])
+            assert values[0].grad.shape == x.shape
+
+
+@pytest.mark.parametrize("way", ROUTES, ids=str)
+def test_rank_one_leaves_the_parameters_as_they_were(way, monkeypatch):
+    force(monkeypatch, way)
+    t = tensors()
+    t["A"], t["B"], t["e"] = t["A"][:1].contiguous(), t["B"][:, :1].contiguous(), t["e"][:1].contiguous()
+    before = {name: value.clone() for name, value in t.items()}
+    for value in ("x", "A", "B", "e", "b"):
+        t[value].requires_grad_()
+    apply(t).sum().backward()
+    assert all(torch.equal(t[name], before[name]) for name in t)
+
+
+def test_double_use_in_one_graph_adds_both_gradients():
+    t = tensors()
+    wanted = ["x", "A", "B", "e", "b"]
+    square = torch.randn(IN, OUT, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+    def twice(function):
+        def composed(*values):
+            u = {**t, **dict(zip(wanted, values))}
+            return function({**u, "x": function(u).tanh() @ square.T})
+
+        return composed
+
+    values = [t[name].clone().requires_grad_() for name in wanted]
+    assert torch.autograd.gradcheck(twice(apply), values)
+    ours = torch.autograd.grad(twice(apply)(*values).sum(), values)
+    theirs = torch.autograd.grad(twice(plain)(*values).sum(), values)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_second_derivative_is_refused():
+    t = tensors()
+    t["A"].requires_grad_()
+    t["x"].requires_grad_()
+    (grad,) = torch.autograd.grad(apply(t).pow(2).sum(), t["A"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_a_factor_changed_between_forward_and_backward_is_noticed():
+    t = tensors()
+    t["A"].requires_grad_()
+    out = apply(t)
+    with torch.no_grad():
+        t["B"].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+# -- dropout -------------------------------------------------------------------------------------------
+
+
+def test_the_mask_is_bernoulli_at_the_asked_rate_and_keeps_the_expectation():
+    p, count = 0.1, 2_000_000
+    torch.manual_seed(0)
+    keep = dropout.keep_mask(dropout.draw_bits(count, torch.device("cpu")), p, torch.float64)
+    assert set(keep.unique().tolist()) == {0.0, 1.0}
+    assert abs(keep.mean().item() - (1 - p)) < 5 * math.sqrt(p * (1 - p) / count)
+    for rate in (1e-9, 0.05, 0.1, 1 / 3, 0.5, 0.999999):
+        assert 0 < dropout.drop_rate(rate) < 1 and abs(dropout.drop_rate(rate) - rate) <= 2**-16
+        bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)  # every value once
+        assert dropout.keep_mask(bits, rate, torch.float64).mean().item() == 1 - dropout.drop_rate(rate)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 4097])
+def test_any_number_of_bits_can_be_drawn(count):
+    assert dropout.draw_bits(count, torch.device("cpu")).shape == (count,)
+
+
+def test_masks_are_independent_between_elements_tokens_and_steps():
+    p, n, width = 0.3, 400, 500
+    torch.manual_seed(1)
+    masks = [
+        dropout.keep_mask(dropout.draw_bits(n * width, torch.device("cpu")), p, torch.float64).view(n, width)
+        for _ in range(2)
+    ]
+    variance, margin = p * (1 - p), 5 / math.sqrt(n * width)
+    a, b = (mask - (1 - p) for mask in masks)
+
+    def correlation(u: Tensor, v: Tensor) -> float:
+        return (u * v).mean().item() / variance
+
+    assert abs(correlation(a, b)) < margin  # steps
+    for lag in (1, 2, 3, 4, 7):  # the four elements of one 64-bit word, and beyond
+        assert abs(correlation(a[:, :-lag], a[:, lag:])) < margin, lag
+    assert abs(correlation(a[:-1], a[1:])) < margin  # tokens
+    # Rows' and columns' counts spread as binomials do.
+    assert a.sum(1).var().item() == pytest.approx(width * variance, rel=5 * math.sqrt(2 / n))
+    assert a.sum(0).var().item() == pytest.approx(n * variance, rel=5 * math.sqrt(2 / width))
+
+
+def test_the_mask_follows_the_seed_and_differs_between_calls():
+    t = tensors()
+    t["x"] = torch.randn(64, IN, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    torch.manual_seed(7)
+    first, second = apply(t, 0.5), apply(t, 0.5)
+    torch.manual_seed(7)
+    assert torch.equal(apply(t, 0.5), first)
+    assert not torch.equal(first, second)
+
+
+def test_dropout_costs_two_bytes_an_element_until_the_backward_pass():
+    t = tensors()
+    t["A"].requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda s: kept.append(s) or s, lambda s: s):
+        apply(t, 0.5)
+    of_input_size = [s for s in kept if s.numel() == N * IN]
+    assert sorted(s.element_size() for s in of_input_size) == [2, 8]  # the bits, and the input itself
+    assert any(s.data_ptr() == t["x"].data_ptr() for s in of_input_size)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_draws_the_same_mask_again(reentrant):
+    t = tensors()
+    names = ["x", "A", "B", "e", "b"]
+    values = [t[name].clone().requires_grad_() for name in names]
+
+    def function(*values):
+        return apply({**t, **dict(zip(names, values))}, 0.5).sin()
+
+    torch.manual_seed(11)
+    direct = torch.autograd.grad(function(*values).sum(), values)
+    torch.manual_seed(11)
+    out = torch.utils.checkpoint.checkpoint(function, *values, use_reentrant=reentrant)
+    out.sum().backward()
+    for expected, value in zip(direct, values):
+        torch.testing.assert_close(value.grad, expected, rtol=0, atol=0)
+
+
+# -- dtypes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("factors", [torch.float32, None], ids=["f32 factors", "narrow factors"])
+@pytest.mark.parametrize("native", [False, True])
+def test_narrow_bases_agree_with_float64_to_their_precision(dtype, factors, native, monkeypatch):
+    monkeypatch.setattr(fused, "_product_dtype", lambda d, _: d if native else torch.float32)
+    exact = tensors()
+    t = {name: value.to(dtype) for name, value in exact.items()}
+    for name in ("A", "B", "e", "b"):
+        t[name] = exact[name].to(factors or dtype).requires_grad_()
+    t["x"].requires_grad_()
+    wide = {name: value.detach().double() for name, value in t.items()}
+    for name in ("x", "A", "B", "e", "b"):
+        wide[name].requires_grad_()
+    out, expected = apply(t), plain(wide)
+    assert out.dtype == dtype
+    tolerance = dict.fromkeys(("rtol", "atol"), 0.05 if dtype == torch.bfloat16 else 0.01)
+    torch.testing.assert_close(out.double(), expected, **tolerance)
+    out.sum().backward()
+    expected.sum().backward()
+    for name in ("x", "A", "B", "e", "b"):
+        assert t[name].grad.dtype == t[name].dtype
+        torch.testing.assert_close(t[name].grad.double(), wide[name].grad, **tolerance)
+
+
+def test_f32_factors_on_a_bf16_base_lose_nothing_where_products_are_f32(monkeypatch):
+    monkeypatch.setattr(fused, "_product_dtype", lambda d, _: torch.float32)
+    t = tensors(torch.float32)
+    for name in ("x", "W", "bias"):
+        t[name] = t[name].bfloat16()
+    t["B"] = t["B"] * 1e-6  # far below bf16's steps around W: a merged bf16 weight would lose it
+    A, B = t["A"].requires_grad_(), t["B"].requires_grad_()
+    (grad,) = torch.autograd.grad(apply(t).float().sum(), [A])
+    wide = {name: value.detach().double() for name, value in t.items()}
+    wide["A"].requires_grad_()
+    (expected,) = torch.autograd.grad(plain(wide).sum(), wide["A"])
+    torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=1e-12)
+    assert B.grad is None
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_autocast_gives_its_dtype_and_gradients_in_the_parameters(p):
+    t = tensors(torch.float32)
+    names = ["x", "A", "B", "e", "b"]
+    for name in names:
+        t[name].requires_grad_()
+    mask = drawn_mask(t["x"], p, seed=9) if p else 1.0
+    expected = torch.autograd.grad(plain(t, mask).sum(), [t[name] for name in names])
+    torch.manual_seed(9)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = apply(t, p)
+        assert out.dtype == torch.bfloat16
+        out.float().sum().backward()  # a backward inside autocast must not be cast either
+    for name, want in zip(names, expected):
+        assert t[name].grad.dtype == torch.float32
+        torch.testing.assert_close(t[name].grad, want, rtol=0.05, atol=0.05)
+
+
+# -- the host -------------------------------------------------------------------------------------------
+
+
+def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    calls: list[int] = []
+    original = fused.lowrank_linear
+    monkeypatch.setattr(fused, "lowrank_linear", lambda *a, **k: calls.append(1) or original(*a, **k))
+    return calls
+
+
+def without_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "can_fuse", lambda *_: False)
+
+
+def hosted(family: str = "bert", dtype: torch.dtype = torch.float64, **settings) -> nn.Module:
+    kind = tiny.FAMILIES[family]
+    base = tiny.build(family).to(dtype)
+    torch.manual_seed(0)
+    config = trimtab.TrimConfig(
+        r=settings.pop("r", 4), target_modules=list(kind.targets), task_type=kind.task_type, **settings
+    )
+    return peft.get_peft_model(base, config, autocast_adapter_dtype=False).to(dtype)
+
+
+def train(model: nn.Module, family: str, steps: int, controlled: bool) -> list[float]:
+    torch.manual_seed(1)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    control = trimtab.Controller(model, optimizer, total_steps=steps) if controlled else None
+    losses = []
+    model.train()
+    for step in range(steps):
+        loss = model(**tiny.batch(family, seed=step)).loss
+        loss.backward()
+        if control:
+            control.before_step()
+        optimizer.step()
+        if control:
+            control.after_step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+CASES = {
+    "plain LoRA": {},
+    "SalientLoRA and AFLoRA": {
+        "rank": trimtab.SalientLoRA(target_r=2, initial_window=5, final_window=10),
+        "freeze": trimtab.AFLoRA(interval_steps=2),
+    },
+    "SoRA": {"rank": trimtab.SoRA(prox_threshold=1e-3)},
+    "AFLoRA": {"freeze": trimtab.AFLoRA(interval_steps=2)},
+}
+
+
+@pytest.mark.parametrize(("family", "case"), [*(("bert", case) for case in CASES), ("llama", "plain LoRA")])
+def test_fifty_steps_of_training_equal_those_of_the_plain_formula(case, family, monkeypatch):
+    calls = fused_calls(monkeypatch)
+    model = hosted(family, **copy.deepcopy(CASES[case]))
+    ours = train(model, family, 50, controlled=bool(CASES[case]))
+    assert calls
+    with monkeypatch.context() as patch:
+        without_fusion(patch)
+        calls.clear()
+        reference = hosted(family, **copy.deepcopy(CASES[case]))
+        theirs = train(reference, family, 50, controlled=bool(CASES[case]))
+        assert not calls
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    theirs_state = reference.state_dict()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, theirs_state[name], rtol=1e-7, atol=1e-9, msg=name)
+
+
+def test_fifty_steps_in_float32_stay_with_stock_peft(monkeypatch):
+    calls = fused_calls(monkeypatch)
+    model = hosted(dtype=torch.float32)
+    ours = train(model, "bert", 50, controlled=False)
+    kind = tiny.FAMILIES["bert"]
+    torch.manual_seed(0)
+    base = tiny.build("bert")
+    torch.manual_seed(0)
+    stock = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=list(kind.targets), task_type=kind.task_type))
+    theirs = train(stock, "bert", 50, controlled=False)
+    assert calls
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_evaluation_takes_no_dropout_and_keeps_nothing(monkeypatch):
+    model = hosted(lora_dropout=0.5)
+    assert torch.equal(tiny.logits(model, "bert"), tiny.logits(model, "bert"))
+    calls = fused_calls(monkeypatch)
+    model.train()
+    first, second = (model(**tiny.batch("bert")).loss.item() for _ in range(2))
+    assert calls and first == second  # B = 0: dropout on the adapter's input does not reach the output
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    first, second = (model(**tiny.batch("bert")).loss.item() for _ in range(2))
+    assert first != second
+
+
+@pytest.mark.parametrize("reason", ["disabled", "merged", "two adapters", "hook", "trained base", "dora", "patched"])
+def test_what_cannot_be_fused_takes_the_plain_formula(reason, monkeypatch):
+    calls = fused_calls(monkeypatch)
+    model = hosted(use_dora=reason == "dora")
+    layers = [m for m in model.modules() if type(m).__name__ == "TrimLinear"]
+    assert layers
+    if reason == "disabled":
+        with model.disable_adapter():
+            model(**tiny.batch("bert"))
+    elif reason == "merged":
+        model.merge_adapter()
+    elif reason == "two adapters":
+        model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
+        for layer in layers:
+            layer.set_adapter(["default", "other"])
+    for layer in layers:
+        if reason == "hook":
+            layer.base_layer.register_forward_hook(lambda *_: None)
+        elif reason == "trained base":
+            layer.base_layer.weight.requires_grad_()
+        elif reason == "patched":
+            layer.base_layer.forward = layer.base_layer.forward
+    if reason != "disabled":
+        model(**tiny.batch("bert")).loss.backward()
+    assert not calls
+
+
+def test_a_trained_base_bias_gets_its_gradient(monkeypatch):
+    calls = fused_calls(monkeypatch)
+    model = hosted(bias="lora_only")
+    model(**tiny.batch("bert")).loss.backward()
+    assert calls
+    ours = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    assert any(name.endswith("base_layer.bias") for name in ours)
+    model.zero_grad()
+    without_fusion(monkeypatch)
+    model(**tiny.batch("bert")).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, ours[name], msg=name)
+
+
+def test_compile_falls_back_to_the_plain_formula():
+    model = hosted(dtype=torch.float32)
+    layer = next(m for m in model.modules() if type(m).__name__ == "TrimLinear")
+    nn.init.normal_(layer.lora_B["default"].weight)
+    x = torch.randn(3, layer.in_features)
+    compiled = torch.compile(layer, backend="eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+    compiled(x).sum().backward()
+    assert layer.lora_A["default"].weight.grad is not None
+
+
+def test_function_transforms_fall_back_to_the_plain_formula():
+    layer = next(m for m in hosted().modules() if type(m).__name__ == "TrimLinear")
+    x = torch.randn(3, layer.in_features, dtype=torch.float64)
+    jacobians = torch.func.vmap(torch.func.jacrev(layer))(x)
+    assert jacobians.shape == (3, layer.out_features, layer.in_features)
+
+
+# -- choice of route ---------------------------------------------------------------------------------------
+
+
+def test_the_route_follows_the_shapes():
+    everything = (True, True, True)
+    assert fused.route(2048, 384, 384, 8, everything, True, False) == Route(merged=True, dense=False)
+    assert fused.route(256, 576, 576, 8, everything, True, False) == Route(merged=False, dense=False)
+    assert fused.route(2048, 384, 384, 480, everything, True, False) == Route(merged=True, dense=True)
+    assert fused.route(2048, 384, 384, 480, everything, False, False).merged is False
+    assert fused.route(16, 4096, 4096, 64, everything, True, False) == Route(merged=False, dense=False)
+    assert fused.route(2048, 384, 384, 480, (True, False, False), True, False).dense is False
