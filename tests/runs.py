@@ -47,14 +47,20 @@ class _KeepLogits(TrainerCallback):
 
 
 def train(
-    model: peft.PeftModel, family: str, folder: Path, resume: str | None = None, callbacks: tuple = (), **more: Any
+    model: peft.PeftModel,
+    family: str,
+    folder: Path,
+    resume: str | bool | None = None,
+    callbacks: tuple = (),
+    trim: TrimCallback | None = None,
+    **more: Any,
 ) -> tuple[TrimCallback, dict[int, torch.Tensor]]:
     """Train 40 steps, saving every 5; returns the callback and the logits at every save."""
     args = dict(
         output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=8, save_steps=5, logging_steps=5,
         report_to=[], learning_rate=1e-2, use_cpu=True, disable_tqdm=True, seed=0, average_tokens_across_devices=False,
     ) | more  # fmt: skip
-    trim, keep = TrimCallback(history=folder / "history.jsonl"), _KeepLogits(family)
+    trim, keep = trim or TrimCallback(history=folder / "history.jsonl"), _KeepLogits(family)
     trainer = Trainer(
         model, TrainingArguments(**args), train_dataset=tiny.rows(family), eval_dataset=tiny.rows(family, 16, seed=5),
         callbacks=[trim, keep, *callbacks],

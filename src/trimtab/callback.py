@@ -21,11 +21,12 @@ from accelerate.state import GradientState
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from .checkpoint import COMPLETE, read_state, what_is_wrong, write_state
+from .checkpoint import COMPLETE, checkpoints, last_checkpoint, read_state, what_is_wrong, write_state
 from .controller import Controller, Event, is_distributed
 from .errors import CheckpointError, ConfigError, StaleAdapterError
-from .peft_host import hosted_layers, peft_model_of
+from .peft_host import TrimConfig, adapter_config, hosted_layers, peft_model_of
 
 logger = logging.getLogger("trimtab")
 
@@ -59,6 +60,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         self._hook: Any = None
         self._is_queued = False
         self._was_reached = False
+        self._is_training = False
         self._penalties: list[Tensor] = []
         self._optimizer: Any = None
         self._shape_step = 0
@@ -71,10 +73,10 @@ class TrimCallback(TrainerCallback, ExportableState):
         self._args = args
         if model is None or not self._layers(model):
             return
-        if getattr(args, "deepspeed", None):
+        if getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None):
             raise ConfigError(
                 "deepspeed",
-                args.deepspeed,
+                args.deepspeed or "from the environment",
                 "DeepSpeed zeroes gradients before Trainer's optimizer "
                 "events, so nothing could be decided; use DDP or FSDP2",
             )
@@ -84,6 +86,7 @@ class TrimCallback(TrainerCallback, ExportableState):
                 stacklevel=2,
             )
         self._leave_out_of_ddp(model, args)
+        self._warn_of_torn_checkpoint(args)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         model, self._optimizer = kw["model"], kw.get("optimizer")
@@ -95,6 +98,9 @@ class TrimCallback(TrainerCallback, ExportableState):
                 "with PeftModel.from_pretrained(checkpoint, is_trainable=True)"
             )
         self.events, self._penalties = [], []
+        self._is_queued = self._was_reached = False  # a first attempt may have run out of memory in mid-backward
+        if self._hook is not None:
+            self._hook.remove()
         self.controller = Controller(
             model,
             self._optimizer,
@@ -109,6 +115,10 @@ class TrimCallback(TrainerCallback, ExportableState):
             self._start_history()
             if self.controller.layers:
                 self.controller._check_not_stale()
+        self._is_training = True
+        config = adapter_config(model, self.controller.adapter_name)
+        if not self.controller.layers and (not isinstance(config, TrimConfig) or config.is_settled):
+            logger.warning("these are plain LoRA layers: they train on at their ranks, and nothing is decided")
         self.controller.broadcast()
         if self.controller.layers and not self.controller.is_finished:
             self._hook = peft_model_of(model).register_forward_hook(self._watch_output)
@@ -145,10 +155,12 @@ class TrimCallback(TrainerCallback, ExportableState):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         if state.global_step >= state.max_steps or control.should_training_stop:
             self._finish(args, state)
+        self._log_before_saving(args, control)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         if control.should_training_stop:  # early stopping speaks up after on_step_end
             self._finish(args, state)
+        self._log_before_saving(args, control)
 
     def on_log(
         self,
@@ -158,6 +170,8 @@ class TrimCallback(TrainerCallback, ExportableState):
         logs: dict[str, float] | None = None,
         **kw: Any,
     ) -> None:
+        if logs and "train_runtime" in logs and control.should_training_stop:
+            self._finish(args, state)  # Trainer's last row: the last event before it loads the best model
         if not logs or "loss" not in logs:
             return
         row: Event = {"event": "log", "step": state.global_step, "epoch": state.epoch}
@@ -181,6 +195,7 @@ class TrimCallback(TrainerCallback, ExportableState):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         self._finish(args, state)
+        self._is_training = False
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -190,10 +205,12 @@ class TrimCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """Writes `trim_state` into the checkpoint being saved; called by Trainer before `trainer_state.json`."""
         controller, args = self.controller, self._args
-        if controller is not None and args is not None and controller.step > 0 and args.output_dir:
-            folder = Path(args.output_dir) / f"checkpoint-{controller.step}"
-            if folder.is_dir() and not (folder / COMPLETE).exists() and not args.save_only_model:
+        if self._is_training and controller is not None and args is not None and controller.step > 0:
+            folder = Path(args.output_dir or ".") / f"checkpoint-{controller.step}"
+            if folder.is_dir() and not args.save_only_model:
+                (folder / COMPLETE).unlink(missing_ok=True)  # of an earlier run that is being overwritten
                 tensors, facts = controller.state_dict()
+                facts["processes"] = args.world_size
                 facts["history_rows"] = self._history_rows()
                 if self._penalties:  # the mean that the next log row will show must not lose its first part
                     facts["penalties"] = [float(p) for p in self._penalties]
@@ -201,6 +218,24 @@ class TrimCallback(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {}}
 
     # -- inside -------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _log_before_saving(args: TrainingArguments, control: TrainerControl) -> None:
+        # Trainer does not save its running loss: after a resume the mean would lack the steps since the last row.
+        may_save = control.should_save or (args.save_strategy == SaveStrategy.BEST and control.should_evaluate)
+        if may_save and args.logging_strategy != IntervalStrategy.NO:
+            control.should_log = True
+
+    @staticmethod
+    def _warn_of_torn_checkpoint(args: TrainingArguments) -> None:
+        newest = next(iter(checkpoints(args.output_dir)), None) if args.output_dir else None
+        fault = what_is_wrong(newest) if newest else None
+        if fault:
+            logger.warning(
+                "%s cannot be resumed from (%s); use trainer.train(resume_from_checkpoint="
+                "trimtab.last_checkpoint(%r)), which gives %r",
+                newest, fault, args.output_dir, last_checkpoint(args.output_dir),
+            )  # fmt: skip
 
     def _name(self, model: nn.Module) -> str:
         if self.adapter_name is not None:
@@ -324,6 +359,7 @@ class TrimCallback(TrainerCallback, ExportableState):
             self.history.parent.mkdir(parents=True, exist_ok=True)
             rows = "".join(json.dumps(row) + "\n" for row in self.events)
             self.history.write_text(rows, encoding="utf-8")
+            (self.history.parent / "timing.jsonl").unlink(missing_ok=True)
 
     def _cut_history(self, rows: int) -> None:
         """Drop what a killed run wrote after its last checkpoint; the resumed run writes it again."""

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,20 @@ def what_is_wrong(folder: str | Path) -> str | None:
             return f"{name} is missing"
         if _checksum(path) != checksum:
             return f"{name} does not have the checksum it was saved with"
+    for process in range(facts["processes"] if facts.get("processes", 1) > 1 else 0):
+        name = f"rng_state_{process}.pth"
+        if not _is_whole_archive(folder / name):
+            return f"{name} is missing or damaged"
     return None
+
+
+def _is_whole_archive(path: Path) -> bool:
+    """Whether a file of `torch.save` is all there, by the checksums inside it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
@@ -86,10 +100,11 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
 
     Trainer's own search takes the highest number, complete or not.
     """
-    return next((str(p) for p in _checkpoints(output_dir) if what_is_wrong(p) is None), None)
+    return next((str(p) for p in checkpoints(output_dir) if what_is_wrong(p) is None), None)
 
 
-def _checkpoints(output_dir: str | Path) -> list[Path]:
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """Checkpoint folders of a Trainer's ``output_dir``, complete or not, newest first."""
     found = [p for p in Path(output_dir).glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
     return sorted(found, key=lambda p: -int(p.name.removeprefix("checkpoint-")))
 

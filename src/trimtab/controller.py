@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +31,14 @@ from .peft_host import (
     set_data,
 )
 from .plans import Budget, Site
-from .prune import Freed, drop_optimizer_state, prune_layer, unwrap_optimizer, why_not_cuttable
+from .prune import (
+    Freed,
+    decouples_decay,
+    drop_optimizer_state,
+    prune_layer,
+    unwrap_optimizer,
+    why_not_cuttable,
+)
 
 if TYPE_CHECKING:
     from .rank.base import Decision
@@ -93,6 +100,8 @@ class Controller:
         self._is_ready = False
         self._gradients: dict[str, Tensor] = {}
         self._e_before: dict[str, Tensor] = {}
+        self._mask: dict[str, Tensor] = {}  # the last mask that processes have not compared yet, and its hash
+        self._mask_bits: list[int] = []
         config = adapter_config(model, adapter_name)
         self.rank = self.freeze = None
         self.choice: Choice | None = None
@@ -102,6 +111,7 @@ class Controller:
                 self._meet(config.budget, config.budget_frees)
         ranks = {name: layer.hosted[adapter_name].initial_r for name, layer in self.layers.items()}
         self.initial_ranks = dict(ranks)
+        self._sites = {name: (r, self.layers[name].hosted[adapter_name].scale) for name, r in ranks.items()}
         self.allocator = self.freezer = None
         if self.rank is not None:
             limit = self.choice.cost_limit() if self.choice is not None else None
@@ -156,7 +166,8 @@ class Controller:
             if self.allocator is not None:
                 self._apply(self.allocator.after_step(self.step, self._factors()))
         if self.freezer is not None and (not skipped or self._has_purse()):
-            self._freeze(self.freezer.decide(self.step - 1, self._allowance()))
+            is_due = self.freezer.is_due(self.step - 1)
+            self._freeze(self.freezer.decide(self.step - 1, self._allowance()), is_due)
         self._gradients, self._e_before = {}, {}
 
     def finish(self) -> None:
@@ -164,7 +175,7 @@ class Controller:
         if self.is_finished:
             return
         if self.allocator is not None:
-            self._apply(self.allocator.finish(self.step, self._factors()))
+            self._apply(self.allocator.finish(self.step, self._factors()) or self._masked_for_good(), is_last=True)
         # Before the diagonals are folded in: they were trained, and are part of what the run held.
         self.final_params = self.trainable_params()
         self.held_params = sum(p.numel() for p in self._parameters)
@@ -216,7 +227,9 @@ class Controller:
             "final_params": self.final_params,
             "held_params": self.held_params,
             "is_finished": self.is_finished,
-            "settings": self.fingerprint(),
+            "settings": self.settings(),
+            "sites": self._sites,
+            "fingerprint": self.fingerprint(),
             "ranks": self.ranks(),
             "frozen": sorted(self.frozen()),
         }
@@ -233,15 +246,7 @@ class Controller:
         Raises:
             CheckpointError: the state belongs to another horizon, other settings or other sites.
         """
-        for key, mine in (("total_steps", self.total_steps), ("settings", self.fingerprint())):
-            if meta[key] != mine:
-                raise CheckpointError(
-                    f"checkpoint: its {key} is {meta[key]!r}, this run's is {mine!r}; resume with the settings it "
-                    "was made with, or start a new run from it with PeftModel.from_pretrained(..., is_trainable=True)"
-                )
-        if set(meta["initial_ranks"]) != set(self.layers):
-            missing = sorted(set(meta["initial_ranks"]) ^ set(self.layers))
-            raise CheckpointError(f"checkpoint: it adapts other modules ({missing[0]!r} and {len(missing) - 1} more)")
+        self._check_fits(meta)
         self.step, self.param_steps = meta["step"], meta["param_steps"]
         self.initial_params, self.initial_ranks = meta["initial_params"], meta["initial_ranks"]
         self.final_params, self.held_params = meta["final_params"], meta["held_params"]
@@ -272,12 +277,35 @@ class Controller:
         self._parameters = adapter_parameters(self.model, self.adapter_name)
         self.is_finished = True
 
+    def settings(self) -> dict[str, str]:
+        """What decides, in words: a resumed run must have the same."""
+        budget = "; ".join(self.choice.explanation[:1]) if self.choice is not None else "None"
+        return {"rank": repr(self.rank), "freeze": repr(self.freeze), "budget": budget, "adapter": self.adapter_name}
+
     def fingerprint(self) -> str:
-        """Hash of the settings that decide: a resumed run must have the same."""
-        sites = sorted(self.layers)
-        budget = self.choice.explanation[:1] if self.choice is not None else ()
-        text = repr((self.rank, self.freeze, sites, self.adapter_name, *budget))
+        """Hash of the settings, the sites with their initial ranks and scales, and the horizon."""
+        text = repr((sorted(self.settings().items()), self._sites, self.total_steps, self.steps_per_epoch))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _check_fits(self, meta: dict[str, Any]) -> None:
+        """Raises `CheckpointError` with the first thing in which the state's run differs from this one."""
+        sites = {name: tuple(site) for name, site in meta["sites"].items()}
+        if other := sorted(sites.keys() ^ self._sites.keys()):
+            raise CheckpointError(f"checkpoint: it adapts other modules ({other[0]!r} and {len(other) - 1} more)")
+        first = next((name for name in sites if sites[name] != self._sites[name]), None)
+        pairs = [(key, meta["settings"].get(key), mine) for key, mine in self.settings().items()]
+        if first is not None:
+            pairs.append((f"(rank, scale) of {first!r}", sites[first], self._sites[first]))
+        for key, its, mine in (*pairs, *((k, meta[k], getattr(self, k)) for k in ("total_steps", "steps_per_epoch"))):
+            if its != mine:
+                raise CheckpointError(
+                    f"checkpoint: its {key} is {its!r}, this run's is {mine!r}; resume with the settings it "
+                    "was made with, or start a new run from it with PeftModel.from_pretrained(..., is_trainable=True)"
+                )
+        if meta["fingerprint"] != self.fingerprint():  # nothing above differs, so the file was edited
+            raise CheckpointError(
+                f"checkpoint: its fingerprint is {meta['fingerprint']!r}, its plan gives {self.fingerprint()!r}"
+            )
 
     def frozen(self) -> set[str]:
         """Names ``<site>.lora_A`` of the projections that no longer train."""
@@ -396,6 +424,15 @@ class Controller:
     def _masks_only_reason(self) -> str | None:
         if self.rank is None:
             return None
+        if not self.rank.e_decays and self.optimizer is not None and any(
+            group.get("weight_decay") and not decouples_decay(self.optimizer, group)
+            for group in self.optimizer.param_groups
+        ):
+            warnings.warn(
+                f"weight_decay: in {type(self.optimizer).__name__} it is part of the gradient, so it also pulls at "
+                f"{self.rank.method}'s gates; use AdamW, or set it to 0",
+                stacklevel=3,
+            )
         if not self.rank.prune:
             return "prune is off"
         reason = why_not_cuttable(self.optimizer)
@@ -416,12 +453,24 @@ class Controller:
             for p in self._named(layer).values():
                 if p.requires_grad and p.numel():
                     by_dtype.setdefault(p.dtype, []).append(p)
-        for parameters in by_dtype.values():  # one flat all-reduce: few, small tensors
-            flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in parameters])
+        bits = self._mask_bits
+        for dtype, parameters in by_dtype.items():  # one flat all-reduce: few, small tensors
+            if 2 / torch.finfo(dtype).eps < world:
+                bits = []  # bfloat16 cannot count that many processes
+            has_gradient = [p.grad is not None for p in parameters]
+            extra = torch.tensor([*has_gradient, *bits], dtype=dtype, device=parameters[0].device)
+            pieces = [(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in parameters]
+            flat = torch.cat([*pieces, extra])
             torch.distributed.all_reduce(flat)
-            flat /= world
-            for p, piece in zip(parameters, flat.split([p.numel() for p in parameters])):
-                p.grad = piece.view_as(p).clone()
+            *pieces, counts, sums = flat.split([*(p.numel() for p in parameters), len(parameters), len(bits)])
+            if bits and bool(((sums != 0) & (sums != world)).any()):
+                agree("rank", self.step, self._mask)
+            bits = []
+            for i, (p, piece) in enumerate(zip(parameters, pieces)):
+                # What no process used keeps no gradient, as with one process: the optimizer leaves it alone.
+                if has_gradient[i] or bool(counts[i]):
+                    p.grad = (piece / world).view_as(p)
+        self._mask, self._mask_bits = {}, []
 
     def broadcast(self) -> None:
         """Give every process the factors of process 0; DDP leaves the adapters alone."""
@@ -460,6 +509,7 @@ class Controller:
         rates = {
             p: group["lr"] * group.get("weight_decay", 0.0)
             for group in self.optimizer.param_groups
+            if decouples_decay(self.optimizer, group)
             for p in group["params"]
         }
         for name, e in self._e_parameters().items():
@@ -467,12 +517,28 @@ class Controller:
             if rate and e.grad is not None:
                 e.data.add_(self._e_before[name], alpha=float(rate))
 
-    def _apply(self, decision: Decision | None) -> None:
+    def _masked_for_good(self) -> Decision | None:
+        """Ranks that are gone but could only be masked so far; None if there are none."""
+        from .rank.base import Decision
+
+        assert self.allocator is not None
+        if bool(self.allocator.alive.all()):
+            return None
+        keep = dict(zip(self.allocator.names, self.allocator.alive.split(self.allocator.sizes)))
+        return Decision(keep, "prune", None, event=True)
+
+    def _apply(self, decision: Decision | None, is_last: bool = False) -> None:
         if decision is None:
             return
         if decision.event:
-            agree("rank", self.step, {name: keep.tolist() for name, keep in decision.keep.items()})
-        cut = decision.kind == "prune" and self._why_masks_only is None
+            agree("rank", self.step, decision.keep)
+        elif decision.budget is not None and is_distributed():
+            # A mask that is not worth a row changes no shape: it is compared with the next gradients, at no cost.
+            self._mask, self._mask_bits = decision.keep, _bits(_plain(decision.keep))
+        assert self.rank is not None
+        # Moments that cannot be cut are needed no more once training is over.
+        is_cuttable = self._why_masks_only is None
+        cut = decision.kind == "prune" and (is_cuttable or (is_last and self.rank.prune))
         freed = Freed()
         with torch.no_grad():
             for name, keep in decision.keep.items():
@@ -481,7 +547,10 @@ class Controller:
                     e = layer.rank_diagonal(self.adapter_name)
                     e.data.mul_(keep.to(e.device))
                 elif not bool(keep.all()):
-                    freed += prune_layer(layer, self.adapter_name, keep, self.optimizer)
+                    freed += prune_layer(layer, self.adapter_name, keep, self.optimizer if is_cuttable else None)
+                    if not is_cuttable:
+                        dropped = [drop_optimizer_state(p, self.optimizer) for p in self._named(layer).values()]
+                        freed += Freed(moments=sum(dropped))
         if cut:
             assert self.allocator is not None
             self.allocator.pruned(decision.keep)
@@ -509,10 +578,11 @@ class Controller:
             if cut:
                 self._emit_params()
 
-    def _freeze(self, names: set[str]) -> None:
+    def _freeze(self, names: set[str], is_due: bool) -> None:
+        if names or is_due:  # a process that freezes nothing must take part where another one may
+            agree("freeze", self.step, sorted(names))
         if not names:
             return
-        agree("freeze", self.step, sorted(names))
         for name in sorted(names):
             self._freeze_one(name)
         self._emit_freeze(names)
@@ -596,20 +666,43 @@ def is_distributed() -> bool:
     )
 
 
-def agree(what: str, step: int, decision: Any) -> None:
+def agree(what: str, step: int, decision: Mapping[str, Tensor] | list[str]) -> None:
     """Every process compares its decision with the others'; all stop when one differs.
 
+    Args:
+        decision: site -> (r,) bool, what stays; or the names that freeze.
     Raises:
-        DisagreementError: on every process, with the differing plans.
+        DisagreementError: on every process, with what differs.
     """
     if not is_distributed():
         return
-    digest = hashlib.sha256(repr(decision).encode()).hexdigest()
+    mine = _plain(decision)
     digests: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(digests, digest)
+    torch.distributed.all_gather_object(digests, _digest(mine))
     if len(set(digests)) == 1:
         return
     plans: list[Any] = [None] * len(digests)
-    torch.distributed.all_gather_object(plans, decision)
-    shown = "; ".join(f"process {i}: {str(plan)[:400]}" for i, plan in enumerate(plans))
-    raise DisagreementError(f"{what} decisions differ at step {step}: {shown}")
+    torch.distributed.all_gather_object(plans, mine)
+    differing = sorted(key for key in set().union(*plans) if len({plan.get(key, "nothing") for plan in plans}) > 1)
+    shown = "; ".join(
+        f"process {i}: " + ", ".join(f"{key} {plan.get(key, 'nothing')}" for key in differing[:5])
+        for i, plan in enumerate(plans)
+    )
+    raise DisagreementError(f"{what} decisions differ at step {step} in {len(differing)} places: {shown}")
+
+
+def _plain(decision: Mapping[str, Tensor] | list[str]) -> dict[str, str]:
+    """A decision as text: ``{site: "keeps 0110"}`` or ``{projection: "freezes"}``."""
+    if isinstance(decision, Mapping):
+        return {name: "keeps " + "".join("01"[int(k)] for k in keep.tolist()) for name, keep in decision.items()}
+    return dict.fromkeys(decision, "freezes")
+
+
+def _digest(plain: dict[str, str]) -> str:
+    return hashlib.sha256(repr(sorted(plain.items())).encode()).hexdigest()
+
+
+def _bits(plain: dict[str, str]) -> list[int]:
+    """32 bits of the hash: their sum over equal processes is 0 or the number of processes, in any dtype."""
+    number = int(_digest(plain)[:8], 16)
+    return [number >> i & 1 for i in range(32)]

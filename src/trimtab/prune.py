@@ -59,6 +59,11 @@ def why_not_cuttable(optimizer: torch.optim.Optimizer | None) -> str | None:
     return f"the state of {type(optimizer).__name__} is not element-wise in the parameter, or not known to be"
 
 
+def decouples_decay(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
+    """Whether weight decay takes ``lr · weight_decay · p`` from a parameter, apart from its gradient."""
+    return bool(group.get("decoupled_weight_decay", "AdamW" in type(optimizer).__name__))
+
+
 def cut_parameter(parameter: nn.Parameter, keep: Tensor, dim: int, optimizer: torch.optim.Optimizer | None) -> Freed:
     """Keep the entries ``keep`` (indices, int64) of ``dim``, in parameter, gradient and moments.
 

@@ -296,6 +296,9 @@ class AFLoRAFreezer(Freezer):
             torch._foreach_div_(window, self._n_in_window)
         self._last_observed = step
 
+    def is_due(self, step: int) -> bool:
+        return step <= self.total_steps - self.final and self._is_event(step) and bool(self.trainable)
+
     def decide(self, step: int, allowance: float | None = None) -> set[str]:
         is_final = step > self.total_steps - self.final
         due = is_final or self._is_event(step)

@@ -127,6 +127,14 @@ class Freezer:
         """
         self._levels = CurveSums(levels, self.total_steps)
 
+    def is_due(self, step: int) -> bool:
+        """Whether processes must compare the answer of ``decide(step)`` even if it is empty.
+
+        Called before `decide`. May depend on the step and on what is frozen already, never on gradients. False
+        where those alone settle whether anything freezes; True is always right, at the cost of an exchange.
+        """
+        return True
+
     def decide(self, step: int, allowance: float | None = None) -> set[str]:
         """Names of the projections that freeze now, after ``step`` is done.
 

@@ -61,6 +61,9 @@ class FixedFreezer(Freezer):
         super().__init__(tensors, total_steps, curve)
         self.at = at
 
+    def is_due(self, step: int) -> bool:
+        return False
+
     def decide(self, step: int, allowance: float | None = None) -> set[str]:
         if allowance is not None:
             return self._freeze(self._over_allowance(step, None, allowance, is_event=False))

@@ -1,0 +1,105 @@
+"""Two processes decide and train as one process on the same global batch (torchrun, gloo, stock Trainer, DDP)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import two_process
+
+pytestmark = pytest.mark.two_process
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """One launch for all cases, since most of its time is importing: folder, and what each process saw."""
+    out = tmp_path_factory.mktemp("ddp")
+    here = Path(__file__).parent
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(here.parent / "src"), str(here), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(here / "two_process.py"), str(out)], env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    return out, [torch.load(out / f"process-{i}.pt", weights_only=False) for i in (0, 1)]
+
+
+def decisions(events: list[dict]) -> list[dict]:
+    return [event for event in events if event["event"] in ("rank", "freeze", "params")]
+
+
+def numbers(events: list[dict]) -> torch.Tensor:
+    """Gradient norms, penalties, learning rates and |e| of the history; Trainer sums the loss in float32."""
+    found: list[float] = []
+    for event in events:
+        if event["event"] == "values":
+            found += [v for site in event["values"].values() for v in site]
+        elif event["event"] == "log":
+            found += [v for key, v in event.items() if isinstance(v, float) and key != "loss"]
+    return torch.tensor(found, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("case", [name for name, case in two_process.CASES.items() if case[3] == torch.float64])
+def test_two_processes_equal_one(launched, tmp_path, case):
+    _, (first, second) = launched
+    one = two_process.run(case, tmp_path, processes=1)
+    assert first[case]["wrapped"] == "DistributedDataParallel"
+    kinds = [event["event"] for event in one["events"]]
+    assert "rank" in kinds or "freeze" in kinds
+    for two in (first[case], second[case]):
+        assert decisions(two["events"]) == decisions(one["events"])
+        assert [e["event"] for e in two["events"]] == kinds
+        assert torch.allclose(numbers(two["events"]), numbers(one["events"]), rtol=1e-9, atol=1e-9)
+        losses = [[e["loss"] for e in run["events"] if e["event"] == "log"] for run in (one, two)]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+        assert two["weights"].keys() == one["weights"].keys()
+        for name, weight in one["weights"].items():
+            assert torch.allclose(two["weights"][name], weight, rtol=0, atol=1e-9), name
+
+
+@pytest.mark.parametrize("case", [name for name, case in two_process.CASES.items() if case[3] == torch.float32])
+def test_two_processes_decide_as_one_in_float32(launched, tmp_path, case):
+    one = two_process.run(case, tmp_path, processes=1)
+    for two in launched[1]:
+        assert decisions(two[case]["events"]) == decisions(one["events"])
+
+
+def test_both_processes_hold_the_same_weights_to_the_bit(launched):
+    first, second = launched[1]
+    for case in two_process.CASES:
+        weights = second[case]["weights"]
+        assert all(torch.equal(w, weights[n]) for n, w in first[case]["weights"].items()), case
+
+
+def test_two_processes_resume_exactly(launched):
+    out, both = launched
+    for process in both:
+        expected = process["unbroken"]["weights"]
+        assert process["resumed"]["weights"].keys() == expected.keys()
+        assert all(torch.equal(w, expected[n]) for n, w in process["resumed"]["weights"].items())
+    assert (out / "runs" / "resumed" / "history.jsonl").read_text() == (out / "unbroken.jsonl").read_text()
+
+
+@pytest.mark.parametrize("kind", ["prune", "mask", "freeze"])
+def test_a_differing_decision_stops_both_processes_with_both_plans(launched, kind):
+    said = [process[f"disagree: {kind}"] for process in launched[1]]
+    assert said[0] == said[1]
+    word = "freeze" if kind == "freeze" else "rank"
+    # A mask that gets no row in the history is compared along with the next step's gradients.
+    step = {"prune": 3, "mask": 3, "freeze": 4}[kind]
+    assert f"{word} decisions differ at step {step}" in said[0]
+    if kind == "freeze":
+        assert "process 0: " in said[0] and "freezes" in said[0] and "nothing" in said[0].split("process 1: ")[1]
+    else:
+        assert "query keeps 0111" in said[0] and "query keeps 1011" in said[0].split("process 1: ")[1]
+
+
+def test_what_no_process_used_gets_no_gradient(launched):
+    assert [process["unused"] for process in launched[1]] == [[True, False], [True, False]]
