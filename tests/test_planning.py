@@ -107,6 +107,11 @@ def test_steps_are_counted_as_the_trainer_counts_them(train, rows, steps, per_ep
     assert planning.horizon_of(loaded, rows) == planning.Horizon(steps, per_epoch)
 
 
+def test_a_hub_task_of_known_size_has_its_schedule_without_a_network():
+    made = trimtab.plan(RECIPES / "cka_deberta-v3-base_cola.yaml")
+    assert made.settings["total_steps"] == 25 * 268  # 8 551 rows in batches of 32
+
+
 def test_local_rows_give_the_length_of_the_run(tmp_path):
     rows = [{"sentence1": "the cat", "sentence2": "a cat", "label": i % 2} for i in range(20)]
     file = write_jsonl(tmp_path / "train.jsonl", rows)

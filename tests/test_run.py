@@ -195,6 +195,25 @@ def test_a_resumed_run_ends_where_the_unbroken_one_did(finished, copied):
     assert read(copied, "metrics.json")["metrics"] == read(finished, "metrics.json")["metrics"]
 
 
+def test_resume_after_the_last_step_makes_what_is_still_missing(finished, copied):
+    shutil.rmtree(copied / "adapter")
+    (copied / "metrics.json").unlink()
+    trimtab("run", copied, f"output_dir={copied}", "--resume")
+    assert read(copied, "metrics.json")["metrics"] == read(finished, "metrics.json")["metrics"]
+    assert (copied / "history.jsonl").read_text() == (finished / "history.jsonl").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.two_process
+def test_two_processes_write_one_run_folder(tmp_path):
+    recipe = write_recipe(tmp_path)
+    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517", "-m", "trimtab", "run"]
+    done = subprocess.run([sys.executable, *command, str(recipe), "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["params"]["initial"] == 512
+    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
+
+
 def test_select_then_train_takes_the_selection_as_it_is(tmp_path):
     recipe = write_recipe(tmp_path, train={"max_steps": 2, "use_cpu": True})
     chosen = json.loads(trimtab("select", recipe, "--json").stdout)
@@ -244,6 +263,18 @@ def test_a_merged_export_stands_beside_the_adapter(tmp_path):
     trimtab("run", recipe)
     assert (tmp_path / "run" / "merged" / "model.safetensors").is_file()
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_accumulated_batches_train_like_one_of_their_size(tmp_path):
+    """Trainer alone would make gradient and logged loss of these models two times as large."""
+    recipe = write_recipe(tmp_path)
+    still = "model.config={hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}"
+    plain = {"max_steps": 4, "per_device_train_batch_size": 8, "learning_rate": 5e-3, "optim": "sgd", "use_cpu": True}
+    for name, train in (("one", plain), ("two", {**plain, "per_device_train_batch_size": 4,
+                                                 "gradient_accumulation_steps": 2})):
+        trimtab("train", recipe, still, f"output_dir={tmp_path / name}", f"train={json.dumps(train)}")
+    one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
+    assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-6
 
 
 def test_two_runs_of_one_seed_are_the_same_and_of_two_seeds_are_not(tmp_path):

@@ -344,14 +344,19 @@ def _open(source: str, overrides: Sequence[str], screen: Screen) -> tuple[Job, R
 @contextmanager
 def _screen(as_json: bool) -> Iterator[Screen]:
     """The screen of one command, silent for machines; the libraries are hushed either way."""
+    from .runfolder import is_main
     from .screen import Screen
 
-    screen = Screen(quiet=as_json)
+    screen = Screen(quiet=as_json or not is_main())
     with screen.hush():
         yield screen
 
 
 def _show_run(folder: RunFolder, as_json: bool) -> None:
+    from .runfolder import is_main
+
+    if not is_main():  # the one that writes may not be done yet
+        return
     if as_json:
         _print_json({"folder": str(folder.path), **folder.read(folder.metrics)})
         return
@@ -363,13 +368,18 @@ def _show_run(folder: RunFolder, as_json: bool) -> None:
 def _print(*parts: Any) -> None:
     from rich.console import Console
 
-    console = Console(highlight=False)
+    from .runfolder import is_main
+
+    console = Console(highlight=False, quiet=not is_main())
     for part in parts:
         console.print(part, soft_wrap=isinstance(part, str))
 
 
 def _print_json(data: dict[str, Any] | Iterable[Any]) -> None:
-    click.echo(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+    from .runfolder import is_main
+
+    if is_main():
+        click.echo(json.dumps(data, indent=2, ensure_ascii=False, default=str))
 
 
 def main() -> NoReturn:

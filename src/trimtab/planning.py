@@ -73,6 +73,7 @@ def plan_recipe(recipe: Recipe, horizon: Horizon | None = None, task: Task | Non
     rows = None
     if task is None and recipe.task is not None:
         task = get_task(recipe.task.model_dump())
+        rows = getattr(task, "train_rows", None) if not any(paths for _, paths in recipe.data) else None
         if recipe.data.train is not None:  # some tasks learn their labels here
             rows = len(task.load_data(recipe.data.model_dump(exclude_none=True))["train"])
     notes: list[str] = []

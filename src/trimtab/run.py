@@ -177,6 +177,8 @@ def train(job: Job, where: Where | None, folder: RunFolder, screen: Screen, *, r
     import trimtab
 
     recipe = job.recipe
+    if "learning_rate" not in recipe.train:
+        screen.note("train.learning_rate is not set: the Trainer's 5e-5 suits whole models; adapters take 1e-4 to 1e-3")
     rows = len(_split(job, "train"))
     config = adapter_config(recipe, job.model, where=where, task_type=job.task.task_type,
                             modules_to_save=job.modules_to_save)
@@ -192,7 +194,7 @@ def train(job: Job, where: Where | None, folder: RunFolder, screen: Screen, *, r
         began = time.monotonic()
         trainer.train(resume_from_checkpoint=checkpoint)
         seconds = _seconds(folder, time.monotonic() - began)
-        params = measured_params(folder, trainer.state.global_step)
+        params = measured_params(folder, trainer.state.global_step) if runfolder.is_main() else {}
         final = final_plan(planned, model, params)
         folder.write(folder.plan, final.to_json())
         loss = next((row["loss"] for row in reversed(trainer.state.log_history) if "loss" in row), None)
@@ -218,6 +220,11 @@ def make_trainer(job: Job, model: nn.Module, folder: RunFolder, callbacks: list[
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
+    if job.task.task_type == "SEQ_CLS":
+        # BERT, RoBERTa and DeBERTa heads take **kwargs but not num_items_in_batch from them: their loss is a mean.
+        # Trainer would believe it normalised, and leave it (and the gradient) too large by the number of
+        # accumulated batches times the number of processes.
+        trainer.model_accepts_loss_kwargs = False
     return trainer
 
 
@@ -379,6 +386,8 @@ def export(job: Job, model: nn.Module, target: Path, form: str, screen: Screen) 
     """The adapter in one form (peft, padded or merged), with the tokenizer beside it."""
     import trimtab
 
+    if not runfolder.is_main():
+        return target
     with screen.stage("export") as stage:
         trimtab.export(model, target, format=form)
         job.tokenizer.save_pretrained(target)
@@ -432,6 +441,8 @@ def write_report(folder: RunFolder, screen: Screen) -> Path:
     """report.html from whatever the folder holds."""
     from . import report
 
+    if not runfolder.is_main():
+        return folder.report
     with screen.stage("report") as stage:
         path = report.write(folder.path)
         stage.result = str(path)

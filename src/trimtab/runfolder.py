@@ -101,8 +101,14 @@ class RunFolder:
         return Where.from_json(self.read(self.where)) if self.where.is_file() else None
 
     def write(self, path: Path, data: dict[str, Any]) -> None:
-        """JSON, complete or not at all."""
-        write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n")
+        """JSON, complete or not at all; under torchrun by the main process."""
+        if is_main():
+            write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n")
+
+
+def is_main() -> bool:
+    """Whether this process writes: the only one, or torchrun's first."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -124,6 +130,8 @@ def begin(recipe: Recipe, path: Path, *, overwrite: bool = False, resume: bool =
         ConfigError: the folder holds a run that would be lost, or one of another recipe.
     """
     folder = RunFolder(path)
+    if not is_main():
+        return folder
     if path.exists() and not path.is_dir():
         raise ConfigError("output_dir", str(path), "is a file; name a folder")
     if overwrite:

@@ -77,6 +77,8 @@ class Task(Protocol):
     metric: str
     """Headline metric, without ``eval_``, taken on the first evaluated split."""
     greater_is_better: bool = True
+    train_rows: int | None = None
+    """Rows of the hub's train split, where they are known without loading it."""
     notes: list[str]
     """One-line remarks for the user, made while loading and preparing."""
 

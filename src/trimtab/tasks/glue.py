@@ -33,6 +33,7 @@ class _Kind:
     columns: tuple[str, ...]
     labels: tuple[str, ...] | None  # None: a number
     scores: Mapping[str, Score]  # headline first
+    train_rows: int
 
 
 _ACCURACY = {"accuracy": accuracy}
@@ -40,15 +41,15 @@ _ACCURACY_F1 = {"accuracy": accuracy, "f1": f1}
 
 KINDS = {
     "cola": _Kind(("sentence",), ("unacceptable", "acceptable"),
-                  {"matthews_correlation": matthews_correlation}),
-    "mnli": _Kind(("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), _ACCURACY),
-    "mrpc": _Kind(("sentence1", "sentence2"), ("not_equivalent", "equivalent"), _ACCURACY_F1),
-    "qnli": _Kind(("question", "sentence"), ("entailment", "not_entailment"), _ACCURACY),
-    "qqp": _Kind(("question1", "question2"), ("not_duplicate", "duplicate"), _ACCURACY_F1),
-    "rte": _Kind(("sentence1", "sentence2"), ("entailment", "not_entailment"), _ACCURACY),
-    "sst2": _Kind(("sentence",), ("negative", "positive"), _ACCURACY),
-    "stsb": _Kind(("sentence1", "sentence2"), None, {"pearson": pearson, "spearmanr": spearmanr}),
-    "wnli": _Kind(("sentence1", "sentence2"), ("not_entailment", "entailment"), _ACCURACY),
+                  {"matthews_correlation": matthews_correlation}, 8_551),
+    "mnli": _Kind(("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), _ACCURACY, 392_702),
+    "mrpc": _Kind(("sentence1", "sentence2"), ("not_equivalent", "equivalent"), _ACCURACY_F1, 3_668),
+    "qnli": _Kind(("question", "sentence"), ("entailment", "not_entailment"), _ACCURACY, 104_743),
+    "qqp": _Kind(("question1", "question2"), ("not_duplicate", "duplicate"), _ACCURACY_F1, 363_846),
+    "rte": _Kind(("sentence1", "sentence2"), ("entailment", "not_entailment"), _ACCURACY, 2_490),
+    "sst2": _Kind(("sentence",), ("negative", "positive"), _ACCURACY, 67_349),
+    "stsb": _Kind(("sentence1", "sentence2"), None, {"pearson": pearson, "spearmanr": spearmanr}, 5_749),
+    "wnli": _Kind(("sentence1", "sentence2"), ("not_entailment", "entailment"), _ACCURACY, 635),
 }
 
 
@@ -69,6 +70,7 @@ class Glue(SequenceClassification):
         self.check_settings()
         self._kind = KINDS[short]
         self.metric = next(iter(self._kind.scores))
+        self.train_rows = self._kind.train_rows
         halves = short == "mnli"
         self.validation_splits = (("validation_matched", "validation", "validation_mismatched")
                                   if halves else ("validation",))
