@@ -143,6 +143,45 @@ def _merge(weight: Tensor, M: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype).addmm_(M.t(), A)
 
 
+# Elements of the input that are masked at a time: they stay in the processor's cache between the mask, the
+# product with the input and the thin product.
+_CHUNK = 2**17
+
+
+def _down_dropped(rows: Tensor, bits: Tensor, p: float, a: Tensor) -> Tensor:
+    """A (mask ⊙ x)ᵀ, shape (r, n), without a masked copy of x."""
+    n, n_in = rows.shape
+    h = rows.new_empty(a.shape[0], n)
+    size = max(1, _CHUNK // n_in)
+    for start in range(0, n, size):
+        part = rows[start : start + size]
+        kept = keep_mask(bits[start * n_in : (start + len(part)) * n_in], p, rows.dtype).view_as(part)
+        h[:, start : start + size] = a @ kept.mul_(part).t()
+    return h
+
+
+def _through_mask(gh: Tensor, a: Tensor, rows: Tensor | None, bits: Tensor, p: float, grad_x: Tensor | None) -> Any:
+    """The gradient of A, or None without ``rows``; the adapter's share of ``grad_x`` is added into it.
+
+    Args:
+        gh: gradient of h, shape (r, n).
+        a: A, shape (r, in).
+        rows: x, shape (n, in), where A trains.
+        grad_x: the base's gradient of x, shape (n, in), where x wants one.
+    """
+    n, n_in = gh.shape[1], a.shape[1]
+    grad_a = None if rows is None else torch.zeros_like(a)
+    size = max(1, _CHUNK // n_in)
+    for start in range(0, n, size):
+        part = slice(start, min(start + size, n))
+        kept = keep_mask(bits[start * n_in : part.stop * n_in], p, a.dtype).view(-1, n_in)
+        if grad_x is not None:
+            grad_x[part].addcmul_(gh[:, part].t() @ a, kept)
+        if grad_a is not None and rows is not None:
+            grad_a.addmm_(gh[:, part], kept.mul_(rows[part]))
+    return grad_a
+
+
 class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -177,8 +216,7 @@ class _LowRankLinear(torch.autograd.Function):
         keeps_x = need_a or (need_g and way.dense)
         h = None
         if not way.merged or (need_g and not keeps_x):
-            inputs = rows if bits is None else rows * keep_mask(bits, dropout, wide).view_as(rows)
-            h = a @ inputs.t()  # (r, n)
+            h = a @ rows.t() if bits is None else _down_dropped(rows, bits, dropout, a)  # (r, n)
         product = _merge(weight, M, a, wide) if way.merged else weight.to(wide)
         y = rows @ product.t() if bias is None else torch.addmm(bias.to(wide), rows, product.t())  # (n, out)
         if not way.merged:
@@ -203,7 +241,6 @@ class _LowRankLinear(torch.autograd.Function):
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, h, bits, weight, A, B, e, b = ctx.saved_tensors
     # What is not needed stays None; the route and ctx.needs_input_grad say what is.
-    mask: Any
     inputs: Any
     dense: Any
     M: Any
@@ -213,20 +250,20 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     need_g = need_b_factor or need_e or need_b
     g = grad.reshape(-1, weight.shape[0]).to(wide)  # (n, out)
     a = A.to(wide)
-    mask = None if bits is None else keep_mask(bits, dropout, wide).view(-1, weight.shape[1])
-    inputs = None
-    if x is not None and (need_a or h is None):
-        inputs = x.reshape(-1, x.shape[-1]).to(wide)
-        inputs = inputs if mask is None else inputs * mask
+    inputs = None if x is None else x.reshape(-1, x.shape[-1]).to(wide)
+    if way.dense and bits is not None:
+        inputs = inputs * keep_mask(bits, dropout, wide).view_as(inputs)
     dense = g.t() @ inputs if way.dense else None  # (out, in)
 
-    grad_x = grad_a = grad_b_factor = grad_e = grad_b = None
+    grad_x: Any = None
+    grad_a: Any = None
+    grad_b_factor = grad_e = grad_b = None
     needs_gh = (need_x and not way.merged) or (need_a and not way.dense)
     # With e alone to train, its gradient is at hand in gh, before e goes onto it.
     e_from_gh = need_e and needs_gh and not need_b_factor and not need_b
     M = _up(B, None if e_from_gh else e, b, scale, wide) if need_x or need_a else None
     gh = M @ g.t() if needs_gh else None  # (r, n)
-    if need_g and h is None and dense is None:
+    if need_g and h is None and dense is None:  # only without dropout: with it, h was made in the forward pass
         h = a @ inputs.t()  # (r, n)
     if e_from_gh:
         if h is None:
@@ -247,18 +284,22 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if need_b_factor:
             G = G * (scale if e_scaled is None else e_scaled)
             grad_b_factor = torch.empty_like(B).copy_((G if b is None else G.mul_(b.to(wide))).t())
-    if need_a:
-        grad_a = (gh @ inputs if dense is None else M @ dense).to(A.dtype)  # (r, in)
     if need_x:
-        if way.merged:
-            grad_x = g @ _merge(weight, M, a, wide)
-        else:
-            grad_x = g @ weight.to(wide)  # (n, in)
-            if mask is None:
-                grad_x.addmm_(gh.t(), a)
-            else:
-                grad_x.addcmul_(gh.t() @ a, mask)
+        grad_x = g @ (_merge(weight, M, a, wide) if way.merged else weight.to(wide))  # (n, in)
+        if bits is None and not way.merged:
+            grad_x.addmm_(gh.t(), a)
+    if way.dense and need_a:
+        grad_a = M @ dense  # (r, in)
+    elif bits is None and need_a:
+        grad_a = gh @ inputs
+    if bits is not None and needs_gh:
+        thin = inputs if need_a and not way.dense else None
+        through = _through_mask(gh, a, thin, bits, dropout, grad_x)
+        grad_a = grad_a if thin is None else through
+    if need_x:
         grad_x = grad_x.to(x_dtype).view(shape)
+    if need_a:
+        grad_a = grad_a.to(A.dtype)
     grad_bias = g.sum(0).to(ctx.bias_dtype) if need_bias else None
     return grad_x, None, grad_bias, grad_a, grad_b_factor, grad_e, grad_b, None, None, None, None
 

@@ -61,8 +61,9 @@ def fold(A: Tensor, B: Tensor, d: Tensor, b: Tensor, dtype: torch.dtype | None =
 
 
 @torch.no_grad()
-def vera_to_lora(model: nn.Module, adapter_name: str = "default",
-                 dtype: torch.dtype | None = None) -> dict[str, LoraPair]:
+def vera_to_lora(
+    model: nn.Module, adapter_name: str = "default", dtype: torch.dtype | None = None
+) -> dict[str, LoraPair]:
     """Every VeRA layer of a model as a LoRA pair with scale 1 (``lora_alpha`` = its rank).
 
     Args:
@@ -81,8 +82,10 @@ def vera_to_lora(model: nn.Module, adapter_name: str = "default",
 
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if config is not None and getattr(config, "bias", "none") != "none":
-        raise ExportError(f"adapter {adapter_name!r} trained biases (bias={config.bias!r}), which a LoRA pair "
-                          "does not hold; export as 'merged'")
+        raise ExportError(
+            f"adapter {adapter_name!r} trained biases (bias={config.bias!r}), which a LoRA pair "
+            "does not hold; export as 'merged'"
+        )
     pairs: dict[str, LoraPair] = {}
     trained = 0
     for name, layer in model.named_modules():
@@ -99,7 +102,10 @@ def vera_to_lora(model: nn.Module, adapter_name: str = "default",
     numbers = sum(pair.lora_A.numel() + pair.lora_B.numel() for pair in pairs.values())
     if numbers > 10 * trained:
         size = sum(t.numel() * t.element_size() for pair in pairs.values() for t in pair) / 2**20
-        warnings.warn(f"VeRA trained {trained} numbers; as LoRA they become {numbers} ({size:.1f} MiB, "
-                      f"{numbers / trained:.0f} times as many), since every module gets its own copy of the "
-                      "shared projections", stacklevel=2)
+        warnings.warn(
+            f"VeRA trained {trained} numbers; as LoRA they become {numbers} ({size:.1f} MiB, "
+            f"{numbers / trained:.0f} times as many), since every module gets its own copy of the "
+            "shared projections",
+            stacklevel=2,
+        )
     return pairs
