@@ -77,10 +77,14 @@ def load_config(spec: ModelSpec, task: Task | None = None) -> PretrainedConfig:
     labels = task.model_kwargs() if task is not None else {}
     whole, overrides = _inline(spec)
     if whole is not None:
-        return _config_of(whole, spec.config, labels)
-    source, kwargs = _source(spec)
-    with _one_line(spec):
-        return AutoConfig.from_pretrained(source, **kwargs, **{**overrides, **labels})
+        config = _config_of(whole, spec.config, labels)
+    else:
+        source, kwargs = _source(spec)
+        with _one_line(spec):
+            config = AutoConfig.from_pretrained(source, **kwargs, **{**overrides, **labels})
+    if task is not None and _fits_several_kinds(task):
+        task.adjust_to(config)
+    return config
 
 
 def meta_model(config: PretrainedConfig, auto_class: str = "AutoModelForCausalLM") -> PreTrainedModel:
@@ -150,6 +154,8 @@ def load_model(spec: ModelSpec, task: Task, tokenizer: Any = None) -> LoadedMode
     labels = task.model_kwargs()
     whole, overrides = _inline(spec)
     notes: list[str] = []
+    if _fits_several_kinds(task):
+        load_config(spec, task)
     if spec.name_or_path is None:
         assert whole is not None
         if spec.quantization is not None:
@@ -250,6 +256,13 @@ def forward_names(model: PreTrainedModel) -> set[str]:
     while isinstance(get := getattr(model, "get_base_model", None), MethodType):
         model = get()
     return set(inspect.signature(model.forward).parameters)
+
+
+def _fits_several_kinds(task: Task) -> bool:
+    """Whether the task has to see the config before the class of its model is known."""
+    from .tasks import Task
+
+    return getattr(type(task), "adjust_to", Task.adjust_to) is not Task.adjust_to
 
 
 # Where things are.

@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import AutoConfig, PreTrainedTokenizerFast
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "dog", "ran", "home", "again", "good", "bad", "very", "so", "it", "is"]
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -35,6 +36,51 @@ def decoder_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
+def byte_tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
+    """One token a byte, so that every text comes back exactly; with `chat`, a template of its own."""
+    special = ["<pad>", "<s>", "</s>", "<image>", "<|end|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({t: i for i, t in enumerate(special + alphabet)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+                                   additional_special_tokens=["<image>", "<|end|>"])
+    if chat:
+        made.chat_template = ("{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}<|end|>\n{% endfor %}"
+                              "{% if add_generation_prompt %}[assistant]{% endif %}")
+    return made
+
+
+def byte_model(kind: str = "llama", **more):
+    """A tiny model for `byte_tokenizer`, the same weights every time."""
+    torch.manual_seed(0)
+    config = tiny_config(kind, vocab_size=261, pad_token_id=0, bos_token_id=1, eos_token_id=2, **more)
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return auto.from_config(config).eval()
+
+
+class Reciter(torch.nn.Module):
+    """Stands for a model: says what `reply` makes of the prompt's text, and counts how often it is asked."""
+
+    def __init__(self, tokenizer, reply):
+        super().__init__()
+        self.tokenizer, self.reply, self.calls = tokenizer, reply, 0
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.config, self.dtype = tiny_config("llama", max_position_embeddings=10**6), torch.float32
+
+    def forward(self, input_ids=None, attention_mask=None, pixel_values=None):
+        raise NotImplementedError
+
+    def generate(self, input_ids, attention_mask, generation_config, stopping_criteria=(), **inputs):
+        self.calls += 1
+        rows = []
+        for ids, mask in zip(input_ids, attention_mask):
+            text = self.tokenizer.decode(ids[mask.bool()], skip_special_tokens=False)
+            rows.append(self.tokenizer(self.reply(text), add_special_tokens=False)["input_ids"] + [2])
+        longest = max(map(len, rows))
+        return torch.cat([input_ids, torch.tensor([row + [0] * (longest - len(row)) for row in rows])], dim=1)
+
+
 def tiny_config(kind: str, **more):
     """A config of two blocks and 16 features."""
     sizes = {
@@ -49,7 +95,7 @@ def tiny_config(kind: str, **more):
                        "pos_att_type": ["p2c", "c2p"], "share_att_key": True, "norm_rel_ebd": "layer_norm",
                        "position_buckets": 8, "max_position_embeddings": 64, "type_vocab_size": 0},
     }.get(kind, {**SIZES, "max_position_embeddings": 64})
-    return AutoConfig.for_model(kind, vocab_size=32, **{**sizes, **more})
+    return AutoConfig.for_model(kind, **{"vocab_size": 32, **sizes, **more})
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> str:

@@ -31,7 +31,11 @@ The recipe's ``data:`` is a mapping: a path (or a list of paths) for each split 
 taken).
 
 A task that is scored by generating text overrides `Task.evaluate`; the others leave it as it is, and
-are scored by `compute_metrics` alone.
+are scored by `compute_metrics` alone. Its headline score is not known while training: `training_metric`
+is then the one that is.
+
+A task that fits several kinds of model has `adjust_to(config)`: `load_config` and `load_model` call it, and
+it settles `auto_class` and `task_type`.
 
 A user's own task needs no registration: ``task: {name: "my_package.my_module:make_task", …}``, where
 the callable takes the other keys as keyword arguments and returns something with these members. An
@@ -47,6 +51,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import ConfigError, did_you_mean
@@ -59,6 +64,11 @@ GLUE_NAMES = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnl
 TASKS: dict[str, str] = {
     **{f"glue/{name}": "trimtab.tasks.glue:Glue" for name in GLUE_NAMES},
     "text_classification": "trimtab.tasks.text_classification:TextClassification",
+    "instruct": "trimtab.tasks.instruct:Instruct",
+    "math": "trimtab.tasks.math:Math",
+    "code": "trimtab.tasks.code:Code",
+    "summarize": "trimtab.tasks.summarize:Summarize",
+    "vqa": "trimtab.tasks.vqa:Vqa",
 }
 """Name in the recipe -> where its maker is. Adding a task is one file and one line here."""
 
@@ -79,12 +89,17 @@ class Task(Protocol):
     greater_is_better: bool = True
     train_rows: int | None = None
     """Rows of the hub's train split, where they are known without loading it."""
+    training_metric: str | None = None
+    """The score that `compute_metrics` gives while training (lower is better), where it is not `metric`."""
     notes: list[str]
     """One-line remarks for the user, made while loading and preparing."""
 
     def model_kwargs(self) -> dict[str, Any]:
         """What goes into the model's config: ``num_labels``, ``id2label``, ``label2id``, ``problem_type``."""
         return {}
+
+    def adjust_to(self, config: Any) -> None:
+        """Settles `auto_class` and `task_type` by the model's config, where they depend on it."""
 
     def load_data(self, data: Mapping[str, Any] | None = None) -> DatasetDict:
         """Raw rows by split, from the recipe's ``data:`` or, without it, from the hub.
@@ -123,8 +138,14 @@ class Task(Protocol):
         """What of each batch's output is kept for `compute_metrics`; the first tensor by default."""
         return logits[0] if isinstance(logits, (tuple, list)) else logits
 
-    def evaluate(self, model: Any, tokenizer: Any, rows: DatasetDict, split: str) -> dict[str, float]:
-        """Further scores that need generation, from *raw* rows. None by default."""
+    def evaluate(self, model: Any, tokenizer: Any, rows: DatasetDict, split: str, *, folder: str | Path | None = None,
+                 make_bar: Callable[[int, str], Any] | None = None) -> dict[str, float]:
+        """Further scores that need generation, from *raw* rows. None by default.
+
+        Args:
+            folder: where generated answers are kept; an interrupted evaluation goes on from them.
+            make_bar: from an amount of work and its name to something with `advance(steps)` and `close()`.
+        """
         return {}
 
 
