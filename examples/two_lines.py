@@ -63,5 +63,6 @@ model.save_pretrained(out / "adapter")  # a plain LoRA adapter: stock PEFT reads
 
 ranks = {name: len(module.lora_A["default"].weight) for name, module in model.named_modules()
          if hasattr(module, "lora_A") and "default" in module.lora_A}
-print(f"layers {where.mask}; {right:.0%} of the training rows are right; total rank {sum(ranks.values())} in {len(ranks)} modules, "
+print(f"layers {where.mask}; {right:.0%} of the training rows are right; "
+      f"total rank {sum(ranks.values())} in {len(ranks)} modules, "
       f"at most {max(ranks.values())} in one; adapter in {out / 'adapter'}")

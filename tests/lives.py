@@ -52,10 +52,10 @@ def _train(folder: Path, method: str, bomb: Bomb | None, options: dict[str, Any]
 
 
 def _train_here(folder: Path, method: str, bomb: Bomb | None, options: dict[str, Any]) -> None:
-    import runs
     import torch
     from transformers import TrainerCallback
 
+    import runs
     import trimtab
 
     class Began(TrainerCallback):

@@ -8,9 +8,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-import runs
 import torch
 
+import runs
 import trimtab
 from trimtab import AFLoRA, SalientLoRA
 from trimtab.checkpoint import checkpoints, read_state, what_is_wrong, write_state
@@ -70,7 +70,7 @@ def test_every_damage_is_seen_and_the_checkpoint_before_is_offered(folder, name,
         fault = what_is_wrong(newest)
         assert fault and name in fault
         assert trimtab.last_checkpoint(folder) == str(folder / "checkpoint-20")
-        with pytest.raises(CheckpointError, match="The newest complete one is .*checkpoint-20"):
+        with pytest.raises(CheckpointError, match=r"The newest complete one is .*checkpoint-20"):
             read_state(newest)
 
 
@@ -167,7 +167,7 @@ def test_a_checkpoint_of_another_step_is_refused(folder):
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     state["global_step"] = 15
     (checkpoint / "trainer_state.json").write_text(json.dumps(state))
-    with pytest.raises(CheckpointError, match="checkpoint-15.*no such folder.*newest complete one is .*checkpoint-40"):
+    with pytest.raises(CheckpointError, match=r"checkpoint-15.*no such folder.*newest complete one is .*checkpoint-40"):
         runs.train(model, "bert", folder, resume=str(checkpoint), save_steps=20)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 import two_process
 
 pytestmark = pytest.mark.two_process

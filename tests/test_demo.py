@@ -48,7 +48,10 @@ def test_names_of_libraries_and_markup_become_blanks() -> None:
     assert demo.clean(docstring) == "Computes a … like … mean does, in Bert Model ."
 
 
-@pytest.mark.parametrize("name", ["NumPy", "np", "PyTorch", "scikit-learn", "DataFrame", "tokenizer", "🤗 Transformers"])
+NAMES = ["NumPy", "np", "PyTorch", "scikit-learn", "DataFrame", "tokenizer", "🤗 Transformers"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_no_spelling_of_a_name_is_left(name: str) -> None:
     assert set(demo.clean(f"{name} {name}.").replace("🤗", "").split()) <= {"…", "….", "."}
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import shutil
 import time
 
-import lives
 import pytest
-import runs
 import torch
+
+import lives
+import runs
 
 
 def same_end(folder, unbroken) -> bool:

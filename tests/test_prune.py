@@ -7,12 +7,12 @@ import warnings
 
 import peft
 import pytest
-import tiny
 import torch
 import transformers as tf
-from fakes import Halving
 from torch import Tensor, nn
 
+import tiny
+from fakes import Halving
 from trimtab import AFLoRA, Controller, SalientLoRA, SoRA, TrimConfig
 from trimtab.peft_host import hosted_layers
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import peft
-import tiny
 import torch
-from fakes import Halving
 from torch import distributed as dist
 from transformers import Trainer, TrainingArguments
 
+import tiny
 import trimtab
+from fakes import Halving
 from trimtab import AdaLoRA, AFLoRA, Controller, SalientLoRA, SoRA, TrimCallback, TrimConfig
 from trimtab.errors import DisagreementError
 from trimtab.rank.base import Decision

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import recipe as recipes
 from .errors import ConfigError
-from .plans import Where
+from .plans import Budget, Where
 from .recipe import ADAPTERS, Adapter, Rank, Recipe
 
 if TYPE_CHECKING:
@@ -16,18 +16,46 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def method_settings(axis: str, section: Rank | None) -> Any:
+def method_settings(axis: str, section: Rank | None, defaults: dict[str, Any] | None = None) -> Any:
     """The settings object that ``rank:`` or ``freeze:`` describes; None for none.
 
+    Args:
+        defaults: values for settings that the recipe leaves open.
     Raises:
         ConfigError: an unknown method or setting, or a value that cannot work.
     """
     if section is None:
         return None
     try:
-        return import_module(f".{axis}", __package__).make(section.method, section.options)
+        return import_module(f".{axis}", __package__).make(section.method, dict(section.options) | (defaults or {}))
     except TypeError as error:  # a value of a type that cannot be compared
         raise ConfigError(axis, section.options, " ".join(str(error).split())) from None
+
+
+def free_settings(recipe: Recipe) -> tuple[str, ...]:
+    """What a budget may choose: whatever the recipe leaves open."""
+    free = []
+    where = recipe.where
+    if where is not None and where.method != "mask" and where.ratio is None and where.count is None:
+        free.append("where.ratio")
+    if recipe.rank is not None and "target_r" not in recipe.rank.options:
+        free.append("rank.target_r")
+    if recipe.freeze is not None and not {"warmup", "final", "at"} & set(recipe.freeze.options):
+        free.append("freeze.ramp")
+    return tuple(free)
+
+
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """The settings objects of ``rank:`` and ``freeze:``; under a budget a target it will choose may be left out."""
+    stands_in = recipe.budget is not None and "rank.target_r" in free_settings(recipe)
+    return {
+        "rank": method_settings("rank", recipe.rank, {"target_r": 1} if stands_in else None),
+        "freeze": method_settings("freeze", recipe.freeze),
+    }
+
+
+def budget_of(recipe: Recipe) -> Budget | None:
+    return None if recipe.budget is None else Budget(**recipe.budget.model_dump())
 
 
 def choose_without_data(model: nn.Module, settings: recipes.Where, seed: int) -> Where:
@@ -53,14 +81,16 @@ def adapter_config(recipe: Recipe, model: nn.Module, *, where: Where | None = No
         ConfigError: settings that cannot work, alone or together.
     """
     adapter = recipe.adapter
-    settings = {axis: method_settings(axis, getattr(recipe, axis)) for axis in ("rank", "freeze")}
+    settings = settings_of(recipe)
     kept = list(dict.fromkeys([*modules_to_save, *(adapter.modules_to_save or ())]))
     common = {"target_modules": adapter.target_modules, "modules_to_save": kept or None, "task_type": task_type}
     values = {**common, **_own_words(adapter), **adapter.options}
     if adapter.type == "lora":
         from .peft_host import TrimConfig
 
-        return _built(TrimConfig, {**values, **settings, "where": where})
+        frees = tuple(key for key in free_settings(recipe) if key != "where.ratio")
+        limits = {"budget": budget_of(recipe), "budget_frees": frees} if any(settings.values()) else {}
+        return _built(TrimConfig, {**values, **settings, **limits, "where": where})
     for axis, value in settings.items():
         if value is not None:
             cure = f"works on adapter.type=lora; {adapter.type} has no ranks or projections to decide on"

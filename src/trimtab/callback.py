@@ -234,7 +234,7 @@ class TrimCallback(TrainerCallback, ExportableState):
             logger.warning(
                 "%s cannot be resumed from (%s); use trainer.train(resume_from_checkpoint="
                 "trimtab.last_checkpoint(%r)), which gives %r",
-                newest, fault, args.output_dir, last_checkpoint(args.output_dir),
+                newest, fault, args.output_dir, last_checkpoint(args.output_dir or "."),
             )  # fmt: skip
 
     def _name(self, model: nn.Module) -> str:

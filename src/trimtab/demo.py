@@ -229,6 +229,7 @@ def _print_table(found: CompareTable, page: Path) -> None:
 
     rows = [[row.name, number(row.score), count(row.params["final"]), duration(row.seconds)] for row in found.rows]
     console = Console(highlight=False)
-    console.print(table(["run", found.metric or "score", "trainable parameters", "training time"], rows, right=(1, 2, 3)))
+    columns = ["run", found.metric or "score", "trainable parameters", "training time"]
+    console.print(table(columns, rows, right=(1, 2, 3)))
     console.print(f"Always naming one library scores {number(1 / len(LIBRARIES))}.", soft_wrap=True)
     console.print(f"[dim]{page}[/]", soft_wrap=True)

@@ -401,7 +401,7 @@ class TrimLayer(_Mixed):
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         A, B = self.factors(name)
         e, b = self.diagonals(name)
-        return fused.lowrank_linear(x, base.weight, base.bias, A, B, self.scaling[name], e, b, p)
+        return fused.lowrank_linear(x, *_weights(base), A, B, self.scaling[name], e, b, p)
 
     def _delta(self, name: str, x: Tensor) -> Tensor:
         A, B = self.factors(name)
@@ -473,6 +473,10 @@ def set_data(parameter: nn.Parameter, data: Tensor) -> None:
     other = torch.float16 if parameter.dtype != torch.float16 else torch.float32
     parameter.data = torch.empty(0, dtype=other, device=data.device)
     parameter.data = data
+
+
+def _weights(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+    return cast(Tensor, linear.weight), cast("Tensor | None", linear.bias)
 
 
 class TrimLinear(TrimLayer, PeftLinear):

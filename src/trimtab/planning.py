@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import recipe as recipes
-from .adapting import adapter_config, choose_without_data
-from .budget import figures
-from .errors import BudgetError
+from .adapting import adapter_config, budget_of, choose_without_data, free_settings, settings_of
+from .budget import figures, solve
+from .errors import BudgetError, ConfigError
 from .plans import Plan, Site, SitePlan, Where
 from .recipe import Recipe
 from .report.words import count
@@ -83,15 +83,54 @@ def plan_recipe(recipe: Recipe, horizon: Horizon | None = None, task: Task | Non
                      "(give data.train, or train.max_steps)")
     model_config = models.load_config(model_spec(recipe), task)
     model = models.meta_model(model_config, task.auto_class if task else auto_class_of(model_config))
-    choice = _where_without_data(recipe, model, notes)
     task_type = task.task_type if task else None
     # A pretrained language model has no head for these tasks: without its weights, all outside the backbone is new.
     head = _outside_backbone(model) if task_type in HEADS else ()
+    recipe = with_layer_ratio(recipe, model, horizon, task_type, head)
+    choice = _where_without_data(recipe, model, notes)
     peft_config = adapter_config(recipe, model, where=choice, task_type=task_type, modules_to_save=head)
     made = plan_of_run(recipe, model, peft_config, horizon, rows)
     if recipe.where is not None and recipe.where.method == "cka":
         made = replace(made, where=None, settings={**made.settings, "layers_undecided": True})
     return replace(made, notes=(*notes, *made.notes))
+
+
+def with_layer_ratio(recipe: Recipe, model: nn.Module, horizon: Horizon | None, task_type: str | None = None,
+                     modules_to_save: tuple[str, ...] = ()) -> Recipe:
+    """The recipe with the share of layers that its budget allows, where the budget may choose it.
+
+    Raises:
+        ConfigError: a budget whose figure needs the length of the run, and it is not known.
+        BudgetError: no choice meets the budget; the smallest number that can be met is in the message.
+    """
+    from .sites import find_sites
+
+    budget = budget_of(recipe)
+    if budget is None or recipe.adapter.type != "lora":
+        return recipe
+    if horizon is None:
+        cure = "needs the length of the run: give data.train, or train.max_steps"
+        raise ConfigError("budget", recipe.budget.model_dump(exclude_none=True) if recipe.budget else None, cure)
+    free = free_settings(recipe)
+    if "where.ratio" not in free or recipe.where is None:
+        return recipe
+    config = adapter_config(recipe, model, task_type=task_type, modules_to_save=modules_to_save)
+    sites = find_sites(model, config)
+    depth = max(sum(1 for _ in group) for group in _blocks(sites).values())
+    # CKA may have to leave out a first layer that sees the same vector in every row.
+    most = 1 - 1 / depth if recipe.where.method == "cka" and depth > 1 else 1.0
+    choice = solve(budget, sites, {site.name: site_rank(site, config) for site in sites}, **settings_of(recipe),
+                   ratio=(1 / depth, most), total_steps=horizon.total_steps,
+                   steps_per_epoch=horizon.steps_per_epoch, free=free)
+    return recipe.model_copy(update={"where": recipe.where.model_copy(update={"ratio": choice.ratio})})
+
+
+def _blocks(sites: list[Site]) -> dict[str, set[int]]:
+    found: dict[str, set[int]] = {}
+    for site in sites:
+        if site.stack is not None and site.block is not None:
+            found.setdefault(site.stack, set()).add(site.block)
+    return found
 
 
 def plan_of_run(recipe: Recipe, model: nn.Module, config: PeftConfig, horizon: Horizon | None,
@@ -120,17 +159,23 @@ def plan_model(model: nn.Module, config: PeftConfig, horizon: Horizon | None = N
     where = getattr(config, "where", None)
     sites = find_sites(model, config, where)
     ranks = {site.name: site_rank(site, config) for site in sites}
+    notes: list[str] = []
     if config.peft_type == "VERA":  # one frozen pair shared by all sites: only two vectors train at each
         costs = {site.name: ranks[site.name] + site.out_features for site in sites}
         params, schedule = _constant(sum(costs.values())), tuple[dict[str, Any], ...]()
     else:
         methods = {axis: getattr(config, axis, None) for axis in ("rank", "freeze")}
+        budget, rank_params = getattr(config, "budget", None), None
+        if budget is not None and horizon is not None:
+            choice = solve(budget, sites, ranks, **methods, ratio=None, total_steps=horizon.total_steps,
+                           steps_per_epoch=horizon.steps_per_epoch, free=config.budget_frees)  # type: ignore[attr-defined]
+            methods, rank_params = {"rank": choice.rank, "freeze": choice.freeze}, choice.rank_params
+            notes.extend(choice.explanation)
         costs = {site.name: initial_params(site, ranks[site.name], **methods) for site in sites}
-        params, schedule = _predicted(sites, ranks, sum(costs.values()), horizon, **methods)
+        params, schedule = _predicted(sites, ranks, sum(costs.values()), horizon, **methods, rank_params=rank_params)
     adapts = getattr(config, "is_adaptive", False)
     task_type = str(getattr(config.task_type, "value", config.task_type))
     head = _saved_params(model, [*(getattr(config, "modules_to_save", None) or ()), *HEADS.get(task_type, ())])
-    notes = []
     if head:
         notes.append(f"the head (modules_to_save) trains {count(head)} parameters more, in every method alike")
     if adapts and horizon is None:
@@ -158,13 +203,14 @@ def initial_params(site: Site, r: int, rank: Any, freeze: Any) -> int:
 
 
 def _predicted(sites: list[Site], ranks: dict[str, int], initial: int, horizon: Horizon | None, rank: Any,
-               freeze: Any) -> tuple[dict[str, float], tuple[dict[str, Any], ...]]:
+               freeze: Any, rank_params: int | None = None) -> tuple[dict[str, float], tuple[dict[str, Any], ...]]:
     """Parameters and schedule of a run; those of its start where its length is not known."""
     if horizon is None:
         return _constant(initial), ()
     length = horizon.total_steps, horizon.steps_per_epoch
-    found = figures(sites, ranks, rank, freeze, *length)
-    params = {"initial": found.initial, "final": round(found.final), "average": round(found.average, 1)}
+    found = figures(sites, ranks, rank, freeze, *length, rank_params)
+    params = {"initial": found.initial, "final": round(found.final), "average": round(found.average, 1),
+              "held": found.size}
     if freeze is not None and found.average_closed_form is not None:
         params["average_closed_form"] = round(found.average_closed_form, 1)
     total = sum(ranks.values())
@@ -183,7 +229,7 @@ def _predicted(sites: list[Site], ranks: dict[str, int], initial: int, horizon: 
 
 
 def _constant(trainable: int) -> dict[str, float]:
-    return {"initial": trainable, "final": trainable, "average": float(trainable)}
+    return {"initial": trainable, "final": trainable, "average": float(trainable), "held": trainable}
 
 
 def site_rank(site: Site, config: PeftConfig) -> int:
@@ -261,10 +307,11 @@ def _state_bytes(optim: str) -> int:
 
 
 def _check_budget(recipe: Recipe, made: Plan) -> None:
-    if recipe.budget is None:
+    """What no method can change must fit as it is; what methods decide has been solved for already."""
+    if recipe.budget is None or recipe.rank is not None or recipe.freeze is not None:
         return
-    for kind in ("final", "average"):
+    for kind, figure in (("final", "held"), ("average", "average")):
         limit = getattr(recipe.budget, f"{kind}_params")
-        if limit is not None and made.params[kind] > limit:
-            cure = f"this recipe needs {made.params[kind]:.0f}; lower adapter.r, where.ratio or rank.target_r"
+        if limit is not None and made.params[figure] > limit:
+            cure = f"this recipe needs {made.params[figure]:.0f}; lower adapter.r or where.ratio, or set rank or freeze"
             raise BudgetError(f"budget.{kind}_params", limit, cure)

@@ -19,7 +19,7 @@ from . import recipe as recipes
 from . import runfolder
 from .adapting import adapter_config, choose_without_data
 from .errors import ConfigError, DataError
-from .planning import horizon_of, model_spec, plan_of_run, plan_recipe
+from .planning import horizon_of, model_spec, plan_of_run, plan_recipe, with_layer_ratio
 from .plans import Plan, SitePlan, Where
 from .recipe import Recipe
 from .report.words import byte_size, count, number
@@ -100,6 +100,9 @@ def load(recipe: Recipe, screen: Screen) -> Job:
         bar.say("tokens")
         ready = task.prepare(rows, tokenizer, loaded.model)
         counted = ", ".join(f"{count(len(split))} {name}" for name, split in ready.items())
+        if "train" in rows:
+            horizon = horizon_of(recipe, len(rows["train"]))
+            recipe = with_layer_ratio(recipe, loaded.model, horizon, task.task_type, loaded.modules_to_save)
         stage.result = f"{recipe.model.name_or_path} · {counted} rows"
     for note in (*task.notes, *loaded.notes):
         screen.note(note)
@@ -184,17 +187,22 @@ def train(job: Job, where: Where | None, folder: RunFolder, screen: Screen, *, r
                             modules_to_save=job.modules_to_save)
     planned = replace(plan_of_run(recipe, job.model, config, horizon_of(recipe, rows), rows), where=where)
     folder.write(folder.plan, planned.to_json())
+    if recipe.budget is not None:  # what was chosen, and why
+        for note in planned.notes:
+            screen.note(note)
     set_seed(recipe.seed)
+    callback = trimtab.TrimCallback(history=folder.history)
     with screen.stage("train") as stage:
         model = peft.get_peft_model(job.model, config)
         checkpoint = _checkpoint_to_resume(folder, resume)
-        trainer = make_trainer(job, model, folder, callbacks=[
-            trimtab.TrimCallback(history=folder.history), _bar(stage), _save_at_end()])
+        trainer = make_trainer(job, model, folder, callbacks=[callback, _bar(stage), _save_at_end()])
         _reset_peak_memory()
         began = time.monotonic()
         trainer.train(resume_from_checkpoint=checkpoint)
         seconds = _seconds(folder, time.monotonic() - began)
         params = measured_params(folder, trainer.state.global_step) if runfolder.is_main() else {}
+        if callback.controller is not None:
+            params["held"] = callback.controller.figures()["held"]
         final = final_plan(planned, model, params)
         folder.write(folder.plan, final.to_json())
         loss = next((row["loss"] for row in reversed(trainer.state.log_history) if "loss" in row), None)

@@ -178,6 +178,7 @@ def test_settings_that_cannot_be_are_refused(settings, words):
 
 
 def test_settings_go_over_the_tasks_defaults():
-    read = Decoding.read({"max_new_tokens": 5, "num_beams": 2, "stop": "END"}, max_new_tokens=9, batch_size=2, stop=("X",))
+    options = {"max_new_tokens": 5, "num_beams": 2, "stop": "END"}
+    read = Decoding.read(options, max_new_tokens=9, batch_size=2, stop=("X",))
     assert read == Decoding(max_new_tokens=5, batch_size=2, stop=("END",), others={"num_beams": 2})
     assert read.config([2], 0).num_beams == 2
