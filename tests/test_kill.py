@@ -35,7 +35,7 @@ def kill_and_resume(tmp_path, method: str, bombs, kills: int, **options) -> None
             shutil.rmtree(folder)
     assert lives.live(folder, method, options=options)
     assert same_end(folder, unbroken)
-    assert len([p for p in folder.glob("checkpoint-*")]) == 1
+    assert len(list(folder.glob("checkpoint-*"))) == 1
 
 
 def test_three_kills_leave_no_trace(tmp_path):

@@ -87,7 +87,8 @@ def test_a_pruned_model_trains_on_like_a_masked_one_restricted_to_the_kept_ranks
     keep = dict(zip(controllers[1].allocator.names, controllers[1].allocator.alive.split([5, 5])))
     assert 0 < sum(int(k.sum()) for k in keep.values()) <= 4
     for name, layer in pruned.items():
-        sides = ((*layer.factors("default"), layer.lora_e["default"]), (*masked[name].factors("default"), masked[name].lora_e["default"]))
+        twin = masked[name]
+        sides = [(*la.factors("default"), la.lora_e["default"]) for la in (layer, twin)]
         for ours, full, dim in zip(*sides, (0, 1, 0)):
             rows = keep[name].nonzero().squeeze(1)
             assert torch.allclose(ours, full.index_select(dim, rows), rtol=1e-12, atol=1e-12)
@@ -259,7 +260,7 @@ def smollm(layers: int, vocab: int = 256) -> nn.Module:
 
 
 def adapter_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Whole storages of parameters, gradients and optimizer state, so that a view into something larger counts fully."""
+    """Whole storages of parameters, gradients and optimizer state: a view into something larger counts fully."""
     tensors = []
     for p in trainable(model):
         tensors += [p, *([] if p.grad is None else [p.grad])]

@@ -293,7 +293,8 @@ class Controller:
         if other := sorted(sites.keys() ^ self._sites.keys()):
             raise CheckpointError(f"checkpoint: it adapts other modules ({other[0]!r} and {len(other) - 1} more)")
         first = next((name for name in sites if sites[name] != self._sites[name]), None)
-        pairs: list[tuple[str, Any, Any]] = [(key, meta["settings"].get(key), mine) for key, mine in self.settings().items()]
+        its_settings = meta["settings"]
+        pairs: list[tuple[str, Any, Any]] = [(k, its_settings.get(k), mine) for k, mine in self.settings().items()]
         if first is not None:
             pairs.append((f"(rank, scale) of {first!r}", sites[first], self._sites[first]))
         for key, its, mine in (*pairs, *((k, meta[k], getattr(self, k)) for k in ("total_steps", "steps_per_epoch"))):
