@@ -100,10 +100,8 @@ def test_a_state_of_another_format_is_refused(folder):
 def test_each_process_needs_its_own_random_state(folder):
     checkpoint = folder / "checkpoint-20"
     tensors, facts = read_state(checkpoint)
-    (checkpoint / "trainer_state.json").rename(checkpoint / "kept")
     shutil.copy(checkpoint / "rng_state.pth", checkpoint / "rng_state_0.pth")
     write_state(checkpoint, tensors, facts | {"processes": 2})
-    (checkpoint / "kept").rename(checkpoint / "trainer_state.json")
     assert what_is_wrong(checkpoint) == "rng_state_1.pth is missing or damaged"
     shutil.copy(checkpoint / "rng_state.pth", checkpoint / "rng_state_1.pth")
     assert what_is_wrong(checkpoint) is None
@@ -141,15 +139,23 @@ def test_another_horizon_is_refused_with_both_numbers(folder, options, words):
     [
         ({"rank": SalientLoRA(target_r=3, warmup=4, allocation=24, initial_window=4, final_window=8)}, "target_r=2"),
         ({"freeze": AFLoRA(warmup=5, final=12, interval_steps=4)}, "warmup=4"),
-        ({"rank": None}, "its rank is 'SalientLoRA"),
         ({"r": 5, "lora_alpha": 10}, r"\(rank, scale\) of .* is \(4, "),
         ({"lora_alpha": 4}, r"\(rank, scale\)"),
-        ({"target_modules": ["query", "key"]}, "adapts other modules"),
     ],
 )
 def test_other_settings_are_refused_by_name(folder, options, words):
     with pytest.raises(CheckpointError, match=words):
         resume(folder, model_options=options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"rank": None}, "its rank is SalientLoRA"), ({"target_modules": ["query", "key"]}, "it adapts other modules")],
+)
+def test_where_trainer_itself_trips_over_another_plan_the_reason_is_said_before(folder, caplog, options, words):
+    with pytest.raises(ValueError, match="doesn't match the size"):  # torch's, while the optimizer is loaded
+        resume(folder, model_options=options)
+    assert any("is of another run" in r.getMessage() and words in r.getMessage() for r in caplog.records)
 
 
 def test_an_edited_plan_is_refused(folder):
@@ -187,9 +193,9 @@ def test_a_checkpoint_from_elsewhere_is_resumed_when_it_is_named(made, tmp_path)
 
 
 def test_a_run_that_overwrites_later_checkpoints_leaves_complete_ones(folder):
-    # Resumed from an older checkpoint with other data: what lies ahead is replaced, file by file.
+    # Resumed from an older checkpoint, clipped harder: what lies ahead is replaced, file by file.
     before = (folder / "checkpoint-40" / "adapter_model.safetensors").read_bytes()
-    resume(folder, learning_rate=3e-3)
+    resume(folder, max_grad_norm=1e-3)
     assert (folder / "checkpoint-40" / "adapter_model.safetensors").read_bytes() != before
     assert what_is_wrong(folder / "checkpoint-40") is None
 

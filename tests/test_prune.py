@@ -87,8 +87,10 @@ def test_a_pruned_model_trains_on_like_a_masked_one_restricted_to_the_kept_ranks
     keep = dict(zip(controllers[1].allocator.names, controllers[1].allocator.alive.split([5, 5])))
     assert 0 < sum(int(k.sum()) for k in keep.values()) <= 4
     for name, layer in pruned.items():
-        twin = masked[name]
-        sides = [(*la.factors("default"), la.lora_e["default"]) for la in (layer, twin)]
+        sides = (
+            (*layer.factors("default"), layer.lora_e["default"]),
+            (*masked[name].factors("default"), masked[name].lora_e["default"]),
+        )
         for ours, full, dim in zip(*sides, (0, 1, 0)):
             rows = keep[name].nonzero().squeeze(1)
             assert torch.allclose(ours, full.index_select(dim, rows), rtol=1e-12, atol=1e-12)

@@ -23,8 +23,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from .checkpoint import COMPLETE, checkpoints, last_checkpoint, read_state, what_is_wrong, write_state
-from .controller import Controller, Event, is_distributed
+from .checkpoint import COMPLETE, checkpoints, last_checkpoint, read_facts, read_state, what_is_wrong, write_state
+from .controller import Controller, Event, is_distributed, what_differs
 from .errors import CheckpointError, ConfigError, StaleAdapterError
 from .peft_host import TrimConfig, adapter_config, hosted_layers, peft_model_of
 
@@ -85,8 +85,11 @@ class TrimCallback(TrainerCallback, ExportableState):
                 "save_only_model=True: checkpoints will be plain LoRA, but this run cannot be resumed",
                 stacklevel=2,
             )
+        was_narrow = [layer.widen(self._name(model)) for layer in self._layers(model).values()]
+        if any(was_narrow):  # TRL does this to adapters of a quantised base
+            logger.warning("adapters in half precision are brought to float32: smaller steps would be lost in it")
         self._leave_out_of_ddp(model, args)
-        self._warn_of_torn_checkpoint(args)
+        self._warn_of_checkpoints(args, model)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         model, self._optimizer = kw["model"], kw.get("optimizer")
@@ -226,16 +229,24 @@ class TrimCallback(TrainerCallback, ExportableState):
         if may_save and args.logging_strategy != IntervalStrategy.NO:
             control.should_log = True
 
-    @staticmethod
-    def _warn_of_torn_checkpoint(args: TrainingArguments) -> None:
-        newest = next(iter(checkpoints(args.output_dir)), None) if args.output_dir else None
-        fault = what_is_wrong(newest) if newest else None
-        if fault:
+    def _warn_of_checkpoints(self, args: TrainingArguments, model: nn.Module) -> None:
+        """Trainer would trip over these before it asks us, and could not say what to do instead."""
+        folder = args.output_dir or "."
+        newest = next(iter(checkpoints(folder)), None)
+        if newest is None:
+            return
+        config = adapter_config(model, self._name(model))
+        if fault := what_is_wrong(newest):
             logger.warning(
                 "%s cannot be resumed from (%s); use trainer.train(resume_from_checkpoint="
-                "trimtab.last_checkpoint(%r)), which gives %r",
-                newest, fault, args.output_dir, last_checkpoint(args.output_dir or "."),
+                "trimtab.last_checkpoint(%r)), which gives %r", newest, fault, folder, last_checkpoint(folder),
             )  # fmt: skip
+        elif isinstance(config, TrimConfig) and config.budget is None:  # a budget chooses the settings later
+            sites = {n: (la.hosted[self._name(model)].initial_r, la.scaling[self._name(model)])
+                     for n, la in self._layers(model).items()}  # fmt: skip
+            other = what_differs(read_facts(newest), {"rank": repr(config.rank), "freeze": repr(config.freeze)}, sites)
+            if other:
+                logger.warning("%s is of another run (%s) and cannot be resumed by this one", newest, other)
 
     def _name(self, model: nn.Module) -> str:
         if self.adapter_name is not None:

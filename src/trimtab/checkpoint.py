@@ -50,7 +50,12 @@ def read_state(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     fault = what_is_wrong(folder)
     if fault:
         raise CheckpointError(f"checkpoint {str(folder)!r}: {fault}{_offer(folder)}")
-    return load((folder / STATE_TENSORS).read_bytes()), json.loads((folder / STATE_FACTS).read_text())
+    return load((folder / STATE_TENSORS).read_bytes()), read_facts(folder)
+
+
+def read_facts(folder: str | Path) -> dict[str, Any]:
+    """Facts of a complete checkpoint, without its tensors."""
+    return json.loads((Path(folder) / STATE_FACTS).read_text())
 
 
 def what_is_wrong(folder: str | Path) -> str | None:

@@ -289,20 +289,16 @@ class Controller:
 
     def _check_fits(self, meta: dict[str, Any]) -> None:
         """Raises `CheckpointError` with the first thing in which the state's run differs from this one."""
-        sites = {name: tuple(site) for name, site in meta["sites"].items()}
-        if other := sorted(sites.keys() ^ self._sites.keys()):
-            raise CheckpointError(f"checkpoint: it adapts other modules ({other[0]!r} and {len(other) - 1} more)")
-        first = next((name for name in sites if sites[name] != self._sites[name]), None)
-        its_settings = meta["settings"]
-        pairs: list[tuple[str, Any, Any]] = [(k, its_settings.get(k), mine) for k, mine in self.settings().items()]
-        if first is not None:
-            pairs.append((f"(rank, scale) of {first!r}", sites[first], self._sites[first]))
-        for key, its, mine in (*pairs, *((k, meta[k], getattr(self, k)) for k in ("total_steps", "steps_per_epoch"))):
-            if its != mine:
-                raise CheckpointError(
-                    f"checkpoint: its {key} is {its!r}, this run's is {mine!r}; resume with the settings it "
-                    "was made with, or start a new run from it with PeftModel.from_pretrained(..., is_trainable=True)"
-                )
+        other = what_differs(meta, self.settings(), self._sites)
+        horizon = ((key, meta[key], getattr(self, key)) for key in ("total_steps", "steps_per_epoch"))
+        other = other or next(
+            (f"its {k} is {its!r}, this run's is {mine!r}" for k, its, mine in horizon if its != mine), None
+        )
+        if other:
+            raise CheckpointError(
+                f"checkpoint: {other}; resume with the settings it was made with, or start a new run from it with "
+                "PeftModel.from_pretrained(..., is_trainable=True)"
+            )
         if meta["fingerprint"] != self.fingerprint():  # nothing above differs, so the file was edited
             raise CheckpointError(
                 f"checkpoint: its fingerprint is {meta['fingerprint']!r}, its plan gives {self.fingerprint()!r}"
@@ -425,9 +421,13 @@ class Controller:
     def _masks_only_reason(self) -> str | None:
         if self.rank is None:
             return None
-        if not self.rank.e_decays and self.optimizer is not None and any(
-            group.get("weight_decay") and not decouples_decay(self.optimizer, group)
-            for group in self.optimizer.param_groups
+        if (
+            not self.rank.e_decays
+            and self.optimizer is not None
+            and any(
+                group.get("weight_decay") and not decouples_decay(self.optimizer, group)
+                for group in self.optimizer.param_groups
+            )
         ):
             warnings.warn(
                 f"weight_decay: in {type(self.optimizer).__name__} it is part of the gradient, so it also pulls at "
@@ -634,6 +634,19 @@ class Controller:
         if ranks:
             row["total_rank"] = sum(ranks)
         self._emit(row)
+
+
+def what_differs(meta: dict[str, Any], settings: dict[str, str], sites: dict[str, tuple[int, float]]) -> str | None:
+    """The first thing in which a saved state's plan differs from this one, in words; None if nothing does."""
+    theirs = {name: tuple(site) for name, site in meta["sites"].items()}
+    for key, mine in settings.items():
+        if meta["settings"].get(key) != mine:
+            return f"its {key} is {meta['settings'].get(key)}, this run's is {mine}"
+    if other := sorted(theirs.keys() ^ sites.keys()):
+        return f"it adapts other modules ({other[0]!r} and {len(other) - 1} more)"
+    if name := next((name for name in sites if theirs[name] != sites[name]), None):
+        return f"its (rank, scale) of {name!r} is {theirs[name]}, this run's is {sites[name]}"
+    return None
 
 
 def adapter_layers_or_none(model: nn.Module, adapter_name: str) -> list[tuple[str, Any]]:

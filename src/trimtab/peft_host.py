@@ -320,6 +320,17 @@ class TrimLayer(_Mixed):
         parameter.grad = None
         return parameter
 
+    def widen(self, adapter_name: str) -> bool:
+        """Bring half-precision factors and diagonals to float32; whether there were any.
+
+        A rank diagonal near 1 cannot take a step of 1e-3 in bfloat16, so that it would never shrink.
+        """
+        own = [p for p in (*self.factors(adapter_name), *self.diagonals(adapter_name)) if p is not None]
+        narrow = [p for p in own if p.dtype in (torch.bfloat16, torch.float16)]
+        for p in narrow:
+            p.data = p.data.float()
+        return bool(narrow)
+
     def resized(self, adapter_name: str) -> None:
         """Bring PEFT's bookkeeping in line after the factors' rank changed."""
         A, _ = self.factors(adapter_name)
