@@ -168,7 +168,11 @@ def test_the_picture_is_small() -> None:
 # -- docs ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page, words", ALL_TRIMTAB, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def _id(value: object) -> str:
+    return " ".join(value) if isinstance(value, list) else ""
+
+
+@pytest.mark.parametrize("page, words", ALL_TRIMTAB, ids=_id)
 def test_every_trimtab_command_in_the_docs_has_options_that_exist(page: str, words: list[str]) -> None:
     command = cli.commands[words[1]]
     command.make_context(words[1], words[2:])
@@ -207,7 +211,8 @@ def test_a_plan_without_weights_gives_the_number_on_the_recipe_page(tmp_path: Pa
 def test_the_method_page_has_every_method() -> None:
     headings = {word.strip() for line in re.findall(r"^### (.*)$", PAGES["docs/methods.md"], re.MULTILINE)
                 for word in line.split(",")}
-    assert headings == {entry.name for entry in catalogue() if entry.axis != "task" and not entry.summary.startswith("from ")}
+    ours = [entry for entry in catalogue() if not entry.summary.startswith("from ")]
+    assert headings == {entry.name for entry in ours if entry.axis != "task"}
 
 
 def test_the_method_page_gives_the_true_defaults() -> None:

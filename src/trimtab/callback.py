@@ -78,7 +78,14 @@ class TrimCallback(TrainerCallback, ExportableState):
                 "deepspeed",
                 args.deepspeed or "from the environment",
                 "DeepSpeed zeroes gradients before Trainer's optimizer "
-                "events, so nothing could be decided; use DDP or FSDP2",
+                "events, so nothing could be decided; use DDP",
+            )
+        if getattr(args, "fsdp", None) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+            raise ConfigError(
+                "fsdp",
+                args.fsdp or True,
+                "rank and freeze methods do not work on sharded adapters yet; use DDP, or TrimConfig without rank and "
+                "freeze",
             )
         if args.save_only_model:
             warnings.warn(

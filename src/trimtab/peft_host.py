@@ -90,6 +90,12 @@ class TrimConfig(LoraConfig):
         if self.is_adaptive:
             self._refuse_what_cannot_adapt()
         if self.where is not None:
+            if self.target_parameters:  # exclude_modules does not reach them, so other layers would be adapted too
+                raise ConfigError(
+                    "target_parameters",
+                    self.target_parameters,
+                    "with where, use trimtab.restrict(config, where, model)",
+                )
             self.exclude_modules = excluding(self.where, self.exclude_modules)
         self._live: dict[str, list[tuple[weakref.ref[TrimLayer], str]]] = {}
         self._register_custom_module(cast(Any, {nn.Module: host}))  # PEFT calls it; a class would do no more
@@ -200,7 +206,7 @@ def excluding(where: Where | str, user: str | Iterable[str] | None) -> str:
     if not isinstance(user, str):
         user = rf"(?:.*\.)?(?:{'|'.join(re.escape(u) for u in user)})"
     elif flags := re.match(r"\(\?([aiLmsux]+)\)", user):  # global flags may stand at the start only: make them local
-        user = f"(?{flags[1]}:{user[flags.end():]})"
+        user = f"(?{flags[1]}:{user[flags.end() :]})"
     return rf"(?:{user})|(?:{outside})"
 
 
