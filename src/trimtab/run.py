@@ -198,7 +198,12 @@ def train(job: Job, where: Where | None, folder: RunFolder, screen: Screen, *, r
         trainer = make_trainer(job, model, folder, callbacks=[callback, _bar(stage), _save_at_end()])
         _reset_peak_memory()
         began = time.monotonic()
-        trainer.train(resume_from_checkpoint=checkpoint)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except KeyboardInterrupt:
+            if trimtab.last_checkpoint(folder.checkpoints):
+                screen.note(f"the last checkpoint is kept: `trimtab run {folder.path} --resume` goes on from it")
+            raise
         seconds = _seconds(folder, time.monotonic() - began)
         params = measured_params(folder, trainer.state.global_step) if runfolder.is_main() else {}
         if callback.controller is not None:

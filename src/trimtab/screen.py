@@ -63,7 +63,7 @@ class Screen:
 
     @contextmanager
     def hush(self) -> Iterator[None]:
-        """Libraries' bars and chatter off; their warnings become notes, deprecations aside."""
+        """Libraries' bars and chatter off; warnings, and what Trimtab logs, become notes; deprecations do not."""
         # Libraries that are not imported yet read these; importing them here would cost every command seconds.
         for name, value in {"TRANSFORMERS_VERBOSITY": "error", "DATASETS_VERBOSITY": "error",
                             "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -80,12 +80,27 @@ class Screen:
         def show(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
             self.note(str(message))
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.simplefilter("ignore", PendingDeprecationWarning)
-            warnings.showwarning = show  # type: ignore[assignment]
-            yield
+        ours, handler = logging.getLogger("trimtab"), _Notes(self)
+        ours.addHandler(handler)
+        try:
+            with warnings.catch_warnings():
+                for kind in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+                    warnings.simplefilter("ignore", kind)
+                warnings.showwarning = show  # type: ignore[assignment]
+                yield
+        finally:
+            ours.removeHandler(handler)
+
+
+class _Notes(logging.Handler):
+    """What our own modules log becomes notes."""
+
+    def __init__(self, screen: Screen) -> None:
+        super().__init__(logging.WARNING)
+        self._screen = screen
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._screen.note(record.getMessage())
 
 
 class Stage:
