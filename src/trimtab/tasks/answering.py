@@ -474,7 +474,7 @@ class Answering(Task):
         found |= set(own) if isinstance(own, (list, tuple)) else {own}
         if not self.is_encoder_decoder:
             turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-            last = self.encode(turn, tokenizer)[0][-1]
+            last = self.encode(turn, tokenizer, "a question and its answer")[0][-1]
             if text.convert_ids_to_tokens(last) in self._special_tokens(text):
                 found.add(last)
         found.discard(None)
@@ -553,7 +553,7 @@ def answer_scores(sums: np.ndarray) -> dict[str, float]:
     """
     loss, tokens, right = np.asarray(sums, np.float64).sum(axis=0)
     mean = float(loss / tokens) if tokens else math.nan
-    return {"answer_loss": mean, "perplexity": math.exp(mean) if mean < 700 else mean and math.inf,
+    return {"answer_loss": mean, "perplexity": math.inf if mean > 700 else math.exp(mean),
             "token_accuracy": float(right / tokens) if tokens else math.nan}
 
 
