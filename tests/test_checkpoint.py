@@ -153,7 +153,8 @@ def test_other_settings_are_refused_by_name(folder, options, words):
     [({"rank": None}, "its rank is SalientLoRA"), ({"target_modules": ["query", "key"]}, "it adapts other modules")],
 )
 def test_where_trainer_itself_trips_over_another_plan_the_reason_is_said_before(folder, caplog, options, words):
-    with pytest.raises(ValueError, match="doesn't match the size"):  # torch's, while the optimizer is loaded
+    # Where the parameters differ in number it is torch that stops, while the optimizer is loaded.
+    with pytest.raises((ValueError, CheckpointError), match="doesn't match the size|its rank is"):
         resume(folder, model_options=options)
     assert any("is of another run" in r.getMessage() and words in r.getMessage() for r in caplog.records)
 

@@ -98,7 +98,7 @@ def test_a_run_writes_every_file_of_the_run_folder(finished):
     made = Plan.from_json(plan)
     assert made.where.mask == mask
     assert {site.site.block for site in made.sites} == {i for i, chosen in enumerate(mask) if chosen == "1"}
-    assert metrics["params"] == {"initial": 512, "final": 512, "average": 512.0}  # 2 layers, 2 sites, 4 · 32 each
+    assert metrics["params"] == {"initial": 512, "final": 512, "average": 512.0, "held": 512}  # 2 layers, 2 sites, 4 · 32 each
     assert metrics["metric"] == "accuracy"
     assert set(metrics["metrics"]) == {"accuracy", "f1", "loss"}
     assert metrics["seconds"] > 0
@@ -245,7 +245,7 @@ def test_where_rank_and_freeze_go_together_in_one_recipe(tmp_path):
     assert sum(site["final_r"] for site in plan["sites"]) == 2 * len(plan["sites"])
     params = metrics["params"]
     assert params["final"] < params["average"] < params["initial"]
-    assert set(plan["settings"]["predicted_params"]) == {"initial", "final", "average"}
+    assert set(plan["settings"]["predicted_params"]) == {"initial", "final", "average", "held"}
     assert params["initial"] == plan["settings"]["predicted_params"]["initial"]
     assert (metrics["rank"]["method"], metrics["freeze"]["method"]) == ("salientlora", "aflora")
 

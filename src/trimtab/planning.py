@@ -108,6 +108,8 @@ def with_layer_ratio(recipe: Recipe, model: nn.Module, horizon: Horizon | None, 
     budget = budget_of(recipe)
     if budget is None or recipe.adapter.type != "lora":
         return recipe
+    if horizon is None and recipe.rank is None and recipe.freeze is None:
+        horizon = Horizon(1, 1)  # nothing changes over the run
     if horizon is None:
         cure = "needs the length of the run: give data.train, or train.max_steps"
         raise ConfigError("budget", recipe.budget.model_dump(exclude_none=True) if recipe.budget else None, cure)
