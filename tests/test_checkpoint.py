@@ -154,7 +154,7 @@ def test_other_settings_are_refused_by_name(folder, options, words):
 )
 def test_where_trainer_itself_trips_over_another_plan_the_reason_is_said_before(folder, caplog, options, words):
     # Where the parameters differ in number it is torch that stops, while the optimizer is loaded.
-    with pytest.raises((ValueError, CheckpointError), match="doesn't match the size|its rank is"):
+    with pytest.raises((ValueError, CheckpointError), match=r"doesn't match the size|its rank is"):
         resume(folder, model_options=options)
     assert any("is of another run" in r.getMessage() and words in r.getMessage() for r in caplog.records)
 

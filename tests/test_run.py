@@ -98,7 +98,8 @@ def test_a_run_writes_every_file_of_the_run_folder(finished):
     made = Plan.from_json(plan)
     assert made.where.mask == mask
     assert {site.site.block for site in made.sites} == {i for i, chosen in enumerate(mask) if chosen == "1"}
-    assert metrics["params"] == {"initial": 512, "final": 512, "average": 512.0, "held": 512}  # 2 layers, 2 sites, 4 · 32 each
+    # 2 layers, 2 sites, 4 · 32 each
+    assert metrics["params"] == {"initial": 512, "final": 512, "average": 512.0, "held": 512}
     assert metrics["metric"] == "accuracy"
     assert set(metrics["metrics"]) == {"accuracy", "f1", "loss"}
     assert metrics["seconds"] > 0
