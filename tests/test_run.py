@@ -98,7 +98,8 @@ def test_a_run_writes_every_file_of_the_run_folder(finished):
     made = Plan.from_json(plan)
     assert made.where.mask == mask
     assert {site.site.block for site in made.sites} == {i for i, chosen in enumerate(mask) if chosen == "1"}
-    assert metrics["params"] == {"initial": 512, "final": 512, "average": 512.0, "held": 512}  # 2 layers, 2 sites, 4 · 32 each
+    # 2 layers, 2 sites, 4 · 32 each
+    assert metrics["params"] == {"initial": 512, "final": 512, "average": 512.0, "held": 512}
     assert metrics["metric"] == "accuracy"
     assert set(metrics["metrics"]) == {"accuracy", "f1", "loss"}
     assert metrics["seconds"] > 0
@@ -193,6 +194,25 @@ def test_a_resumed_run_ends_where_the_unbroken_one_did(finished, copied):
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert (copied / "history.jsonl").read_text() == (finished / "history.jsonl").read_text()
     assert read(copied, "metrics.json")["metrics"] == read(finished, "metrics.json")["metrics"]
+
+
+def test_ctrl_c_in_training_says_how_to_go_on(tmp_path, monkeypatch):
+    from trimtab import TrimCallback
+
+    recipe = write_recipe(tmp_path, where=None)
+    on_epoch_begin = TrimCallback.on_epoch_begin
+
+    def interrupted(self, args, state, control, **more):
+        if state.global_step == 8:  # the second epoch; the first one's checkpoint is there
+            raise KeyboardInterrupt
+        return on_epoch_begin(self, args, state, control, **more)
+
+    monkeypatch.setattr(TrimCallback, "on_epoch_begin", interrupted)
+    message = trimtab("run", recipe, code=130).stderr
+    assert f"trimtab run {tmp_path / 'run'} --resume" in message
+    monkeypatch.undo()
+    trimtab("run", tmp_path / "run", "--resume")
+    assert (tmp_path / "run" / "metrics.json").is_file()
 
 
 def test_resume_after_the_last_step_makes_what_is_still_missing(finished, copied):
