@@ -1,9 +1,9 @@
 """The command line: instant help, one-line errors with exit code 2, results on stdout alone."""
 
 import json
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -38,13 +38,12 @@ def recipe(tmp_path_factory):
 
 
 def test_help_answers_at_once():
-    seconds = []
-    for _ in range(3):  # the fastest of three: other work on the machine only adds
-        began = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "trimtab", "--help"], capture_output=True, text=True)
-        seconds.append(time.perf_counter() - began)
+    """Processor time of the whole process: what other work on the machine adds to the wall clock is not ours."""
+    before = os.times()
+    done = subprocess.run([sys.executable, "-m", "trimtab", "--help"], capture_output=True, text=True)
+    after = os.times()
     assert done.returncode == 0
-    assert min(seconds) < 0.5
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 0.5
 
 
 def test_help_imports_nothing_heavy():
