@@ -22,7 +22,7 @@ SETTINGS = dict(save_steps=2, save_total_limit=1, logging_steps=5, eval_strategy
 def live(folder: Path, method: str, bomb: Bomb | None = None, options: dict[str, Any] | None = None) -> bool:
     """Train in a process of its own, from the last complete checkpoint on; False if it was killed."""
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["runs"])
+    server.set_forkserver_preload(["short_runs"])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "began").unlink(missing_ok=True)
     process = server.Process(target=_train, args=(folder, method, bomb, options or {}))
@@ -55,7 +55,7 @@ def _train_here(folder: Path, method: str, bomb: Bomb | None, options: dict[str,
     import torch
     from transformers import TrainerCallback
 
-    import runs
+    import short_runs as runs
     import trimtab
 
     class Began(TrainerCallback):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-import runs
+import short_runs as runs
 from trimtab import AdaLoRA, AFLoRA, Budget, SalientLoRA
 from trimtab.errors import BudgetError, ConfigError
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import runs
+import short_runs as runs
 import trimtab
 from trimtab import AFLoRA, SalientLoRA
 from trimtab.checkpoint import checkpoints, read_state, what_is_wrong, write_state

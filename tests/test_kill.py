@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lives
-import runs
+import short_runs as runs
 
 
 def same_end(folder, unbroken) -> bool:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-import runs
+import short_runs as runs
 import tiny
 import trimtab
 
