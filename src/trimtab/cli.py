@@ -371,6 +371,8 @@ def _print(*parts: Any) -> None:
     from .runfolder import is_main
 
     console = Console(highlight=False, quiet=not is_main())
+    if not console.is_terminal:  # a file or a pipe has no edge to wrap at
+        console.width = 160
     for part in parts:
         console.print(part, soft_wrap=isinstance(part, str))
 

@@ -163,7 +163,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = ""
     made = Table(title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False,
                  padding=(0, 2, 0, 0))
     for i, name in enumerate(columns):
-        made.add_column(name, justify="right" if i in numeric else "left", overflow="fold", header_style="dim")
+        # Headings of figures stand word under word: on a narrow screen they may not push figures out.
+        made.add_column(name.replace(" ", "\n") if i in numeric else name, overflow="fold", header_style="dim",
+                        justify="right" if i in numeric else "left", vertical="bottom" if i in numeric else "top")
     for row in rows:
         made.add_row(*map(escape, row))
     return made
