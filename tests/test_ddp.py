@@ -55,6 +55,7 @@ def test_two_processes_equal_one(launched, tmp_path, case):
     kinds = [event["event"] for event in one["events"]]
     assert "rank" in kinds or "freeze" in kinds
     for two in (first[case], second[case]):
+        assert two["traces"] == []
         assert decisions(two["events"]) == decisions(one["events"])
         assert [e["event"] for e in two["events"]] == kinds
         assert torch.allclose(numbers(two["events"]), numbers(one["events"]), rtol=1e-9, atol=1e-9)
@@ -100,6 +101,11 @@ def test_a_differing_decision_stops_both_processes_with_both_plans(launched, kin
         assert "process 0: " in said[0] and "freezes" in said[0] and "nothing" in said[0].split("process 1: ")[1]
     else:
         assert "query keeps 0111" in said[0] and "query keeps 1011" in said[0].split("process 1: ")[1]
+
+
+def test_a_finished_adapter_that_trains_on_is_averaged_by_ddp(launched):
+    first, second = (process["trained on"] for process in launched[1])
+    assert all(torch.equal(w, second[n]) for n, w in first.items())
 
 
 def test_what_no_process_used_gets_no_gradient(launched):

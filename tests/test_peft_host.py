@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import peft
 import pytest
@@ -132,20 +133,21 @@ def test_bitsandbytes_bases_carry_adaptive_layers(bits, tmp_path):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            linear = bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False) if bits == 8 else bnb.nn.Linear4bit(64, 64)
-            self.proj = linear
+            kind = partial(bnb.nn.Linear8bitLt, has_fp16_weights=False) if bits == 8 else bnb.nn.Linear4bit
+            self.proj, self.out = kind(64, 64), kind(64, 64)
             self.config = {"model_type": "none"}
 
         def forward(self, x):
-            return self.proj(x)
+            return self.out(self.proj(x))
 
     torch.manual_seed(0)
     net = Net().to("cpu")
-    model = peft.get_peft_model(net, TrimConfig(r=4, target_modules=["proj"], rank=Halving()))
+    model = peft.get_peft_model(net, TrimConfig(r=4, target_modules=["proj", "out"], rank=Halving()))
+    assert list(hosted_layers(model)) == ["proj", "out"]
     layer = model.base_model.model.proj
     assert isinstance(layer, TrimLayer) and "bit" in type(layer).__name__
     x = torch.randn(3, 64)
-    out = model(x)
+    out = layer(x)
     out.float().square().sum().backward()
     A, B = layer.folded("default")
     expected = layer.base_layer(x) + x @ A.T @ B.T * layer.scaling["default"]
@@ -233,3 +235,10 @@ def test_plain_lora_through_trimconfig_equals_stock_peft():
                 nn.init.normal_(p, generator=torch.Generator().manual_seed(len(n)))
         outputs.append(tiny.logits(model, "bert"))
     assert torch.allclose(*outputs, atol=1e-6)
+
+
+def test_an_adaptive_adapter_in_layers_that_a_stock_one_made_is_refused():
+    model = peft.get_peft_model(tiny.build("bert"), peft.LoraConfig(r=2, target_modules=["query"]))
+    model.add_adapter("second", TrimConfig(r=4, target_modules=["query", "key"], rank=Halving()))
+    with pytest.raises(ModelError, match=r"query' and 3 more modules carry 'second'.*before the others"):
+        Controller(model, total_steps=4, adapter_name="second")

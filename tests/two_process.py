@@ -59,7 +59,13 @@ def run(case: str, folder: Path, processes: int, resume: str | None = None, **mo
     trainer = Trainer(model, TrainingArguments(**settings), train_dataset=tiny.rows(family, 96), callbacks=[trim])
     trainer.train(resume_from_checkpoint=resume)
     weights = {n: t.clone() for n, t in model.state_dict().items() if "lora_" in n or "modules_to_save" in n}
-    return {"weights": weights, "events": trim.events, "wrapped": type(trainer.model_wrapped).__name__}
+    traces = [name for name in ("trim_anchor", "_ddp_params_and_buffers_to_ignore") if hasattr(model, name)]
+    return {
+        "weights": weights,
+        "events": trim.events,
+        "wrapped": type(trainer.model_wrapped).__name__,
+        "traces": traces,
+    }
 
 
 # -- decisions that differ -----------------------------------------------------------------------------------
@@ -117,6 +123,15 @@ def _unused() -> list[bool]:
     return [first.grad is not None and bool((first.grad == 0.5).all()), second.grad is not None]
 
 
+def _trained_on(folder: Path) -> dict[str, torch.Tensor]:
+    """A second run on what the first has finished: plain LoRA, whose gradients DDP averages again."""
+    model = _fake_model(rank=Halving(steps=(1,)))
+    for steps in (2, 3):
+        settings = TrainingArguments(str(folder), max_steps=steps, report_to=[], use_cpu=True, disable_tqdm=True)
+        Trainer(model, settings, train_dataset=tiny.rows("bert"), callbacks=[TrimCallback()]).train()
+    return {n: t.clone() for n, t in model.state_dict().items() if "lora_" in n}
+
+
 def main(out: Path) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     results: dict[str, Any] = {}
@@ -136,6 +151,7 @@ def main(out: Path) -> None:
     for kind in ("prune", "mask", "freeze"):
         results[f"disagree: {kind}"] = _disagree(kind)
     results["unused"] = _unused()
+    results["trained on"] = _trained_on(out / "runs" / "again")
     torch.save(results, out / f"process-{dist.get_rank()}.pt")
     dist.destroy_process_group()
 

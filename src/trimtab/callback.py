@@ -77,8 +77,7 @@ class TrimCallback(TrainerCallback, ExportableState):
             raise ConfigError(
                 "deepspeed",
                 args.deepspeed or "from the environment",
-                "DeepSpeed zeroes gradients before Trainer's optimizer "
-                "events, so nothing could be decided; use DDP",
+                "DeepSpeed zeroes gradients before Trainer's optimizer events, so nothing could be decided; use DDP",
             )
         if getattr(args, "fsdp", None) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
             raise ConfigError(
@@ -206,6 +205,8 @@ class TrimCallback(TrainerCallback, ExportableState):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         self._finish(args, state)
         self._is_training = False
+        if self.controller is not None and self.controller.layers:
+            self._give_back_to_ddp(kw["model"])
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -314,7 +315,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         logger.warning(
             "ranks changed at step %d: the best checkpoint so far (%s=%.6g) has another shape and no longer competes. "
             "Reach the target rank earlier (shorter warmup/allocation) to leave more steps at the final shape.",
-            state.global_step,
+            self.controller.step if self.controller is not None else state.global_step,
             args.metric_for_best_model,
             state.best_metric,
         )
@@ -325,9 +326,9 @@ class TrimCallback(TrainerCallback, ExportableState):
         if args.world_size < 2 or getattr(args, "fsdp", None):
             return
         peft_model = peft_model_of(model)
-        ours = {id(p) for layer in self._layers(model).values() for p in layer.parameters(recurse=True)}
-        base = {id(p) for layer in self._layers(model).values() for p in layer.base_layer.parameters()}
-        names = [n for n, p in peft_model.named_parameters() if id(p) in ours - base]
+        name = self._name(model)
+        ours = {id(p) for la in self._layers(model).values() for p in (*la.factors(name), *la.diagonals(name))}
+        names = [n for n, p in peft_model.named_parameters() if id(p) in ours]
         peft_model._ddp_params_and_buffers_to_ignore = cast(Any, names)  # what DDP reads on the module it wraps
         if not any(p.requires_grad and n not in set(names) for n, p in peft_model.named_parameters()):
             # DDP refuses a module in which every trainable parameter is ignored: give it one that nothing uses.
@@ -337,6 +338,15 @@ class TrimCallback(TrainerCallback, ExportableState):
             raise ConfigError("ddp_find_unused_parameters", False, "must be unset or true when only adapters train")
         if hasattr(peft_model, "trim_anchor"):
             args.ddp_find_unused_parameters = True
+
+    @staticmethod
+    def _give_back_to_ddp(model: nn.Module) -> None:
+        # What is left is a plain LoRA, whose gradients DDP has to average if it is trained on.
+        peft_model = peft_model_of(model)
+        if hasattr(peft_model, "_ddp_params_and_buffers_to_ignore"):
+            del peft_model._ddp_params_and_buffers_to_ignore
+        if hasattr(peft_model, "trim_anchor"):
+            del peft_model.trim_anchor
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         assert self.controller is not None

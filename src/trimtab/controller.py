@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .budget import Choice, solve
-from .errors import CheckpointError, ConfigError, DisagreementError, StaleAdapterError
+from .errors import CheckpointError, ConfigError, DisagreementError, ModelError, StaleAdapterError
 from .peft_host import (
     PROJECTIONS,
     TrimConfig,
@@ -103,6 +103,8 @@ class Controller:
         self._mask: dict[str, Tensor] = {}  # the last mask that processes have not compared yet, and its hash
         self._mask_bits: list[int] = []
         config = adapter_config(model, adapter_name)
+        if isinstance(config, TrimConfig) and config.is_adaptive:
+            self._refuse_plain_layers()
         self.rank = self.freeze = None
         self.choice: Choice | None = None
         if isinstance(config, TrimConfig) and self.layers:
@@ -393,6 +395,15 @@ class Controller:
                 f"the tensors of {stale[0]!r} and {len(stale) - 1} more modules were replaced while a rank or freeze "
                 "method was at work. To resume, use train(resume_from_checkpoint=trimtab.last_checkpoint(dir)); "
                 "to train on from a finished adapter, use PeftModel.from_pretrained(checkpoint, is_trainable=True)"
+            )
+
+    def _refuse_plain_layers(self) -> None:
+        # PEFT puts a second adapter into the layers that the first one made, whatever kind they are.
+        plain = [name for name, _ in adapter_layers(self.model, self.adapter_name) if name not in self.layers]
+        if plain:
+            raise ModelError(
+                f"{plain[0]!r} and {len(plain) - 1} more modules carry {self.adapter_name!r} in PEFT's own layers, "
+                "which another adapter brought there; add the adapter with a rank or freeze method before the others"
             )
 
     def _refuse_dead_start(self) -> None:

@@ -243,7 +243,7 @@ class TrimLayer(_Mixed):
             self.hosted: dict[str, Hosted] = {}
             self.initial_factors: dict[str, tuple[Tensor, Tensor]] = {}
             self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
-            self.site_name = kwargs.get("target_name", "")
+            self.site_name = kwargs.get("target_name") or self.__dict__.get("site_name", "")
             self.register_state_dict_post_hook(_emit_plain_lora)
             self.register_load_state_dict_pre_hook(_accept_plain_lora)
         super().update_layer(adapter_name, r, lora_alpha=cast(int, lora_alpha), config=config, **kwargs)
@@ -508,10 +508,17 @@ def _quantized_classes() -> dict[type[nn.Module], type[nn.Module]]:
     except ImportError:
         return {}
 
-    class TrimLinear8bitLt(TrimLayer, Linear8bitLt):
+    class TrimQuantized(TrimLayer):
+        """PEFT's own classes keep the site's name from `update_layer`, so it is set before they are made."""
+
+        def __init__(self, *args: Any, target_name: str = "", **kwargs: Any) -> None:
+            object.__setattr__(self, "site_name", target_name)
+            super().__init__(*args, **kwargs)
+
+    class TrimLinear8bitLt(TrimQuantized, Linear8bitLt):
         """Over `bitsandbytes.nn.Linear8bitLt`."""
 
-    class TrimLinear4bit(TrimLayer, Linear4bit):
+    class TrimLinear4bit(TrimQuantized, Linear4bit):
         """Over `bitsandbytes.nn.Linear4bit`."""
 
     return {bnb.nn.Linear8bitLt: TrimLinear8bitLt, bnb.nn.Linear4bit: TrimLinear4bit}
@@ -588,11 +595,12 @@ def peft_model_of(model: nn.Module) -> PeftModel:
 
 def hosted_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, TrimLayer]:
     """Site name -> layer, for every layer that holds an adaptive adapter of this name, in module order."""
-    return {
-        layer.site_name: layer
-        for layer in model.modules()
-        if isinstance(layer, TrimLayer) and layer.is_adaptive(adapter_name)
-    }
+    found: dict[str, TrimLayer] = {}
+    for layer in model.modules():
+        if isinstance(layer, TrimLayer) and layer.is_adaptive(adapter_name):
+            assert layer.site_name and layer.site_name not in found, f"two sites are called {layer.site_name!r}"
+            found[layer.site_name] = layer
+    return found
 
 
 def adapter_layers(model: nn.Module, adapter_name: str = "default") -> Iterator[tuple[str, LoraLayer]]:
