@@ -59,19 +59,19 @@ def test_a_checkpoint_holds_these_files_and_no_pickle_of_ours(made):
     assert what_is_wrong(made / "checkpoint-20") is None
 
 
-@pytest.mark.parametrize("damage", [halve, flip, os.unlink])
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    # Trainer writes trainer_state.json after ours, as the mark of a complete checkpoint: only a cut shows in it.
+    [(n, d) for n in FILES for d in (halve, os.unlink, flip) if (n, d) != ("trainer_state.json", flip)],
+)
 def test_every_damage_is_seen_and_the_checkpoint_before_is_offered(folder, name, damage):
-    if name == "trainer_state.json" and damage is flip:
-        pytest.skip("Trainer's own file, written after ours: only a cut shows")
     newest = folder / "checkpoint-40"
     damage(newest / name)
-    if not (name == "trim_state.json" and damage is flip and what_is_wrong(newest) is None):
-        fault = what_is_wrong(newest)
-        assert fault and name in fault
-        assert trimtab.last_checkpoint(folder) == str(folder / "checkpoint-20")
-        with pytest.raises(CheckpointError, match=r"The newest complete one is .*checkpoint-20"):
-            read_state(newest)
+    fault = what_is_wrong(newest)
+    assert fault and name in fault
+    assert trimtab.last_checkpoint(folder) == str(folder / "checkpoint-20")
+    with pytest.raises(CheckpointError, match=r"The newest complete one is .*checkpoint-20"):
+        read_state(newest)
 
 
 def test_without_any_complete_checkpoint_none_is_offered(folder):
@@ -91,9 +91,8 @@ def test_the_last_checkpoint_is_the_one_of_the_highest_step(folder):
 
 
 def test_a_state_of_another_format_is_refused(folder):
-    facts = json.loads((folder / "checkpoint-20" / "trim_state.json").read_text())
-    facts["format"] = 99
-    (folder / "checkpoint-20" / "trim_state.json").write_text(json.dumps(facts))
+    tensors, facts = read_state(folder / "checkpoint-20")
+    write_state(folder / "checkpoint-20", tensors, facts | {"format": 99})
     assert "format 99, this version reads 1" in what_is_wrong(folder / "checkpoint-20")
 
 
@@ -160,10 +159,8 @@ def test_where_trainer_itself_trips_over_another_plan_the_reason_is_said_before(
 
 
 def test_an_edited_plan_is_refused(folder):
-    path = folder / "checkpoint-20" / "trim_state.json"
-    facts = json.loads(path.read_text())
-    facts["fingerprint"] = "0" * 16
-    path.write_text(json.dumps(facts))
+    tensors, facts = read_state(folder / "checkpoint-20")
+    write_state(folder / "checkpoint-20", tensors, facts | {"fingerprint": "0" * 16})
     with pytest.raises(CheckpointError, match="fingerprint is '0000000000000000', its plan gives"):
         resume(folder)
 

@@ -71,8 +71,9 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
-@pytest.mark.parametrize("method", ["halving", "salientlora"])
+@pytest.mark.parametrize(
+    ("kind", "method"), [*((kind, "salientlora") for kind in OPTIMIZERS), ("adamw", "halving"), ("sgd", "halving")]
+)
 def test_a_pruned_model_trains_on_like_a_masked_one_restricted_to_the_kept_ranks(kind, method):
     rank = {"halving": Halving(steps=(4, 7), orth_weight=0.0), "salientlora": SALIENT}[method]
     masked_rank = copy.copy(rank)

@@ -22,6 +22,7 @@ from trimtab import AdaLoRA, AFLoRA, Controller, FreezeAt, SalientLoRA, SoRA, Tr
 from trimtab.checkpoint import what_is_wrong
 from trimtab.errors import ConfigError, StaleAdapterError
 from trimtab.peft_host import hosted_layers
+from two_process import METHODS, STEPS
 
 SALIENT = SalientLoRA(target_r=2, warmup=2, allocation=8, initial_window=2, final_window=4)
 AFLORA = AFLoRA(warmup=1, final=4, interval_steps=2)
@@ -217,15 +218,15 @@ def test_save_only_model_warns_that_resume_is_impossible(tmp_path):
     assert peft.PeftModel.from_pretrained(tiny.build("bert"), str(tmp_path / "checkpoint-7"))
 
 
-@pytest.mark.parametrize("method", ["salientlora", "adalora", "aflora", "salientlora+aflora"])
+@pytest.mark.parametrize("method", ["adalora", "salientlora+aflora"])
 def test_a_state_dict_round_trip_in_mid_training_changes_nothing(tmp_path, method):
     class RoundTrip(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kw):
             model.load_state_dict(model.state_dict())
 
-    undisturbed, disturbed = runs.model_for("bert", method), runs.model_for("bert", method)
-    first = fit(undisturbed, tmp_path / "a", steps=40)
-    second = fit(disturbed, tmp_path / "b", (RoundTrip(),), steps=40)
+    undisturbed, disturbed = (salient_model(**({"rank": None} | METHODS[method])) for _ in range(2))
+    first = fit(undisturbed, tmp_path / "a", steps=STEPS)
+    second = fit(disturbed, tmp_path / "b", (RoundTrip(),), steps=STEPS)
     assert same(undisturbed.state_dict(), disturbed.state_dict())
     assert first.events == second.events
 
@@ -328,19 +329,19 @@ def test_the_penalty_reaches_the_gradient_once_a_step_and_before_clipping(tmp_pa
         assert torch.allclose(gradient, mine[name], rtol=1e-12, atol=1e-14), name
 
 
-@pytest.mark.parametrize("method", runs.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_bare_loop_equals_the_trainer_step_by_step(tmp_path, method):
-    model = runs.model_for("bert", method)
+    model = salient_model(**({"rank": None} | METHODS[method]))
     twin = copy.deepcopy(model)
     watch = Watch(model)
     settings = dict(optim="adamw_torch", lr_scheduler_type="constant", weight_decay=0.0, gradient_accumulation_steps=2)
-    callback = fit(model, tmp_path, (watch,), steps=40, **settings)
+    callback = fit(model, tmp_path, (watch,), steps=STEPS, **settings)
 
     events: list[dict] = []
     optimizer = torch.optim.AdamW([p for p in twin.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
-    controller = Controller(twin, optimizer, 40, steps_per_epoch=4, on_event=events.append)
+    controller = Controller(twin, optimizer, STEPS, steps_per_epoch=4, on_event=events.append)
     twin.train()
-    for step in range(40):
+    for step in range(STEPS):
         for batch in watch.batches[2 * step : 2 * step + 2]:
             twin(**batch).loss.backward()
         controller.before_step()
@@ -352,7 +353,7 @@ def test_a_bare_loop_equals_the_trainer_step_by_step(tmp_path, method):
         mine = {n: p for n, p in twin.named_parameters() if p.requires_grad}
         assert mine.keys() == expected.keys()
         for name, weight in mine.items():
-            assert torch.allclose(weight, expected[name], rtol=1e-5, atol=1e-7), (step, name)
+            assert torch.equal(weight, expected[name]), (step, name)
     controller.finish()
     assert [e for e in events if e["event"] in ("rank", "freeze", "params")] == [
         e for e in callback.events if e["event"] in ("rank", "freeze", "params")

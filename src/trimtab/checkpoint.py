@@ -34,6 +34,7 @@ def write_state(folder: str | Path, tensors: dict[str, Any], facts: dict[str, An
     data = save({k: v.contiguous().cpu() for k, v in tensors.items()}, metadata={"format": "pt"})
     files = {p.name: _checksum(p) for p in sorted(folder.iterdir()) if p.is_file() and not _NOT_CHECKED.match(p.name)}
     facts = {"format": _FORMAT, **facts, "files": files, "tensors": hashlib.sha256(data).hexdigest()}
+    facts["facts"] = _checksum_of_facts(facts)
     _write_atomically(folder / STATE_TENSORS, data)
     _write_atomically(folder / STATE_FACTS, json.dumps(facts, indent=1).encode())
 
@@ -74,10 +75,12 @@ def what_is_wrong(folder: str | Path) -> str | None:
     try:
         facts = json.loads((folder / STATE_FACTS).read_text())
         expected = {**facts["files"], STATE_TENSORS: facts["tensors"]}
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return f"{STATE_FACTS} is damaged"
-    if facts["format"] != _FORMAT:
-        return f"{STATE_FACTS} has format {facts['format']}, this version reads {_FORMAT}"
+    if facts.get("format") != _FORMAT:
+        return f"{STATE_FACTS} has format {facts.get('format')}, this version reads {_FORMAT}"
+    if facts.get("facts") != _checksum_of_facts(facts):
+        return f"{STATE_FACTS} does not have the checksum it was saved with"
     for name, checksum in expected.items():
         path = folder / name
         if not path.exists():
@@ -126,6 +129,11 @@ def _checksum(path: Path) -> str:
             if hasattr(hashlib, "file_digest")
             else (hashlib.sha256(file.read()).hexdigest())
         )
+
+
+def _checksum_of_facts(facts: dict[str, Any]) -> str:
+    rest = json.dumps({key: value for key, value in facts.items() if key != "facts"}, sort_keys=True)
+    return hashlib.sha256(rest.encode()).hexdigest()
 
 
 def _write_atomically(path: Path, data: bytes) -> None:
