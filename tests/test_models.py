@@ -19,6 +19,8 @@ from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
+    Trainer,
+    TrainingArguments,
 )
 
 from tasks.tiny import WORDS, decoder_tokenizer, encoder_tokenizer, tiny_config
@@ -409,6 +411,19 @@ def test_a_gguf_file_gives_config_tokenizer_and_model(tmp_path):
         assert got.model.config.pad_token_id is not None
         assert got.model.config.id2label == {0: "entailment", 1: "not_entailment"}
         assert torch.isfinite(got.model(**tokenizer(["abc", "b"], padding=True, return_tensors="pt")).logits).all()
+
+
+def test_a_model_from_a_gguf_file_trains_and_is_saved_as_any_other(tmp_path):
+    write_gguf(tmp_path / "tiny.gguf")
+    spec = ModelSpec(name_or_path=str(tmp_path / "tiny.gguf"))
+    got = load_model(spec, RTE, load_tokenizer(spec, RTE))
+    rows = [{"input_ids": [3, 4, 5], "labels": i % 2} for i in range(4)]
+    peft = get_peft_model(got.model, LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"]))
+    args = TrainingArguments(str(tmp_path / "out"), max_steps=1, use_cpu=True, report_to=[], disable_tqdm=True)
+    Trainer(model=peft, args=args, train_dataset=rows).train()
+    peft.merge_and_unload().save_pretrained(tmp_path / "merged")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert torch.equal(again.model.embed_tokens.weight, got.model.model.embed_tokens.weight)
 
 
 @pytest.mark.slow

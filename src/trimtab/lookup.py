@@ -11,7 +11,7 @@ import dataclasses
 import importlib.util
 import re
 from functools import cache
-from importlib import import_module, resources
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +108,11 @@ def package_folder(text: str) -> Path:
         ConfigError: the package is not installed, or holds no such folder.
     """
     package, _, inside = text.removeprefix(PACKAGE_PREFIX).partition("/")
-    try:
-        root = Path(str(resources.files(package)))
-    except ModuleNotFoundError:
+    spec = importlib.util.find_spec(package)  # does not import it: what it depends on may not be there
+    if spec is None or not spec.submodule_search_locations:
         cure = f"the package is not installed: pip install {package.replace('_', '-')}"
-        raise ConfigError("model.name_or_path", text, cure) from None
+        raise ConfigError("model.name_or_path", text, cure)
+    root = Path(spec.submodule_search_locations[0])
     if not (root / inside).exists():
         raise ConfigError("model.name_or_path", text, f"the package {package!r} holds no {inside!r}")
     return root / inside

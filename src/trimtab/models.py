@@ -6,11 +6,13 @@ Nothing here knows a task or a model by name: what the head needs comes from the
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -81,10 +83,23 @@ def load_config(spec: ModelSpec, task: Task | None = None) -> PretrainedConfig:
     else:
         source, kwargs = _source(spec)
         with _one_line(spec):
-            config = AutoConfig.from_pretrained(source, **kwargs, **{**overrides, **labels})
+            if Path(source).is_dir() and "gguf_file" in kwargs:
+                file = Path(source) / kwargs["gguf_file"]
+                config = copy.deepcopy(_gguf_config(str(file), file.stat().st_mtime_ns))
+                config.update({**overrides, **labels})
+            else:
+                config = AutoConfig.from_pretrained(source, **kwargs, **{**overrides, **labels})
     if task is not None and _fits_several_kinds(task):
         task.adjust_to(config)
     return config
+
+
+@lru_cache(maxsize=8)
+def _gguf_config(file: str, changed: int) -> PretrainedConfig:
+    """The config in a GGUF file; kept, since transformers reads the whole vocabulary for it (seconds)."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(str(Path(file).parent), gguf_file=Path(file).name)
 
 
 def meta_model(config: PretrainedConfig, auto_class: str = "AutoModelForCausalLM") -> PreTrainedModel:
@@ -170,10 +185,14 @@ def load_model(spec: ModelSpec, task: Task, tokenizer: Any = None) -> LoadedMode
         source, kwargs = _source(spec)
         if spec.quantization is not None:
             kwargs["quantization_config"] = _quantization(spec, task)
+        elif "gguf_file" in kwargs and hasattr(transformers, "GgufConfig"):
+            kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)  # packed weights do not train
         with _one_line(spec), _quiet_report():
             model, report = getattr(transformers, task.auto_class).from_pretrained(
                 source, **kwargs, **{**overrides, **labels}, dtype=spec.dtype or "auto",
                 ignore_mismatched_sizes=True, output_loading_info=True)
+        if "gguf_file" in kwargs and (packing := getattr(model, "hf_quantizer", None)) is not None:
+            packing.remove_quantization_config(model)  # plain by now, but Trainer would refuse it as quantised
         if spec.dtype is None and spec.quantization is None and model.dtype == torch.float16:
             # Without loss scaling float16 weights (deberta-v3-base is stored so) train to NaN.
             model = model.float()

@@ -54,6 +54,18 @@ PLAIN = ("{%- for m in messages -%}{{ m.content }}{%- if m.role == 'assistant' -
          "{%- endfor -%}")
 """Prompt and answer one after the other, with nothing between them."""
 
+HUB_ROWS = {
+    "tatsu-lab/alpaca": 52002 - 500,  # 500 are held out
+    "meta-math/MetaMathQA": 395000,
+    "m-a-p/CodeFeedback-Filtered-Instruction": 156526,
+    "EdinburghNLP/xsum": 204045,
+    "abisee/cnn_dailymail": 287113,
+    "allenai/scitldr": 1992,
+    "knkarthick/dialogsum": 12460,
+    "derek-thomas/ScienceQA": 6218,  # those with an image, of 12726
+}
+"""Training rows of what is fetched where no files are given, for plans without data."""
+
 TEMPLATES = {"alpaca": ALPACA, "plain": PLAIN}
 
 
@@ -100,6 +112,14 @@ class Answering(Task):
         self.decoding = Decoding.read(self.generation, **self.decoding_defaults)
         self.is_encoder_decoder = False
         self._special: tuple[Any, tuple[str, ...]] | None = None
+        self.train_rows = self._rows_on_the_hub()
+
+    def _rows_on_the_hub(self) -> int | None:
+        """Training rows of the hub's dataset, for plans without data; what is refused later is unknown here."""
+        try:
+            return HUB_ROWS.get(self.hub_sources["train"][0])
+        except KeyError:
+            return None
 
     # What a subclass says.
 
