@@ -73,7 +73,7 @@ def plan_recipe(recipe: Recipe, horizon: Horizon | None = None, task: Task | Non
     rows = None
     if task is None and recipe.task is not None:
         task = get_task(recipe.task.model_dump())
-        rows = getattr(task, "train_rows", None) if not any(paths for _, paths in recipe.data) else None
+        rows = _rows_on_the_hub(recipe, task)
         if recipe.data.train is not None:  # some tasks learn their labels here
             rows = len(task.load_data(recipe.data.model_dump(exclude_none=True))["train"])
     notes: list[str] = []
@@ -277,6 +277,16 @@ def horizon_of(recipe: Recipe, rows: int | None) -> Horizon | None:
         batches = rows // int(train.get("per_device_train_batch_size", 8))
     per_epoch = max(1, math.ceil(batches / int(train.get("gradient_accumulation_steps", 1))))
     return Horizon(steps if steps > 0 else math.ceil(float(train.get("num_train_epochs", 3)) * per_epoch), per_epoch)
+
+
+def _rows_on_the_hub(recipe: Recipe, task: Task) -> int | None:
+    """Training rows that the task will fetch, less what ``data.max_samples`` leaves out; None if that is unknown."""
+    if any(paths for key, paths in recipe.data if key not in ("max_samples", "sample_seed")):
+        return None
+    rows = getattr(task, "train_rows", None)
+    most = recipe.data.max_samples
+    most = most.get("train") if isinstance(most, dict) else most
+    return rows if rows is None or most is None else min(rows, most)
 
 
 def _where_without_data(recipe: Recipe, model: nn.Module, notes: list[str]) -> Where | None:

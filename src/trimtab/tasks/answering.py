@@ -57,6 +57,7 @@ PLAIN = ("{%- for m in messages -%}{{ m.content }}{%- if m.role == 'assistant' -
 HUB_ROWS = {
     "tatsu-lab/alpaca": 52002 - 500,  # 500 are held out
     "meta-math/MetaMathQA": 395000,
+    "openai/gsm8k": 7473,
     "m-a-p/CodeFeedback-Filtered-Instruction": 156526,
     "EdinburghNLP/xsum": 204045,
     "abisee/cnn_dailymail": 287113,

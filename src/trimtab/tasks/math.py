@@ -2,7 +2,8 @@
 
 Training rows are MetaMathQA's (query, response), GSM8K's (question, answer) or instruction rows; for scoring,
 a row's right answer is what its column ``answer`` says beside an ``output``, else what its own solution ends
-in. Without files: trained on MetaMathQA (Yu et al. 2023), scored on GSM8K's test rows (Cobbe et al. 2021).
+in. Without files: trained on MetaMathQA (Yu et al. 2023) or, with ``dataset: gsm8k``, on GSM8K (Cobbe et al.
+2021), and scored on GSM8K's test rows.
 
 Two readings of a generated solution, as in lm-eval's gsm8k: ``exact_match_strict`` takes what follows the
 first mark (``####``), ``exact_match_flexible`` the last number there is. Unlike there, numbers are compared
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 # A minus sign counts as one only where it cannot mean "take away"; currency may stand on either side of it.
 _NUMBER = r"(?:(?<![\w)])-\$?|\$-?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+"
 _CALCULATION = re.compile(r"<<[^<>]*>>")
+GSM8K = ("openai/gsm8k", "main")
+DATASETS: dict[str, tuple[str, str | None]] = {"metamathqa": ("meta-math/MetaMathQA", None), "gsm8k": GSM8K}
 _GOLD_MARKS = ("####", "The answer is:", "The answer is", "answer is")
 
 
@@ -38,6 +41,8 @@ class Math(Instruct):
     name: str = "math"
     metric: str = "exact_match_flexible"
     """Headline score: exact_match_flexible or exact_match_strict."""
+    dataset: str = "metamathqa"
+    """What is trained on where no files are given: metamathqa or gsm8k."""
     marks: list[str] = field(default_factory=lambda: ["####"])
     """What the final answer follows, for the strict score (MetaMathQA's solutions end in ``The answer is:``)."""
     calculator_marks: bool = False
@@ -52,6 +57,7 @@ class Math(Instruct):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("task.metric", self.metric, ("exact_match_flexible", "exact_match_strict", "answer_loss"))
+        check_choice("task.dataset", self.dataset, DATASETS)
         self.greater_is_better = self.metric != "answer_loss"
         if isinstance(self.marks, str):
             self.marks = [self.marks]
@@ -60,7 +66,7 @@ class Math(Instruct):
 
     @property
     def hub_sources(self) -> Mapping[str, tuple[str, str | None, str]]:
-        return {"train": ("meta-math/MetaMathQA", None, "train"), "test": ("openai/gsm8k", "main", "test")}
+        return {"train": (*DATASETS[self.dataset], "train"), "test": (*GSM8K, "test")}
 
     def conversations(self, split: str, table: Columns, source: str) -> Columns:
         messages = super().conversations(split, table, source)["messages"]
