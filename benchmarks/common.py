@@ -99,13 +99,20 @@ def batch(shape: Shape) -> dict[str, Tensor]:
 def floor(shape: Shape, dtype: torch.dtype = torch.float32) -> Step:
     """The frozen model: forward pass and activation gradients, no adapter, no optimizer."""
     model, data = base_model(shape, dtype).requires_grad_(False).train(), batch(shape)
-    model.get_input_embeddings().register_forward_hook(lambda _module, _args, out: out.requires_grad_())
+    want_gradients_from_the_bottom(model)
     return lambda: model(**data).loss.backward()
+
+
+def want_gradients_from_the_bottom(model: nn.Module) -> None:
+    """Activation gradients of every layer, the lowest too; an adapter would otherwise spare what the floor pays."""
+    model.get_input_embeddings().register_forward_hook(lambda _module, _args, out: out.requires_grad_())
 
 
 def adapted(shape: Shape, config: peft.PeftConfig, dtype: torch.dtype = torch.float32, f32: bool = True) -> nn.Module:
     """The model with an adapter on all linears; ``f32`` adapters on a narrower base, as PEFT has it by default."""
-    return peft.get_peft_model(base_model(shape, dtype), config, autocast_adapter_dtype=f32).train()
+    base = base_model(shape, dtype)
+    want_gradients_from_the_bottom(base)
+    return peft.get_peft_model(base, config, autocast_adapter_dtype=f32).train()
 
 
 def lora(ours: bool, r: int = 8, dropout: float = 0.0, **more: Any) -> peft.LoraConfig:

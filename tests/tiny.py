@@ -18,7 +18,7 @@ class Family:
     """One model family: how to build it, what to adapt, and which PEFT task it is."""
 
     build: Callable[[], nn.Module]
-    targets: tuple[str, ...]
+    targets: tuple[str, ...] | str
     task_type: str
     blocks: int = 4
 
@@ -141,6 +141,19 @@ def _bart() -> nn.Module:
     )
 
 
+def _llava() -> nn.Module:
+    vision = tf.CLIPVisionConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=8, patch_size=4
+    )
+    text = tf.LlamaConfig(**_small())
+    return tf.LlavaForConditionalGeneration(
+        tf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
+    )
+
+
+IMAGE = 3  # LLaVA's image token; tests of other families use it as any other
+PATCHES = 4
+
 FAMILIES: dict[str, Family] = {
     "bert": Family(_bert, ("query", "key", "value", "intermediate.dense"), "SEQ_CLS"),
     "roberta": Family(_roberta, ("query", "key", "value", "intermediate.dense"), "SEQ_CLS"),
@@ -176,6 +189,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family(
         lambda: _decoder(tf.Qwen2Config(**_small())), ("q_proj", "k_proj", "v_proj", "up_proj"), "CAUSAL_LM"
     ),
+    "llava": Family(_llava, r".*language_model.*\.(q_proj|k_proj|v_proj|up_proj)", "CAUSAL_LM"),
     "t5": Family(_t5, ("q", "k", "v", "wi"), "SEQ_2_SEQ_LM"),
     "bart": Family(_bart, ("q_proj", "k_proj", "v_proj", "fc1"), "SEQ_2_SEQ_LM"),
 }
@@ -194,8 +208,16 @@ def rows(family: str, n: int = 64, length: int = 8, seed: int = 0) -> list[dict[
     if FAMILIES[family].task_type == "SEQ_CLS":
         return [{"input_ids": i, "attention_mask": torch.ones_like(i), "labels": int(i[0] >= VOCAB // 2)} for i in ids]
     ids[:, 1::2] = (ids[:, 0::2] + 1).clamp(max=VOCAB - 1)
+    if family == "llava":
+        return [_with_image(i.clamp(min=IMAGE + 1), torch.randn(3, 8, 8, generator=generator)) for i in ids]
     labels = ids.clone()
     return [{"input_ids": i, "attention_mask": torch.ones_like(i), "labels": la} for i, la in zip(ids, labels)]
+
+
+def _with_image(ids: torch.Tensor, image: torch.Tensor) -> dict[str, Any]:
+    ids = torch.cat([ids.new_full((PATCHES,), IMAGE), ids])
+    labels = ids.masked_fill(ids == IMAGE, -100)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "pixel_values": image}
 
 
 def batch(family: str, n: int = 8, seed: int = 1) -> dict[str, torch.Tensor]:
