@@ -1,6 +1,7 @@
 """A run leaves a folder from which every stage can start again, and an adapter that needs no Trimtab."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -67,12 +68,12 @@ def finished(tmp_path_factory):
     """Folder of a finished run; tests that write copy it first."""
     recipe = write_recipe(tmp_path_factory.mktemp("finished"))
 
-    def scoring(job, model, folder, screen):  # keeps the logits of the model that was trained
+    def scoring(job, model, *where):  # keeps the logits of the model that was trained
         batch = job.task.collator(job.tokenizer)([dict(row) for row in job.ready["validation"]])
         labels = batch.pop("labels")
         with torch.no_grad():
             torch.save((model.eval()(**batch).logits, labels), recipe.parent / "logits.pt")
-        return score(job, model, folder, screen)
+        return score(job, model, *where)
 
     score = runs.score
     with pytest.MonkeyPatch.context() as patch:
@@ -146,6 +147,35 @@ def test_eval_starts_from_the_folder_and_agrees_with_the_run(copied):
     after = json.loads(trimtab("eval", copied, "--json").stdout)
     assert after["metrics"] == pytest.approx(before["metrics"], abs=1e-6)
     assert {k: after[k] for k in before if k != "metrics"} == {k: before[k] for k in before if k != "metrics"}
+
+
+def test_the_model_without_an_adapter_is_scored_beside_the_run(copied):
+    found = json.loads(trimtab("eval", copied, "--base", "--json").output)
+    trained = json.loads((copied / "metrics.json").read_text())["metrics"]
+    assert found["metrics"].keys() == trained.keys()
+    assert found["metrics"]["loss"] != trained["loss"]
+    assert json.loads((copied / "base.json").read_text())["metrics"] == found["metrics"]
+    assert "without adapter" not in (copied / "report.html").read_text()
+    trimtab("report", copied)
+    assert "without adapter" in (copied / "report.html").read_text()
+
+
+def test_the_base_can_be_scored_before_there_is_a_run(tmp_path):
+    recipe = write_recipe(tmp_path, where=None)
+    trimtab("eval", recipe, "--base")
+    trimtab("train", recipe, "train.max_steps=1")
+    assert (tmp_path / "run" / "base.json").is_file()
+
+
+def test_answers_of_an_earlier_adapter_are_not_taken_for_this_one_s(copied):
+    old, own, base = (copied / "answers" / name for name in ("old_answers.jsonl", "own_answers.jsonl", "base/a.jsonl"))
+    for file in (base, old, own):
+        file.parent.mkdir(exist_ok=True, parents=True)
+        file.touch()
+    os.utime(old, (0, 0))
+    os.utime(base, (0, 0))
+    trimtab("eval", copied)
+    assert (old.exists(), own.exists(), base.exists()) == (False, True, True)
 
 
 @pytest.mark.parametrize("form, file", [("padded", "adapter_model.safetensors"), ("merged", "model.safetensors")])

@@ -199,11 +199,22 @@ def train(recipe: str, overrides: Sequence[str], overwrite: bool, resume: bool, 
 @cli.command("eval")
 @_source
 @_overrides
+@click.option("--base", is_flag=True, help="Score the model without an adapter, before or after training: base.json.")
 @_common
-def evaluate(source: str, overrides: Sequence[str], as_json: bool) -> None:
+def evaluate(source: str, overrides: Sequence[str], base: bool, as_json: bool) -> None:
     """Score a run's adapter on the labelled splits."""
     from . import run as runs
+    from .runfolder import RunFolder
 
+    if base:
+        chosen, path = _load(source, overrides)
+        with _screen(as_json) as screen:
+            scored = runs.evaluate_base(runs.load(chosen, screen), RunFolder(path), screen)
+        if as_json:
+            _print_json({"folder": str(path), **scored})
+        else:
+            _print(f"[dim]{RunFolder(path).base}[/]")
+        return
     with _screen(as_json) as screen:
         job, folder = _open(source, overrides, screen)
         runs.evaluate(job, runs.load_trained(job, folder, screen), folder, screen)

@@ -412,7 +412,8 @@ def export(job: Job, model: nn.Module, target: Path, form: str, screen: Screen) 
 
 def evaluate(job: Job, trained: Trained, folder: RunFolder, screen: Screen) -> dict[str, Any]:
     """Scores on the task's labelled splits -> metrics.json."""
-    metrics = score(job, trained.model, folder, screen)
+    _drop_older_answers(folder)
+    metrics = score(job, trained.model, folder, screen, folder.answers)
     sections = {name: getattr(job.recipe, name) for name in ("where", "rank", "freeze", "adapter")}
     result = {
         "metrics": metrics,
@@ -430,8 +431,30 @@ def evaluate(job: Job, trained: Trained, folder: RunFolder, screen: Screen) -> d
     return result
 
 
-def score(job: Job, model: nn.Module, folder: RunFolder, screen: Screen) -> dict[str, float]:
-    """Every score of the task's labelled splits; the headline split's by their bare names."""
+def evaluate_base(job: Job, folder: RunFolder, screen: Screen) -> dict[str, Any]:
+    """Scores of the model as it is, without an adapter -> base.json, to be read beside those after training."""
+    metrics = score(job, job.model, folder, screen, folder.answers / "base")
+    result = {"metrics": metrics, "metric": job.task.metric, "model": job.recipe.model.name_or_path,
+              "task": job.task.name, "seed": job.recipe.seed}
+    folder.write(folder.base, result)
+    return result
+
+
+def _drop_older_answers(folder: RunFolder) -> None:
+    """Answers of an earlier adapter in this folder must not stand for this one's; the base's stay."""
+    if not runfolder.is_main() or not folder.answers.is_dir():
+        return
+    made = max((file.stat().st_mtime_ns for file in trained_adapter(folder).iterdir()), default=0)
+    for file in folder.answers.glob("*.jsonl"):
+        if file.stat().st_mtime_ns < made:
+            file.unlink()
+
+
+def score(job: Job, model: nn.Module, folder: RunFolder, screen: Screen, answers: Path) -> dict[str, float]:
+    """Every score of the task's labelled splits; the headline split's by their bare names.
+
+    Generated answers are kept in ``answers``, so that an evaluation that was cut off goes on from them.
+    """
     splits = job.task.eval_splits(job.ready)
     if not splits:
         screen.note(f"task {job.task.name!r}: no labelled split to evaluate on")
@@ -445,7 +468,7 @@ def score(job: Job, model: nn.Module, folder: RunFolder, screen: Screen) -> dict
             got = trainer.evaluate(rows, metric_key_prefix="eval")
             skip = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
             scores = {k.removeprefix("eval_"): v for k, v in got.items() if k.startswith("eval_") and k not in skip}
-            scores |= job.task.evaluate(model, job.tokenizer, job.rows, split)
+            scores |= job.task.evaluate(model, job.tokenizer, job.rows, split, folder=answers, make_bar=stage.bar)
             found |= {prefix + name: float(value) for name, value in scores.items()}
         stage.result = " · ".join(f"{name} {number(value)}" for name, value in found.items())
     return found

@@ -21,8 +21,8 @@ from .plans import Where
 from .recipe import Recipe
 
 # What a run makes. Only these are removed by --overwrite; a user's own files in the folder stay.
-_OURS = ("recipe.yaml", "where.json", "plan.json", "history.jsonl", "timing.jsonl", "metrics.json", "report.html",
-         "checkpoints", "adapter", "merged", "error.log")
+_OURS = ("recipe.yaml", "where.json", "plan.json", "history.jsonl", "timing.jsonl", "metrics.json", "base.json",
+         "report.html", "checkpoints", "adapter", "merged", "answers", "error.log")
 # What may differ between the recipe that began a run and the one that goes on with it.
 _FREE = ("output_dir", "export")
 
@@ -70,6 +70,16 @@ class RunFolder:
         return self.path / "metrics.json"
 
     @property
+    def base(self) -> Path:
+        """Scores of the model without an adapter."""
+        return self.path / "base.json"
+
+    @property
+    def answers(self) -> Path:
+        """What the model generated while it was scored."""
+        return self.path / "answers"
+
+    @property
     def report(self) -> Path:
         return self.path / "report.html"
 
@@ -79,7 +89,7 @@ class RunFolder:
 
     @property
     def has_training(self) -> bool:
-        return self.history.is_file() or self.checkpoints.is_dir()
+        return self.history.is_file() or any(self.checkpoints.glob("checkpoint-*"))
 
     def need(self, path: Path, command: str) -> Path:
         """``path`` if the stage that writes it has run.

@@ -100,6 +100,8 @@ class Report:
     header: Header
     settings: list[tuple[str, str]]
     metrics: list[tuple[str, float | None]]
+    base_metrics: dict[str, float | None]
+    """The same of the model without an adapter; empty unless `trimtab eval --base` took them."""
     notes: list[str]
     where: Profile | None = None
     loss: Curves | None = None
@@ -131,6 +133,7 @@ def load(folder: str | Path) -> Report:
         header=header,
         settings=[(key, _setting(value)) for key, value in flatten(run.recipe)],
         metrics=[(name, finite(value)) for name, value in scores_of(run).items()],
+        base_metrics={name: finite(value) for name, value in (run.base.get("metrics") or {}).items()},
         notes=_notes(run, header),
         where=profile(run),
         loss=losses(run),

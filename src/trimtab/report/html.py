@@ -35,7 +35,9 @@ def write(run_folder: str | Path) -> Path:
     """
     report = load(run_folder)
     path = Path(run_folder) / "report.html"
-    metrics = [(name, words.number(value) if value is not None else "not a number") for name, value in report.metrics]
+    metrics = [[name, _score(value)] for name, value in report.metrics]
+    if base := report.base_metrics:
+        metrics = [[*row, _score(base[row[0]]) if row[0] in base else words.NOTHING] for row in metrics]
     save(
         path,
         page(
@@ -44,10 +46,15 @@ def write(run_folder: str | Path) -> Path:
             sections(report),
             report=report,
             tiles=tiles(report),
+            metric_columns=["metric", "value", *(["without adapter"] if base else [])],
             metric_rows=metrics,
         ),
     )
     return path
+
+
+def _score(value: float | None) -> str:
+    return words.number(value) if value is not None else "not a number"
 
 
 def tiles(report: Report) -> list[tuple[str, str, str]]:

@@ -44,6 +44,8 @@ class RunFolder:
     """By kind of event, in file order; each has ``step``."""
     timing: list[dict[str, Any]] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
+    base: dict[str, Any] = field(default_factory=dict)
+    """Scores of the model without an adapter, when they were taken."""
     notes: tuple[str, ...] = ()
 
     def of(self, kind: str) -> list[dict[str, Any]]:
@@ -81,6 +83,7 @@ def read(folder: str | Path) -> RunFolder:
         events=events,
         timing=timing,
         metrics=_json(path / "metrics.json") or {},
+        base=_json(path / "base.json") or {},
         notes=tuple(notes),
     )
 
