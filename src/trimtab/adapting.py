@@ -36,13 +36,19 @@ def free_settings(recipe: Recipe) -> tuple[str, ...]:
     """What a budget may choose: whatever the recipe leaves open."""
     free = []
     where = recipe.where
-    if where is not None and where.method != "mask" and where.ratio is None and where.count is None:
+    if where is not None and where.ratio is None and where.count is None and _takes_ratio(where):
         free.append("where.ratio")
     if recipe.rank is not None and "target_r" not in recipe.rank.options:
         free.append("rank.target_r")
     if recipe.freeze is not None and not {"warmup", "final", "at"} & set(recipe.freeze.options):
         free.append("freeze.ramp")
     return tuple(free)
+
+
+def _takes_ratio(settings: recipes.Where) -> bool:
+    from .where import METHODS, own_settings
+
+    return settings.method != "mask" if settings.method in METHODS else "ratio" in own_settings(settings.method)
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
@@ -59,14 +65,40 @@ def budget_of(recipe: Recipe) -> Budget | None:
 
 
 def choose_without_data(model: nn.Module, settings: recipes.Where, seed: int) -> Where:
-    """The selection of a method that looks at no data: a control, or the user's own mask."""
-    from .where import controls
+    """The selection of a method that looks at no data: a control, the user's own mask or function."""
+    from .where import METHODS, controls
 
+    if settings.method not in METHODS:
+        return choose_own(model, settings, seed)
     if settings.method == "mask":
         return controls.from_mask(model, settings.mask or "")
     if settings.method == "random":
         return controls.random(model, settings.ratio, settings.count, seed if settings.seed is None else settings.seed)
     return getattr(controls, settings.method)(model, settings.ratio, settings.count)
+
+
+def choose_own(model: nn.Module, settings: recipes.Where, seed: int, batches: Any = None) -> Where:
+    """The selection of a method that is not built in."""
+    from . import where
+
+    takes = where.own_settings(settings.method)
+    rows = ("samples", "batch_size", "seed") if reads_rows(settings) else ()  # which batches there are
+    given = settings.options
+    for key, field in recipes.Where.model_fields.items():
+        value = getattr(settings, key)
+        # A run folder's recipe holds every default; only what differs from it was asked for.
+        if key != "method" and value is not None and (key in takes or (key not in rows and value != field.default)):
+            given[key] = value
+    if "seed" in takes:
+        given.setdefault("seed", seed)
+    return where.choose_own(settings.method, model, given, batches)
+
+
+def reads_rows(settings: recipes.Where) -> bool:
+    """Whether the selection has to wait for weights and data."""
+    from .where import reads_batches
+
+    return reads_batches(settings.method)
 
 
 def adapter_config(recipe: Recipe, model: nn.Module, *, where: Where | None = None, task_type: str | None = None,

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
 from . import recipe as recipes
+from .errors import ConfigError
 
+_NO_DEFAULT = (dataclasses.MISSING, inspect.Parameter.empty)
 LORA_PAPER, VERA_PAPER = "arXiv 2106.09685", "arXiv 2310.11454"
 _ADAPTERS = {
     "lora": ("a low-rank update B A beside each chosen linear", LORA_PAPER),
@@ -58,20 +63,45 @@ def _adapters() -> list[Entry]:
 
 
 def _where() -> list[Entry]:
+    from . import where
+
     fields = {name: field.get_default() for name, field in recipes.Where.model_fields.items()}
     own = {"cka": ("samples", "estimator", "pool", "batch_size", "exclude", "degenerate")}
-    return [Entry("where", name, summary, paper, {key: fields[key] for key in own.get(name, ())})
-            for name, (summary, paper) in _WHERE.items()]
+    found = [Entry("where", name, summary, paper, {key: fields[key] for key in own.get(name, ())})
+             for name, (summary, paper) in _WHERE.items()]
+    for name, package in where.available().items():
+        if package:
+            found.append(_of_another("where", name, package, partial(where.own_settings, name)))
+    return found
 
 
 def _methods(axis: str) -> list[Entry]:
+    methods = import_module(f".{axis}", __package__)
     found = []
-    for name, method in import_module(f".{axis}", __package__).available().items():
-        fields = [field for field in dataclasses.fields(method.load()) if field.init]
-        needed = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
-        defaults = {f.name: f.default for f in fields if f.name not in needed}
-        found.append(Entry(axis, name, method.summary, method.paper, defaults, needed))
+    for name, method in methods.available().items():
+        def settings(name: str = name) -> dict[str, Any]:
+            return {f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+                    for f in dataclasses.fields(methods.load(name)) if f.init}
+
+        if name in methods.METHODS:
+            found.append(_entry(axis, name, method.summary, method.paper, settings()))
+        else:
+            found.append(_of_another(axis, name, method.summary.removeprefix("from "), settings))
     return found
+
+
+def _of_another(axis: str, name: str, package: str, settings: Callable[[], dict[str, Any]]) -> Entry:
+    """A method of another package; one that cannot be imported says so, and the others are listed all the same."""
+    try:
+        return _entry(axis, name, f"from {package}", "", settings())
+    except ConfigError as error:
+        return Entry(axis, name, f"from {package}, but {error.cure}")
+
+
+def _entry(axis: str, name: str, summary: str, paper: str, settings: dict[str, Any]) -> Entry:
+    needed = [key for key, value in settings.items() if value in _NO_DEFAULT]
+    return Entry(axis, name, summary, paper, {key: value for key, value in settings.items() if key not in needed},
+                 needed)
 
 
 def _said(values: dict[str, Any]) -> dict[str, Any]:

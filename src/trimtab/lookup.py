@@ -10,8 +10,9 @@ import ast
 import dataclasses
 import importlib.util
 import re
+import sys
 from functools import cache
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,34 @@ def _is_not_init(value: ast.expr | None) -> bool:
         keyword.arg == "init" and isinstance(keyword.value, ast.Constant) and keyword.value.value is False
         for keyword in value.keywords
     )
+
+
+def announced(group: str) -> dict[str, tuple[str, str]]:
+    """What installed packages announce in a group of entry points: name -> (``module:attribute``, package)."""
+    points = metadata.entry_points(group=group)
+    return {point.name: (point.value, point.dist.name if point.dist else "another package") for point in points}
+
+
+def imported(key: str, name: str, target: str) -> Any:
+    """What ``module:attribute`` names; the module may lie in the current directory.
+
+    Args:
+        key, name: the recipe's key and its value, for the error.
+    Raises:
+        ConfigError: no such module, or nothing of that name in it.
+    """
+    module_name, _, attribute = target.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:  # the `trimtab` command does not look there by itself
+        sys.path.append(here)
+    try:
+        module = import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(key, name, f"cannot import {module_name!r}: {error}") from error
+    if not hasattr(module, attribute):
+        near = did_you_mean(attribute, dir(module))
+        raise ConfigError(key, name, f"{module_name!r} has no {attribute!r}.{near}")
+    return getattr(module, attribute)
 
 
 def find_file(key: str, text: str, folder: Path | None = None) -> str:

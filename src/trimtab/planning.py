@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import recipe as recipes
-from .adapting import adapter_config, budget_of, choose_without_data, free_settings, settings_of
+from .adapting import adapter_config, budget_of, choose_without_data, free_settings, reads_rows, settings_of
 from .budget import figures, solve
 from .errors import BudgetError, ConfigError
 from .plans import Plan, Site, SitePlan, Where
@@ -90,7 +90,7 @@ def plan_recipe(recipe: Recipe, horizon: Horizon | None = None, task: Task | Non
     choice = _where_without_data(recipe, model, notes)
     peft_config = adapter_config(recipe, model, where=choice, task_type=task_type, modules_to_save=head)
     made = plan_of_run(recipe, model, peft_config, horizon, rows)
-    if recipe.where is not None and recipe.where.method == "cka":
+    if recipe.where is not None and reads_rows(recipe.where):
         made = replace(made, where=None, settings={**made.settings, "layers_undecided": True})
     return replace(made, notes=(*notes, *made.notes))
 
@@ -293,11 +293,13 @@ def _where_without_data(recipe: Recipe, model: nn.Module, notes: list[str]) -> W
     """The selection where it needs no data; for CKA one of the right size, and a note that says so."""
     if recipe.where is None:
         return None
-    stand_in = {"method": "first"} if recipe.where.method == "cka" else {}
+    waits = reads_rows(recipe.where)
+    stand_in = {"method": "first"} if waits else {}
     chosen = choose_without_data(model, recipe.where.model_copy(update=stand_in), recipe.seed)
-    if recipe.where.method == "cka":
+    if waits:
         counted = ", ".join(f"{m.count('1')} of {len(m)} layers of {path}" for path, m in chosen.stacks.items())
-        notes.append(f"which layers is for CKA to say, from data (`trimtab select`); counted here: {counted}")
+        name = "CKA" if recipe.where.method == "cka" else recipe.where.method
+        notes.append(f"which layers is for {name} to say, from data (`trimtab select`); counted here: {counted}")
     return chosen
 
 

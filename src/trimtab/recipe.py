@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .errors import ConfigError, did_you_mean
 from .lookup import PACKAGE_PREFIX, dataclass_fields, find_file, parse_yaml
+from .where import METHODS
+from .where import check_name as check_method
 
 
 class _Section(BaseModel):
@@ -92,8 +94,10 @@ class Adapter(_Section):
 
 
 class Where(_Section):
+    model_config = ConfigDict(extra="allow", frozen=True)
     main_key: ClassVar[str] = "method"
-    method: Literal["cka", "uniform", "first", "last", "random", "mask"] = "cka"
+    method: str = "cka"
+    """One that `trimtab methods where` lists, or your own ``module:function``; other keys are its settings."""
     ratio: float | None = Field(None, gt=0, le=1)
     count: int | None = Field(None, ge=1)
     mask: str | dict[str, str] | None = None
@@ -327,6 +331,10 @@ def _check_adapter(adapter: Adapter) -> None:
 def _check_where(where: Where | None) -> None:
     if where is None:
         return
+    check_method(where.method)
+    if where.method in METHODS:
+        for key, value in where.options.items():
+            raise unknown_key(f"where.{key}", value, Where.model_fields)
     sizes = {key: getattr(where, key) for key in ("ratio", "count") if getattr(where, key) is not None}
     if where.method == "mask":
         if where.mask is None:

@@ -11,14 +11,14 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import recipe as recipes
 from . import runfolder
-from .adapting import adapter_config, choose_without_data
+from .adapting import adapter_config, choose_own, choose_without_data, reads_rows
 from .errors import ConfigError, DataError
 from .planning import horizon_of, model_spec, plan_of_run, plan_recipe, with_layer_ratio
 from .plans import Plan, SitePlan, Where
@@ -132,18 +132,26 @@ def select(job: Job, folder: RunFolder, screen: Screen) -> Where | None:
 def _choose(job: Job, settings: recipes.Where, stage: Stage) -> Where:
     import trimtab
 
-    if settings.method != "cka":
+    if not reads_rows(settings):
         return choose_without_data(job.model, settings, job.recipe.seed)
     rows = job.task.selection_rows(job.ready)
     if settings.seed is not None:
         rows = rows.shuffle(seed=settings.seed)
     if settings.samples != "all":
         rows = rows.select(range(min(settings.samples, len(rows))))
-    pool = job.task.pool(job.model.config) if settings.pool == "auto" else settings.pool
     batches = _batches(rows, job, settings.batch_size)
+    if settings.method != "cka":
+        return choose_own(job.model, settings, job.recipe.seed, _on_device(stage.track(batches), job.model))
+    pool = job.task.pool(job.model.config) if settings.pool == "auto" else settings.pool
     scores = trimtab.layer_similarity(job.model, stage.track(batches), pool=pool, estimator=settings.estimator)
     return trimtab.select_layers(scores, ratio=settings.ratio, count=settings.count, exclude=settings.exclude,
                                  degenerate=settings.degenerate)
+
+
+def _on_device(batches: Iterable[Any], model: nn.Module) -> Iterator[Any]:
+    device = next(model.parameters()).device
+    for batch in batches:
+        yield {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}
 
 
 def _batches(rows: Dataset, job: Job, batch_size: int) -> Any:

@@ -8,11 +8,12 @@ No torch is imported before a method is loaded. Other packages add methods throu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
-from importlib import import_module, metadata
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, did_you_mean
+from ..lookup import announced, imported
 
 if TYPE_CHECKING:
     from .base import FreezeSettings
@@ -47,18 +48,29 @@ METHODS: dict[str, Method] = {
 def available() -> dict[str, Method]:
     """Built-in methods and those of installed packages, by the name a recipe uses."""
     found = dict(METHODS)
-    for point in metadata.entry_points(group=ENTRY_POINTS):
-        package = point.dist.name if point.dist else "another package"
-        found.setdefault(point.name, Method(point.value, f"from {package}", ""))
+    for name, (target, package) in announced(ENTRY_POINTS).items():
+        found.setdefault(name, Method(target, f"from {package}", ""))
     return found
 
 
 def load(name: str) -> type[FreezeSettings]:
-    """The settings class of a method. Raises `ConfigError` for a name nobody provides."""
+    """The settings class of a method, by its name or as ``module:SettingsClass``.
+
+    Raises:
+        ConfigError: a name nobody provides, or something that is no settings class.
+    """
     known = available()
-    if name not in known:
-        raise ConfigError("freeze.method", name, f"one of {', '.join(known)}.{did_you_mean(str(name), known)}")
-    return known[name].load()
+    if name in METHODS:
+        return METHODS[name].load()
+    if name not in known and ":" not in str(name):
+        raise ConfigError("freeze.method", name, f"one of {', '.join(known)}, or your own 'module:SettingsClass'."
+                          f"{did_you_mean(str(name), known)}")
+    from .base import FreezeSettings
+
+    found = imported("freeze.method", name, known[name].target if name in known else name)
+    if not (is_dataclass(found) and isinstance(found, type) and issubclass(found, FreezeSettings)):
+        raise ConfigError("freeze.method", name, "must be a dataclass that extends trimtab.freeze.base.FreezeSettings")
+    return found
 
 
 def make(name: str, options: Mapping[str, Any]) -> FreezeSettings:

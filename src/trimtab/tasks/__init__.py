@@ -49,12 +49,12 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import ConfigError, did_you_mean
+from ..lookup import imported
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -171,11 +171,11 @@ def get_task(spec: Mapping[str, Any]) -> Task:
     if not isinstance(name, str):
         raise ConfigError("task.name", name, f"one of {', '.join(known)}, or your own 'module:function'")
     if name in known:
-        maker = _import(name, known[name])
+        maker = imported("task.name", name, known[name])
         if name in TASKS:
             options["name"] = name
     elif ":" in name:
-        maker = _import(name, name)
+        maker = imported("task.name", name, name)
     else:
         raise ConfigError("task.name", name,
                           f"no such task.{did_you_mean(name, known)} There is {', '.join(known)}, "
@@ -193,15 +193,3 @@ def get_task(spec: Mapping[str, Any]) -> Task:
     except TypeError as error:
         raise ConfigError("task.name", name, str(error)) from error
     return maker(**options)
-
-
-def _import(name: str, target: str) -> Callable[..., Task]:
-    module_name, _, attribute = target.partition(":")
-    try:
-        module = import_module(module_name)
-    except ImportError as error:
-        raise ConfigError("task.name", name, f"cannot import {module_name!r}: {error}") from error
-    if not hasattr(module, attribute):
-        raise ConfigError("task.name", name, f"{module_name!r} has no {attribute!r}."
-                                             f"{did_you_mean(attribute, dir(module))}")
-    return getattr(module, attribute)

@@ -1,20 +1,25 @@
 """Which blocks of a model are adapted, decided before training.
 
-`METHODS` is what the recipe, the command line and the report read; no torch is imported here.
+`METHODS` is what the recipe, the command line and the report read; no torch is imported here. Other packages add
+methods through the entry-point group ``trimtab.where``: ``name = "package.module:function"``, see `choose_own`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import ConfigError, did_you_mean
+from ..lookup import announced, imported
 from ..plans import Where
 from . import controls
 from .controls import first, from_mask, last, random, uniform
 
-__all__ = ["METHODS", "Method", "choose", "first", "from_mask", "last", "random", "uniform"]
+__all__ = ["METHODS", "Method", "choose", "choose_own", "first", "from_mask", "last", "random", "uniform"]
+
+ENTRY_POINTS = "trimtab.where"
 
 
 @dataclass(frozen=True)
@@ -84,3 +89,66 @@ def choose(
     if method == "random":
         return controls.random(model, ratio, count, seed)
     return {"uniform": uniform, "first": first, "last": last}[method](model, ratio, count)
+
+
+# -- methods of other packages, and the user's own ------------------------------------------------------
+
+
+def available() -> dict[str, str]:
+    """Every method's name, and the package that it is from ("" for our own)."""
+    others = {name: package for name, (_, package) in announced(ENTRY_POINTS).items()}
+    return {**others, **dict.fromkeys(METHODS, "")}
+
+
+def check_name(method: str) -> None:
+    """Raise `ConfigError` for a method that nobody provides."""
+    known = available()
+    if method not in known and ":" not in method:
+        near = did_you_mean(method, known)
+        raise ConfigError("where.method", method, f"must be one of {', '.join(known)}, or your own "
+                                                  f"'module:function'.{near}")
+
+
+def load_own(method: str) -> Callable[..., Where | str | Mapping[str, str]]:
+    """The function behind a method that is not built in."""
+    known = announced(ENTRY_POINTS)
+    return imported("where.method", method, known[method][0] if method in known else method)
+
+
+def reads_batches(method: str) -> bool:
+    """Whether a method needs weights and data; the others choose by the model's shape alone."""
+    if method in METHODS:
+        return METHODS[method].needs_scores
+    return "batches" in inspect.signature(load_own(method)).parameters
+
+
+def own_settings(method: str) -> dict[str, Any]:
+    """Settings of a method that is not built in, with their defaults (`inspect.Parameter.empty` for none)."""
+    parameters = inspect.signature(load_own(method)).parameters
+    return {name: p.default for name, p in parameters.items() if name not in ("model", "batches")}
+
+
+def choose_own(method: str, model: Any, settings: Mapping[str, Any], batches: Iterable[Any] | None = None) -> Where:
+    """A selection by a method that is not built in.
+
+    Its function takes the model and, by name, whatever settings it has: ``ratio``, ``count``, ``seed`` and its own
+    keys of the recipe's ``where:``. With a parameter ``batches`` it is given padded batches of training rows, on the
+    model's device; without, the model may be one without weights (a plan). It answers with a `Where`, or one 0/1
+    string, or one for each stack.
+
+    Raises:
+        ConfigError: settings that it does not take or lacks, or an answer that does not fit the model.
+    """
+    takes = own_settings(method)
+    for key, value in settings.items():
+        if key not in takes:
+            raise ConfigError(f"where.{key}", value, f"{method} has {', '.join(takes)}.{did_you_mean(key, takes)}")
+    for key, default in takes.items():
+        if default is inspect.Parameter.empty and key not in settings:
+            raise ConfigError(f"where.{key}", None, f"needed by {method}")
+    given = dict(settings) if batches is None else {**settings, "batches": batches}
+    chosen = load_own(method)(model, **given)
+    if isinstance(chosen, Where):
+        from_mask(model, chosen.stacks)  # refuses masks of another model
+        return replace(chosen, method=method)
+    return replace(from_mask(model, chosen), method=method)

@@ -1,0 +1,1 @@
+"""A task and three methods for Trimtab, one file each."""
