@@ -71,3 +71,12 @@ def test_layers_can_be_chosen_for_any_peft_config() -> None:
     assert sorted(mask) == list("000111")
     # VeRA of rank 16 on query and value: a vector of 16 and one of 384 at each of 2 x 3 sites
     assert f"trainable params: {6 * (16 + 384):,}" in said
+
+
+@needs_minilm
+def test_adapters_are_switched_on_one_base_that_stays_bit_for_bit(tmp_path: Path) -> None:
+    said = example("task_switching.py", tmp_path).splitlines()
+    assert said[0] == "form: 8 of 8 right; 'Why do the tomatoes need a stake?' -> question"
+    assert said[1] == "topic: 8 of 8 right; 'Why do the tomatoes need a stake?' -> garden"
+    assert said[2].startswith("after 12 switches: 0 of ")
+    assert int(said[3].split(": ")[1].split()[0]) > 1000  # what the copy is for

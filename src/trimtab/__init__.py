@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "AFLoRA": "freeze.aflora",
     "AdaLoRA": "rank.adalora",
+    "AdapterSwitch": "switching",
     "Budget": "plans",
     "Controller": "controller",
     "FreezeAt": "freeze.controls",

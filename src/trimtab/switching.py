@@ -1,0 +1,110 @@
+"""Several adapters on one base, one of them merged at a time, and the base back bit for bit.
+
+LoRA's papers switch tasks by subtracting one merged update and adding another, ``W − BA + B'A'``. In floating point
+that does not return to ``W``: every switch leaves a rounding error behind, and PEFT's ``unmerge`` does just that. Here
+a copy of the weights that an adapter merges into is kept while it is merged, and every switch starts from it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .errors import ExportError, ModelError, did_you_mean
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+
+class AdapterSwitch:
+    """Switches a `PeftModel` between its adapters by name, each merged into the base: no cost in a forward pass.
+
+    Memory: one copy of the adapted layers' weights, while one is merged. Heads and poolers that were saved with an
+    adapter come and go with it. Nothing trains afterwards; take a fresh model for that.
+
+    As a context manager it leaves the base as it was::
+
+        with AdapterSwitch(model) as switch:
+            switch.to("summarise")
+            ...
+            switch.to("translate")
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        """
+        Args:
+            model: a `PeftModel` that holds the adapters (`PeftModel.from_pretrained`, then `load_adapter`).
+        Raises:
+            ModelError: it holds no adapter, one is merged already, or the base is quantised.
+            ExportError: adapters of this type cannot be merged.
+        """
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        from .peft_host import peft_model_of
+
+        self.model = peft_model_of(model)
+        self._tuner: Any = self.model.base_model
+        kind = next(iter(self.model.peft_config.values())).peft_type
+        if not hasattr(self._tuner, "merge_adapter"):
+            name = getattr(kind, "value", kind)
+            raise ExportError(f"adapter type {name}: it changes the function in a way that no weight holds; "
+                              "model.set_adapter switches it without merging")
+        layers: list[Any] = [layer for layer in self.model.modules() if isinstance(layer, BaseTunerLayer)]
+        if any(getattr(layer, "merged", False) for layer in layers):
+            raise ModelError("model: an adapter is merged already, and unmerging it would not give back the base bit "
+                             "for bit; load the base anew")
+        self._layers = layers
+        self._base = [(layer, list(layer.get_base_layer().parameters(recurse=False))) for layer in layers]
+        if any(not p.is_floating_point() for _, parameters in self._base for p in parameters):
+            raise ModelError("model: merging into quantised weights loses digits; load the base in bf16 or f32")
+        self._kept: list[tuple[Tensor, Tensor]] = []
+        self.active: str | None = None
+        """The adapter that is merged now."""
+        self._restore()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters that there are."""
+        return tuple(self.model.peft_config)
+
+    def to(self, name: str | None) -> None:
+        """Put the base back, then merge an adapter; None is the base alone.
+
+        Raises:
+            ModelError: there is no adapter of that name.
+        """
+        if name is not None and name not in self.names:
+            raise ModelError(f"adapter {name!r}: not loaded; there is {', '.join(self.names)}."
+                             f"{did_you_mean(str(name), self.names)}")
+        self._restore()
+        if name is None:
+            return
+        self._tuner.enable_adapter_layers()
+        self.model.set_adapter(name, inference_mode=True)
+        parameters = {id(p): p for layer, found in self._base if _holds(layer, name) for p in found}
+        self._kept = [(p, p.detach().clone()) for p in parameters.values()]
+        self._tuner.merge_adapter(adapter_names=[name])
+        self.active = name
+
+    def _restore(self) -> None:
+        with torch.no_grad():
+            for parameter, before in self._kept:
+                parameter.copy_(before)
+        for layer in self._layers:
+            if hasattr(layer, "merged_adapters"):
+                layer.merged_adapters.clear()
+        self._kept, self.active = [], None
+        self._tuner.disable_adapter_layers()
+
+    def __enter__(self) -> AdapterSwitch:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.to(None)
+
+
+def _holds(layer: Any, name: str) -> bool:
+    return any(name in getattr(layer, attribute, {}) for attribute in layer.adapter_layer_names)
