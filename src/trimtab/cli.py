@@ -302,6 +302,39 @@ def methods(axis: str | None, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("what", type=click.Choice(["latency"]), metavar="latency")
+@_recipe
+@_overrides
+@click.option("--batch", "batches", type=click.IntRange(1), multiple=True, default=(1, 32), show_default=True,
+              help="Rows in a pass; may be given several times.")
+@click.option("--tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens in a row.")
+@click.option("--rounds", type=click.IntRange(1), default=20, show_default=True, help="Timed passes of each model.")
+@click.option("--device", help="cpu, cuda, …  Default: the accelerator if there is one.")
+@_common
+def bench(what: str, recipe: str, overrides: Sequence[str], batches: Sequence[int], tokens: int, rounds: int,
+          device: str | None, as_json: bool) -> None:
+    """Time what adapters cost on your own model.
+
+    latency: a forward pass of the recipe's model alone, with LoRA merged and unmerged, with a bottleneck adapter and
+    with LLaMA-Adapter, in turns. Weights are random and nothing is downloaded but the model's config.
+    """
+    from . import latency
+
+    chosen, _ = _load(recipe, overrides)
+    with _screen(as_json) as screen, screen.stage("bench") as stage:
+        bar = stage.bar((rounds + latency.WARMUP) * len(batches))
+        found = latency.measure(chosen, batches=batches, tokens=tokens, rounds=rounds, device=device,
+                                on_round=bar.advance)
+        stage.result = f"{found.model} · {found.device}"
+    if as_json:
+        _print_json(found.to_json())
+        return
+    from .tables import latency_tables
+
+    _print(*latency_tables(found))
+
+
+@cli.command()
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/demo"), show_default=True,
               help="Folder to write.")
 @_common

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
@@ -12,6 +12,9 @@ from .plans import Plan, SitePlan, Where
 from .report.words import NOTHING, byte_size, count, duration, number, ranges, short_labels, thin
 from .runfolder import RunFolder
 from .screen import table
+
+if TYPE_CHECKING:
+    from .latency import Latency
 
 _MOST_SCHEDULE_ROWS = 12
 
@@ -84,6 +87,22 @@ def where_tables(where: Where) -> list[Any]:
             rows.append([str(i), said, "adapted" if chosen == "1" else ""])
         parts += [table(["layer", "CKA", ""], rows, title=stack, right=[0, 1]), f"mask {mask}", ""]
     return parts
+
+
+def latency_tables(found: Latency) -> list[Any]:
+    """Times and ratios, one table a batch size, and why an adapter is not among them."""
+    parts: list[Any] = []
+    for batch in dict.fromkeys(timing.batch for timing in found.timings):
+        rows = []
+        for timing in (timing for timing in found.timings if timing.batch == batch):
+            low, middle, high = timing.spread
+            spread = f"{low:.3f} to {high:.3f}" if timing.name != "base" else NOTHING
+            rows.append([timing.name, count(found.parameters[timing.name]), f"{timing.median_ms:.2f}",
+                         f"{middle:.3f}", spread])
+        title = f"batch {batch} × {found.tokens} tokens, {found.dtype}"
+        parts += [table(["model", "parameters added", "median ms", "times the base", "quartiles"],
+                        rows, title=title, right=range(1, 5)), ""]
+    return parts[:-1] + [f"[yellow]note[/] {escape(f'{name}: {why}')}" for name, why in found.left_out.items()]
 
 
 def method_tables(entries: Sequence[Entry]) -> list[Any]:
