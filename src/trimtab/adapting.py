@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+WITHOUT_LORA_FORM = ("bottleneck", "adaption_prompt")
+"""Adapter types that nothing but their own layers can compute."""
+
+
 def method_settings(axis: str, section: Rank | None, defaults: dict[str, Any] | None = None) -> Any:
     """The settings object that ``rank:`` or ``freeze:`` describes; None for none.
 
@@ -115,8 +119,11 @@ def adapter_config(recipe: Recipe, model: nn.Module, *, where: Where | None = No
     adapter = recipe.adapter
     settings = settings_of(recipe)
     kept = list(dict.fromkeys([*modules_to_save, *(adapter.modules_to_save or ())]))
-    common = {"target_modules": adapter.target_modules, "modules_to_save": kept or None, "task_type": task_type}
-    values = {**common, **_own_words(adapter), **adapter.options}
+    values = {"task_type": task_type, **_own_words(adapter), **adapter.options}
+    if "modules_to_save" in values:
+        values["modules_to_save"] = kept or None
+    if adapter.type in WITHOUT_LORA_FORM:
+        _refuse_what_needs_lora(recipe)
     if adapter.type == "lora":
         from .peft_host import TrimConfig
 
@@ -129,6 +136,16 @@ def adapter_config(recipe: Recipe, model: nn.Module, *, where: Where | None = No
             raise ConfigError(f"{axis}.method", getattr(recipe, axis).method, cure)
     module, name, _ = ADAPTERS[adapter.type]
     config = _built(getattr(import_module(module), name), values)
+    if adapter.type == "adaption_prompt":
+        from .adapters.prompts import check
+
+        if recipe.where is not None:
+            raise ConfigError("where.method", recipe.where.method, "adaption_prompt always takes the last layers; drop "
+                              "where, and set adapter.adapter_layers to their number")
+        check(model, config, task_type)
+    if adapter.type == "bottleneck":
+        config.where = where  # type: ignore[attr-defined]
+        return config
     if where is None:
         return config
     from .where.restrict import restrict
@@ -136,8 +153,20 @@ def adapter_config(recipe: Recipe, model: nn.Module, *, where: Where | None = No
     return restrict(config, where, model)
 
 
+def _refuse_what_needs_lora(recipe: Recipe) -> None:
+    kind = recipe.adapter.type
+    if recipe.budget is not None:
+        limits = recipe.budget.model_dump(exclude_none=True)
+        size = "adapter.bottleneck_size or where.ratio" if kind == "bottleneck" else "adapter.adapter_len"
+        raise ConfigError("budget", limits, f"works on adapter.type=lora; the size of {kind} is set by {size}")
+    if recipe.export.format != "peft":
+        cure = f"{kind} has no LoRA or merged form; drop it, and the run keeps the adapter in its own"
+        raise ConfigError("export.format", recipe.export.format, cure)
+
+
 def _own_words(adapter: Adapter) -> dict[str, Any]:
-    values = {"r": adapter.r, "alpha": adapter.alpha or 2 * adapter.r, "dropout": adapter.dropout, "init": adapter.init}
+    values = {"r": adapter.r, "alpha": adapter.alpha or 2 * adapter.r, "dropout": adapter.dropout,
+              "init": adapter.init, "target_modules": adapter.target_modules, "modules_to_save": None}
     return {theirs: values[ours] for ours, theirs in ADAPTERS[adapter.type][2].items()}
 
 

@@ -126,7 +126,8 @@ class TrimCallback(TrainerCallback, ExportableState):
                 self.controller._check_not_stale()
         self._is_training = True
         config = adapter_config(model, self.controller.adapter_name)
-        if not self.controller.layers and (not isinstance(config, TrimConfig) or config.is_settled):
+        is_plain = config.peft_type == "LORA" and (not isinstance(config, TrimConfig) or config.is_settled)
+        if not self.controller.layers and is_plain:
             logger.warning("these are plain LoRA layers: they train on at their ranks, and nothing is decided")
         self.controller.broadcast()
         if self.controller.layers and not self.controller.is_finished:

@@ -18,7 +18,12 @@ LORA_PAPER, VERA_PAPER = "arXiv 2106.09685", "arXiv 2310.11454"
 _ADAPTERS = {
     "lora": ("a low-rank update B A beside each chosen linear", LORA_PAPER),
     "vera": ("two small vectors around one random pair of matrices, frozen and shared", VERA_PAPER),
+    "bottleneck": ("two dense layers with a non-linearity between, in each block: houlsby, pfeiffer, parallel",
+                   "arXiv 1902.00751, 2005.00247, 2110.04366"),
+    "adaption_prompt": ("LLaMA-Adapter: learned prompts in the last layers, gated from zero", "arXiv 2303.16199"),
 }
+_OWN_DEFAULTS: dict[str, dict[str, Any]] = {"bottleneck": {"variant": "houlsby"}}
+_OWN_NEEDS = {"adaption_prompt": ["adapter_len", "adapter_layers"]}
 _WHERE = {
     "cka": ("the layers that change their input most, by centred kernel alignment", "arXiv 2602.05988"),
     "uniform": ("evenly spaced layers", "control"),
@@ -59,7 +64,10 @@ def _tasks() -> list[Entry]:
 
 def _adapters() -> list[Entry]:
     defaults = {name: field.get_default() for name, field in recipes.Adapter.model_fields.items() if name != "type"}
-    return [Entry("adapter", name, *_ADAPTERS[name], _said(defaults)) for name in recipes.ADAPTERS]
+    return [Entry("adapter", name, *_ADAPTERS[name],
+                  {**_OWN_DEFAULTS.get(name, {}), **_said({k: v for k, v in defaults.items() if k in words})},
+                  _OWN_NEEDS.get(name, []))
+            for name, (_, _, words) in recipes.ADAPTERS.items()]
 
 
 def _where() -> list[Entry]:

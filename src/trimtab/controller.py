@@ -680,6 +680,9 @@ def adapter_parameters(model: nn.Module, adapter_name: str = "default") -> list[
                 for p in item.parameters() if isinstance(item, nn.Module) else [item]:
                     if isinstance(p, nn.Parameter):
                         found[id(p)] = p
+        for name, p in module.named_parameters(recurse=False):
+            if name.startswith("adaption_"):  # adaption prompts: in PEFT no layer of a tuner, without adapter names
+                found[id(p)] = p
     return list(found.values())
 
 

@@ -53,6 +53,8 @@ def export(
     active = peft_model.active_adapter
     name = adapter_name or (active if isinstance(active, str) else active[0])
     folder = Path(out)
+    if reason := why_no_lora_form(peft_model, name):
+        raise ExportError(f"export.format={format!r}: {reason}")
     if format == "merged":
         return _export_merged(peft_model, name, folder)
     pairs = lora_pairs(peft_model, name)
@@ -60,6 +62,17 @@ def export(
         raise ExportError(f"adapter {name!r}: every module is at rank 0; there is nothing to export")
     _write_adapter(peft_model, name, pairs, folder, is_padded=format == "padded")
     return folder
+
+
+def why_no_lora_form(peft_model: PeftModel, adapter_name: str = "default") -> str | None:
+    """The reason that no weight can hold this kind of adapter, in words; None for the kinds that fold."""
+    config = peft_model.peft_config[adapter_name]
+    if config.is_adaption_prompt:
+        return ("an adaption prompt has no LoRA or merged form: each token mixes the prompt's values by a softmax of "
+                "its own query. model.save_pretrained keeps the adapter")
+    from .adapters.bottleneck import BottleneckConfig, why_not_lora
+
+    return why_not_lora(config) if isinstance(config, BottleneckConfig) else None
 
 
 def lora_pairs(peft_model: PeftModel, adapter_name: str = "default") -> Mapping[str, tuple[Tensor, Tensor]]:
@@ -76,7 +89,8 @@ def lora_pairs(peft_model: PeftModel, adapter_name: str = "default") -> Mapping[
 
         return vera_to_lora(peft_model, adapter_name)
     if kind not in ("LORA",):
-        raise ExportError(f"adapter type {kind}: it has no LoRA form; model.save_pretrained keeps it in its own")
+        reason = why_no_lora_form(peft_model, adapter_name) or f"{kind} has no LoRA form"
+        raise ExportError(f"adapter {adapter_name!r}: {reason}")
     pairs = {}
     for name, layer in adapter_layers(peft_model, adapter_name):
         for attribute in _NOT_LOW_RANK:

@@ -156,13 +156,15 @@ def plan_model(model: nn.Module, config: PeftConfig, horizon: Horizon | None = N
     Raises:
         ModelError: the config's targets match nothing in the model.
     """
-    from .sites import HEADS, find_sites
+    from .sites import HEADS
 
     where = getattr(config, "where", None)
-    sites = find_sites(model, config, where)
-    ranks = {site.name: site_rank(site, config) for site in sites}
+    sites, ranks, own_costs = _adapted(model, config)
     notes: list[str] = []
-    if config.peft_type == "VERA":  # one frozen pair shared by all sites: only two vectors train at each
+    if own_costs is not None:
+        costs = own_costs
+        params, schedule = _constant(sum(costs.values())), tuple[dict[str, Any], ...]()
+    elif config.peft_type == "VERA":  # one frozen pair shared by all sites: only two vectors train at each
         costs = {site.name: ranks[site.name] + site.out_features for site in sites}
         params, schedule = _constant(sum(costs.values())), tuple[dict[str, Any], ...]()
     else:
@@ -193,6 +195,27 @@ def plan_model(model: nn.Module, config: PeftConfig, horizon: Horizon | None = N
         notes=tuple(notes),
         settings={"total_steps": horizon.total_steps, "steps_per_epoch": horizon.steps_per_epoch} if horizon else {},
     )
+
+
+def _adapted(model: nn.Module, config: PeftConfig) -> tuple[list[Site], dict[str, int], dict[str, int] | None]:
+    """Sites, their ranks (or widths, or prompt tokens), and their parameters where these are no matter of a rank."""
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind == "ADAPTION_PROMPT":
+        from .adapters.prompts import prompt_sites
+
+        sites, tokens = prompt_sites(model, config), int(config.adapter_len)  # type: ignore[attr-defined]
+        return sites, {s.name: tokens for s in sites}, {s.name: tokens * s.in_features + 1 for s in sites}
+    if kind == "TRIMTAB_BOTTLENECK":
+        from .adapters.places import norm_params
+
+        places = config.places(model).values()  # type: ignore[attr-defined]
+        widths = {p.name: config.width(p.size) if p.how else 0 for p in places}  # type: ignore[attr-defined]
+        costs = {p.name: p.params(widths[p.name], norm_params(model.get_submodule(p.name))) for p in places}
+        return [Site(p.name, p.size, p.size, p.stack, p.block, p.kind) for p in places], widths, costs
+    from .sites import find_sites
+
+    sites = find_sites(model, config, getattr(config, "where", None))
+    return sites, {site.name: site_rank(site, config) for site in sites}, None
 
 
 def initial_params(site: Site, r: int, rank: Any, freeze: Any) -> int:

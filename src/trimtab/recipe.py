@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
 
 from .errors import ConfigError, did_you_mean
 from .lookup import PACKAGE_PREFIX, dataclass_fields, find_file, parse_yaml
@@ -92,6 +92,11 @@ class Adapter(_Section):
     """PEFT's ``init_lora_weights``: true, gaussian, pissa, olora …"""
     modules_to_save: list[str] | None = None
 
+    @model_serializer(mode="wrap")
+    def _without_what_the_type_has_not(self, write: Any) -> dict[str, Any]:
+        known = {"type", *ADAPTERS[self.type][2]} if self.type in ADAPTERS else set(Adapter.model_fields)
+        return {key: value for key, value in write(self).items() if key in known or key not in Adapter.model_fields}
+
 
 class Where(_Section):
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -169,14 +174,27 @@ class Recipe(_Section):
 # Which PEFT config carries each adapter type, and what the recipe's words are called there.
 ADAPTERS: dict[str, tuple[str, str, dict[str, str]]] = {
     "lora": ("peft.tuners.lora.config", "LoraConfig",
-             {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "init": "init_lora_weights"}),
+             {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "init": "init_lora_weights",
+              "target_modules": "target_modules", "modules_to_save": "modules_to_save"}),
     "vera": ("peft.tuners.vera.config", "VeraConfig",
-             {"r": "r", "dropout": "vera_dropout", "init": "init_weights"}),
+             {"r": "r", "dropout": "vera_dropout", "init": "init_weights",
+              "target_modules": "target_modules", "modules_to_save": "modules_to_save"}),
+    "bottleneck": ("trimtab.adapters.bottleneck", "BottleneckConfig",
+                   {"init": "init", "modules_to_save": "modules_to_save"}),
+    "adaption_prompt": ("peft.tuners.adaption_prompt.config", "AdaptionPromptConfig", {}),
+}
+_INSTEAD = {
+    ("bottleneck", "r"): "; its width is bottleneck_size, or reduction_factor",
+    ("bottleneck", "alpha"): "; scale is for variant=parallel",
+    ("bottleneck", "target_modules"): "; variant says where adapters sit, where chooses layers",
+    ("adaption_prompt", "r"): "; its size is adapter_len, the number of prompt tokens",
+    ("adaption_prompt", "target_modules"): "; it takes the attention of the last adapter_layers layers",
+    ("adaption_prompt", "modules_to_save"): "; PEFT saves the prompts alone",
 }
 # Set by Trimtab from other parts of the recipe.
 _ELSEWHERE = {
     "train": {"output_dir": "output_dir", "seed": "seed", "data_seed": "seed"},
-    "adapter": dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"), "where"),
+    "adapter": dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern", "where"), "where"),
 }
 
 
@@ -321,11 +339,11 @@ def _check_adapter(adapter: Adapter) -> None:
             raise ConfigError(f"adapter.{key}", value, f"in a recipe this is adapter.{theirs_to_ours[key]}")
         _refuse_if_elsewhere("adapter", key, value)
         if key not in fields:
-            raise unknown_key(f"adapter.{key}", value, [*Adapter.model_fields, *fields])
-    for ours in ("alpha", "init"):
-        if ours in adapter.model_fields_set and ours not in words:
-            value = getattr(adapter, ours)
-            raise ConfigError(f"adapter.{ours}", value, f"{adapter.type} has no such setting")
+            raise unknown_key(f"adapter.{key}", value, ["type", *words, *fields])
+    for ours in Adapter.model_fields:
+        if ours in adapter.model_fields_set and ours not in ("type", *words):
+            cure = f"{adapter.type} has no such setting{_INSTEAD.get((adapter.type, ours), '')}"
+            raise ConfigError(f"adapter.{ours}", getattr(adapter, ours), cure)
 
 
 def _check_where(where: Where | None) -> None:

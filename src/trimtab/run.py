@@ -335,7 +335,8 @@ def _bar(stage: Stage) -> Any:
 def final_plan(planned: Plan, model: PeftModel, params: Mapping[str, float]) -> Plan:
     """The plan with what training made of it: ranks that stayed, and measured parameters."""
     ranks = adapter_ranks(model)
-    sites = tuple(SitePlan(p.site, p.r, p.trainable_params, ranks.get(p.site.name, 0)) for p in planned.sites)
+    sites = tuple(SitePlan(p.site, p.r, p.trainable_params, ranks.get(p.site.name, p.final_r or 0))
+                  for p in planned.sites)
     settings = {**planned.settings, "predicted_params": planned.params}
     return replace(planned, sites=sites, params={**planned.params, **params}, settings=settings)
 
@@ -397,11 +398,33 @@ def load_trained(job: Job, folder: RunFolder, screen: Screen) -> Trained:
 
 
 def export_run(job: Job, model: nn.Module, folder: RunFolder, screen: Screen) -> None:
-    """adapter/ as stock PEFT reads it, and merged/ if the recipe asks for a merged model."""
+    """adapter/ as stock PEFT reads it, and merged/ if the recipe asks for a merged model.
+
+    An adapter that no weight can hold is saved as it is, and a remark says why.
+    """
+    from .exporting import why_no_lora_form
+    from .peft_host import peft_model_of
+
     form = job.recipe.export.format
+    if reason := why_no_lora_form(peft_model_of(model)):
+        keep(job, model, folder.adapter, screen)
+        screen.note(reason.partition(". ")[0])
+        return
     export(job, model, folder.adapter, "peft" if form == "merged" else form, screen)
     if form == "merged":
         export(job, model, folder.merged, form, screen)
+
+
+def keep(job: Job, model: nn.Module, target: Path, screen: Screen) -> Path:
+    """The adapter in its own form, with the tokenizer beside it."""
+    if not runfolder.is_main():
+        return target
+    with screen.stage("export") as stage:
+        model.save_pretrained(str(target))  # type: ignore[operator]
+        job.tokenizer.save_pretrained(target)
+        written = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+        stage.result = f"{job.recipe.adapter.type} · {target} ({byte_size(written)})"
+    return target
 
 
 def export(job: Job, model: nn.Module, target: Path, form: str, screen: Screen) -> Path:

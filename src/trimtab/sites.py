@@ -29,7 +29,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .errors import ConfigError, ModelError, did_you_mean
+from .errors import ConfigError, ModelError, TrimtabError, did_you_mean
 from .plans import Site, Where
 
 HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
@@ -154,7 +154,7 @@ def find_sites(
             task_type=task_type,
         )
     modules = dict(base.named_modules())
-    linears = {name: module for name, module in _outside_adapters(base) if _is_linear(module)}
+    linears = {name: module for name, module in outside_adapters(base) if is_linear(module)}
     _check_targets(config.target_modules, linears)
 
     stacks = find_stacks(base, include_vision=True)
@@ -170,7 +170,7 @@ def find_sites(
                 f"target_modules: {name!r} is a {type(modules[name]).__name__}, not a linear. "
                 f"Linears here are {', '.join(_endings(linears))}."
             )
-        sites.append(Site(name, *_features(modules[name]), stack, block, kind))
+        sites.append(Site(name, *features(modules[name]), stack, block, kind))
     if not sites:
         raise ModelError(
             f"target_modules={_shown(config.target_modules)}: every match is excluded"
@@ -185,7 +185,7 @@ def matched_names(base: nn.Module, config: Any) -> list[str]:
     config = prepared(base, config)
     if heads := HEADS.get(str(getattr(config.task_type, "value", config.task_type)), []):
         config.modules_to_save = [*(getattr(config, "modules_to_save", None) or []), *heads]
-    return [name for name, _ in _outside_adapters(base) if tuner._check_target_module_exists(config, name)]
+    return [name for name, _ in outside_adapters(base) if tuner._check_target_module_exists(config, name)]
 
 
 def prepared(base: nn.Module, config: Any) -> Any:
@@ -201,6 +201,8 @@ def prepared(base: nn.Module, config: Any) -> Any:
     tuner.__dict__["model"] = base  # not as a submodule
     try:
         config = tuner._prepare_adapter_config(config, BaseTuner.get_model_config(base))
+    except TrimtabError:  # ours say what is wrong themselves
+        raise
     except ValueError as error:
         kind = getattr(getattr(base, "config", None), "model_type", type(base).__name__)
         raise ModelError(
@@ -241,9 +243,9 @@ def _block_lists(
 
 
 def _is_block(module: nn.Module) -> bool:
-    if isinstance(module, nn.ModuleList) or _is_linear(module):
+    if isinstance(module, nn.ModuleList) or is_linear(module):
         return False
-    return any(_is_linear(inner) for inner in module.modules())
+    return any(is_linear(inner) for inner in module.modules())
 
 
 def _is_language(near: Any, base: Any) -> bool:
@@ -268,14 +270,14 @@ def _hidden_size(near: nn.Module, base: nn.Module, blocks: nn.ModuleList) -> int
         size = getattr(getattr(owner, "config", None), "hidden_size", None)
         if isinstance(size, int):
             return size
-    first = next(m for m in blocks.modules() if _is_linear(m))
-    return _features(first)[0]
+    first = next(m for m in blocks.modules() if is_linear(m))
+    return features(first)[0]
 
 
 # --------------------------------------------------------------------------------------------- linears
 
 
-def _outside_adapters(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def outside_adapters(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Named modules, without the inside of adapter layers that are already there (as PEFT skips them)."""
     inside: tuple[str, ...] = ()
     for name, module in base.named_modules():
@@ -286,22 +288,22 @@ def _outside_adapters(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, module
 
 
-def _base_layer(module: nn.Module) -> nn.Module:
+def bare(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def _is_linear(module: nn.Module) -> bool:
-    layer = _base_layer(module)
+def is_linear(module: nn.Module) -> bool:
+    layer = bare(module)
     if isinstance(layer, (nn.Linear, Conv1D)):
         return True
     names = ("in_features", "out_features"), ("infeatures", "outfeatures")  # quantised linears of several makers
     return any(all(isinstance(getattr(layer, n, None), int) for n in pair) for pair in names)
 
 
-def _features(linear: nn.Module) -> tuple[int, int]:
+def features(linear: nn.Module) -> tuple[int, int]:
     """Numbers of inputs and outputs of a linear of any make."""
-    inputs, outputs = _get_in_out_features(_base_layer(linear))
-    assert inputs is not None and outputs is not None  # `_is_linear` saw them
+    inputs, outputs = _get_in_out_features(bare(linear))
+    assert inputs is not None and outputs is not None  # `is_linear` saw them
     return int(inputs), int(outputs)
 
 

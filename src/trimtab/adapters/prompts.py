@@ -1,0 +1,66 @@
+"""LLaMA-Adapter ("adaption prompt") as PEFT trains it: what it needs of a model, and what it costs.
+
+Zhang et al., arXiv 2303.16199. In each of the last L layers K learned vectors are attended to beside the words,
+gated from zero. The layers are PEFT's own, which differ from the authors': one gate for all heads of a layer and
+no tanh on it, so that neither reads the other's checkpoints.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..errors import ConfigError
+from ..plans import Site
+from ..sites import base_of, find_stacks, locate
+
+
+def check(model: nn.Module, config: Any, task_type: str | None) -> None:
+    """Raise `ConfigError` where PEFT could not place the prompts, or would lose a part of what is trained."""
+    from peft.tuners.adaption_prompt.config import TRANSFORMERS_MODEL_CONFIG
+
+    kind = getattr(getattr(base_of(model), "config", None), "model_type", type(model).__name__)
+    if kind not in TRANSFORMERS_MODEL_CONFIG:
+        known = ", ".join(TRANSFORMERS_MODEL_CONFIG)
+        raise ConfigError("adapter.type", "adaption_prompt", f"PEFT has it for {known}; this model is a {kind}")
+    _refuse_head_widths(base_of(model).config)
+    if task_type not in (None, "CAUSAL_LM"):
+        cure = f"PEFT saves no head beside it, as {task_type} needs; use a task that writes text, or adapter.type=lora"
+        raise ConfigError("adapter.type", "adaption_prompt", cure)
+    sizes = {"adapter_len": "the number of prompt tokens", "adapter_layers": "the number of last layers"}
+    for key, meaning in sizes.items():
+        value = getattr(config, key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"adapter.{key}", value, f"{meaning}, at least 1")
+    there = len(_attentions(model, config))
+    if config.adapter_layers > there:
+        raise ConfigError("adapter.adapter_layers", config.adapter_layers, f"at most {there}, the layers of this model")
+
+
+def _refuse_head_widths(config: Any) -> None:
+    """PEFT takes the groups of keys from the widths of the projections, which must then follow from the heads."""
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    width = (getattr(config, "head_dim", None) or config.hidden_size // heads) * heads
+    if width != config.hidden_size or heads % groups:
+        raise ConfigError("adapter.type", "adaption_prompt",
+                          f"PEFT's needs heads that fill the hidden width; this model has {heads} of "
+                          f"{width // heads} over {config.hidden_size}, in {groups} groups")
+
+
+def prompt_sites(model: nn.Module, config: Any) -> list[Site]:
+    """The attention modules that get prompts; each trains ``adapter_len`` · width + 1 (the gate) numbers."""
+    base = base_of(model)
+    stacks = find_stacks(base)
+    width = int(base.config.hidden_size)
+    return [Site(name, width, width, *locate(name, stacks))
+            for name in _attentions(base, config)[-config.adapter_layers:]]
+
+
+def _attentions(model: nn.Module, config: Any) -> list[str]:
+    from peft.tuners.adaption_prompt.config import TRANSFORMERS_MODEL_CONFIG
+
+    base = base_of(model)
+    word = config.target_modules or TRANSFORMERS_MODEL_CONFIG[base.config.model_type].target_modules
+    return [name for name, _ in base.named_modules() if name.endswith(f".{word}")]
