@@ -14,7 +14,8 @@ import trimtab
 from tasks.tiny import byte_model, byte_tokenizer, write_jsonl
 from test_run import read
 from test_run import trimtab as command
-from trimtab.errors import ExportError
+from trimtab.adapters.prompts import check
+from trimtab.errors import ConfigError, ExportError
 from trimtab.models import meta_model
 
 FAMILIES = ("llama", "mistral", "gpt2")
@@ -121,6 +122,7 @@ def test_a_run_trains_saves_resumes_and_is_read_by_stock_peft(tmp_path):
     ("adapter.adapter_len=null", "adapter.adapter_len=None: the number of prompt tokens, at least 1"),
     ("adapter.modules_to_save=[lm_head]", "PEFT saves the prompts alone"),
     ("model.config={model_type: gemma}", "PEFT has it for llama, mistral, gpt2; this model is a gemma"),
+    ("model.dtype=bfloat16", "model.dtype='bfloat16': adaption_prompt trains in the model's dtype"),
     ("model.config.head_dim=16", "PEFT's needs heads that fill the hidden width"),
 ])  # fmt: skip
 def test_what_does_not_go_with_it_is_refused_in_one_line(override, message, tmp_path):
@@ -131,6 +133,14 @@ def test_what_does_not_go_with_it_is_refused_in_one_line(override, message, tmp_
     (tmp_path / "r.yaml").write_text(json.dumps(recipe))
     said = command("plan", tmp_path / "r.yaml", override, code=2).stderr
     assert message in said and said.count("\n") == 1
+
+
+def test_a_model_in_half_precision_is_refused():
+    """PEFT would train the prompts in it, and lose their steps without a word."""
+    config = peft.AdaptionPromptConfig(adapter_len=3, adapter_layers=1)
+    with pytest.raises(ConfigError, match=r"model\.dtype='bfloat16'"):
+        check(tiny.build("llama").bfloat16(), config, "CAUSAL_LM")
+    check(tiny.build("llama"), config, "CAUSAL_LM")
 
 
 def test_a_task_with_a_new_head_is_refused(tmp_path):

@@ -208,6 +208,22 @@ def plain_output(family, plain, stack, x, kw):
     return by_the_book(family, plain.get_submodule(f"{stack.name}.0"), x, kw, "houlsby", [lambda f: 0.0] * 2)
 
 
+@pytest.mark.parametrize("kind, size, tails", [
+    ("distilbert", {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 48}, ["attention.out_lin", "ffn.lin2"]),
+    ("bloom", {"hidden_size": 32, "n_layer": 1, "n_head": 2}, ["self_attention.dense", "mlp.dense_4h_to_h"]),
+    ("gemma3_text", {"head_dim": 8}, ["post_attention_layernorm", "post_feedforward_layernorm"]),
+    ("qwen3", {"head_dim": 32}, ["self_attn.o_proj", "mlp.down_proj"]),  # a head's norm as wide as the model
+    ("electra", {}, ["attention.output.dropout", "output.dropout"]),
+])  # fmt: skip
+def test_places_in_other_families_are_the_ends_of_their_sublayers(kind, size, tails):
+    names_of_its_own = kind in ("distilbert", "bloom")
+    common = {"vocab_size": tiny.VOCAB} if names_of_its_own else tiny._small(num_hidden_layers=1)
+    model = meta_model(AutoConfig.for_model(kind, **common, **size), "AutoModel")
+    places = BottleneckConfig().places(model).values()
+    assert [p.kind for p in places if p.how] == tails
+    assert not any("q_norm" in p.kind for p in places)
+
+
 def test_houlsby_covers_cross_attention():
     names = [n for n in layers(adapted("bart")) if "decoder.layers.0" in n and not n.endswith("norm")]
     assert [n.partition("layers.0.")[2] for n in names] == ["self_attn.out_proj", "encoder_attn.out_proj", "fc2"]

@@ -27,6 +27,8 @@ RUNS = [
     *(f"salientlora_{model}_{task}" for model in ("bart-large", "t5-base") for task in ("xsum", "cnndm")),
     "salientlora_llama-7b_alpaca", "salientlora_llama-2-7b_alpaca",
     "sora_deberta-v3-base_stsb", "sora_deberta-v3-base_rte",
+    *(f"houlsby_bert-large_{task}" for task in GLUE),
+    "llama-adapter_llama-7b_alpaca",
 ]
 
 
@@ -57,6 +59,7 @@ def test_pissa_starts_from_the_weights_and_differs_in_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("name, parameters", [  # the public checkpoints, tied weights counted once
+    ("bert-large", 335_141_888),
     ("roberta-base", 124_645_632),
     ("deberta-v3-base", 183_831_552),
     ("bart-large", 406_291_456),
@@ -69,6 +72,6 @@ def test_pissa_starts_from_the_weights_and_differs_in_nothing_else() -> None:
 ])
 def test_a_config_describes_the_public_model(name: str, parameters: int) -> None:
     config = AutoConfig.for_model(**json.loads((RECIPES / "configs" / f"{name}.json").read_text("utf-8")))
-    without_head = {"roberta": "AutoModel", "llava": "AutoModelForImageTextToText"}
+    without_head = {"bert": "AutoModel", "roberta": "AutoModel", "llava": "AutoModelForImageTextToText"}
     model = meta_model(config, without_head.get(config.model_type) or auto_class_of(config))
     assert sum(p.numel() for p in {id(p): p for p in model.parameters()}.values()) == parameters

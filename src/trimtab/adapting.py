@@ -162,6 +162,9 @@ def _refuse_what_needs_lora(recipe: Recipe) -> None:
     if recipe.export.format != "peft":
         cure = f"{kind} has no LoRA or merged form; drop it, and the run keeps the adapter in its own"
         raise ConfigError("export.format", recipe.export.format, cure)
+    if kind == "adaption_prompt" and recipe.model.dtype in ("bfloat16", "float16") and not recipe.model.quantization:
+        cure = "adaption_prompt trains in the model's dtype, where its small steps round away; use float32"
+        raise ConfigError("model.dtype", recipe.model.dtype, cure)
 
 
 def _own_words(adapter: Adapter) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def _in_block(stack: Stack, index: int, block: nn.Module, variant: Variant, trai
             last_norm = _norms(modules, sub.home, d)[-1]
             how = "around" if norms_sum else "after"
             adapters[last_norm if norms_sum else sub.tail] = how, None, sub.projection
-    norms = [n for n in modules if n and _is_norm(modules[n], d)] if train_norms else []
+    norms = [n for n in modules if n and _is_norm(modules[n], d) and not _of_queries(n)] if train_norms else []
     for name in modules:
         if name in adapters or name in norms:
             how, beside, projection = adapters.get(name, (None, None, name))
@@ -168,7 +168,7 @@ def _sublayers(modules: dict[str, nn.Module], d: int, block: str) -> list[_Subla
             raise ModelError(f"bottleneck: the {what} of {block} has no linear {'back to' if into else 'from'} the "
                              f"hidden width {d} (it has {', '.join(names)}); use adapter.type=lora on this model")
         projection = back[-1]
-        home = _home(projection, modules, d)
+        home = _home(projection, into[0] if group else None, modules, d)
         found.append((bool(group), into[0], projection, home))
     for is_attention, what in ((True, "attention"), (False, "feed-forward")):
         if not any(sub[0] is is_attention for sub in found):
@@ -176,20 +176,22 @@ def _sublayers(modules: dict[str, nn.Module], d: int, block: str) -> list[_Subla
                              "kind of block); use adapter.type=lora on this model")
     found.sort(key=lambda sub: not sub[0])
     homes = [home for *_, home in found]
-    return [_Sublayer(is_attention, first, projection, home,
-                      _tail(projection, home, homes[:i].count(home), homes.count(home), modules, d))
-            for i, (is_attention, first, projection, home) in enumerate(found)]
+    tails = [_tail(*sub, homes[:i].count(sub[-1]), homes.count(sub[-1]), modules, d) for i, sub in enumerate(found)]
+    return [_Sublayer(*sub, tail) for sub, tail in zip(found, tails)]
 
 
-def _tail(projection: str, home: str, place: int, shared_by: int, modules: dict[str, nn.Module], d: int) -> str:
+def _tail(is_attention: bool, first: str, projection: str, home: str, place: int, shared_by: int,
+          modules: dict[str, nn.Module], d: int) -> str:
     """The last module that the sublayer's output comes out of, before it is added to its input."""
     parent = projection.rpartition(".")[0]
     if shared_by == 1 and (dropouts := _dropouts(modules, home)):
         return dropouts[-1]
     if parent != home:
         children = _children(modules, parent)
-        later = [name for name in _dropouts(modules, parent) if children.index(name) > children.index(projection)]
-        if later:
+        dropouts = _dropouts(modules, parent)
+        later = [name for name in dropouts if children.index(name) > children.index(projection)]
+        # Beside the queries a lone dropout is that of the attention's weights; a second one is the output's.
+        if later and (len(dropouts) > 1 or not (is_attention and _is_inside(first, parent))):
             return later[-1]
     norms = _norms(modules, home, d)
     if len(norms) == 2 * shared_by:  # one norm before and one after each sublayer
@@ -206,9 +208,13 @@ def _attention_of(name: str) -> str:
     return ""
 
 
-def _home(projection: str, modules: dict[str, nn.Module], d: int) -> str:
+def _home(projection: str, query: str | None, modules: dict[str, nn.Module], d: int) -> str:
+    """``query`` is an attention's first linear: norms right beside it and the projection are not of the sum."""
     parent = projection.rpartition(".")[0]
-    while parent and not _norms(modules, parent, d):
+    while parent:
+        children = _children(modules, parent)
+        if _norms(modules, parent, d) and not (query in children and projection in children):
+            break
         parent = parent.rpartition(".")[0]
     return parent
 
@@ -218,7 +224,7 @@ def _children(modules: dict[str, nn.Module], parent: str) -> list[str]:
 
 
 def _norms(modules: dict[str, nn.Module], parent: str, d: int) -> list[str]:
-    return [name for name in _children(modules, parent) if _is_norm(modules[name], d)]
+    return [name for name in _children(modules, parent) if _is_norm(modules[name], d) and not _of_queries(name)]
 
 
 def _dropouts(modules: dict[str, nn.Module], parent: str) -> list[str]:
@@ -230,6 +236,10 @@ def _is_norm(module: nn.Module, d: int) -> bool:
     module = bare(module)
     weight = getattr(module, "weight", None)
     return "norm" in type(module).__name__.lower() and isinstance(weight, Tensor) and tuple(weight.shape) == (d,)
+
+
+def _of_queries(norm: str) -> bool:
+    return norm.rpartition(".")[2].startswith(("q_", "k_"))
 
 
 def _is_inside(name: str, parent: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import ConfigError
@@ -33,7 +34,9 @@ def check(model: nn.Module, config: Any, task_type: str | None) -> None:
         value = getattr(config, key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConfigError(f"adapter.{key}", value, f"{meaning}, at least 1")
-    there = len(_attentions(model, config))
+    names = _attentions(model, config)
+    _refuse_half_precision(base_of(model).get_submodule(names[-1]))
+    there = len(names)
     if config.adapter_layers > there:
         raise ConfigError("adapter.adapter_layers", config.adapter_layers, f"at most {there}, the layers of this model")
 
@@ -56,6 +59,14 @@ def prompt_sites(model: nn.Module, config: Any) -> list[Site]:
     width = int(base.config.hidden_size)
     return [Site(name, width, width, *locate(name, stacks))
             for name in _attentions(base, config)[-config.adapter_layers:]]
+
+
+def _refuse_half_precision(attention: nn.Module) -> None:
+    """PEFT makes the prompts, of size 1, in the dtype of the projections: steps of 1e-3 are lost in it."""
+    weight = next(p for p in attention.parameters() if p.dim() > 1)
+    if weight.dtype in (torch.bfloat16, torch.float16) and weight.device.type != "meta":
+        raise ConfigError("model.dtype", str(weight.dtype).removeprefix("torch."), "adaption_prompt trains in the "
+                          "model's dtype, where its small steps round away; use float32, or a quantised model")
 
 
 def _attentions(model: nn.Module, config: Any) -> list[str]:
