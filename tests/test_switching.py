@@ -85,6 +85,15 @@ def test_a_with_block_leaves_the_base_as_it_was_whatever_happens(folders):
     assert all(torch.equal(before[name], now) for name, now in bits(model).items())
 
 
+def test_an_adapter_that_cannot_be_merged_leaves_the_base_as_it_was():
+    model = peft.get_peft_model(base(), trimtab.BottleneckConfig(task_type="SEQ_CLS", bottleneck_size=2)).eval()
+    switch = trimtab.AdapterSwitch(model)
+    with pytest.raises(ExportError, match="no weight gives the same function"):
+        switch.to("default")
+    assert switch.active is None
+    assert torch.equal(model(IDS).logits, base()(IDS).logits)
+
+
 def test_nothing_can_train_while_adapters_are_switched(folders):
     model = loaded(folders)
     trimtab.AdapterSwitch(model).to("one")

@@ -74,6 +74,7 @@ class AdapterSwitch:
 
         Raises:
             ModelError: there is no adapter of that name.
+            ExportError: it cannot be merged; the base is back all the same.
         """
         if name is not None and name not in self.names:
             raise ModelError(f"adapter {name!r}: not loaded; there is {', '.join(self.names)}."
@@ -85,7 +86,11 @@ class AdapterSwitch:
         self.model.set_adapter(name, inference_mode=True)
         parameters = {id(p): p for layer, found in self._base if _holds(layer, name) for p in found}
         self._kept = [(p, p.detach().clone()) for p in parameters.values()]
-        self._tuner.merge_adapter(adapter_names=[name])
+        try:
+            self._tuner.merge_adapter(adapter_names=[name])
+        except BaseException:
+            self._restore()
+            raise
         self.active = name
 
     def _restore(self) -> None:
