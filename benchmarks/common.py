@@ -120,6 +120,29 @@ def lora(ours: bool, r: int = 8, dropout: float = 0.0, **more: Any) -> peft.Lora
     return kind(r=r, lora_alpha=16, lora_dropout=dropout, target_modules="all-linear", **more)
 
 
+def whole_model(shape: Shape) -> nn.Module:
+    """Full fine-tuning."""
+    return base_model(shape).train()
+
+
+def loralib_model(shape: Shape, r: int = 8) -> nn.Module | None:
+    """LoRA by its authors' library on all linears of the blocks, where it is installed."""
+    try:
+        import loralib
+    except ImportError:
+        return None
+    model = base_model(shape)
+    for name, linear in list(model.base_model.named_modules()):
+        if type(linear) is nn.Linear:
+            bias = linear.bias is not None
+            ours = loralib.Linear(linear.in_features, linear.out_features, r, 16, merge_weights=False, bias=bias)
+            ours.load_state_dict(linear.state_dict(), strict=False)
+            model.base_model.set_submodule(name, ours)
+    loralib.mark_only_lora_as_trainable(model)
+    want_gradients_from_the_bottom(model)
+    return model.train()
+
+
 def training_step(model: nn.Module, shape: Shape, total_steps: int | None = None) -> Step:
     """Forward, backward, AdamW; with ``total_steps`` also Trimtab's controller."""
     data = batch(shape)

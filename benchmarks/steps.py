@@ -9,7 +9,21 @@ from dataclasses import replace
 
 import torch
 
-from .common import BERT, MINILM, SMOLLM2, Row, adapted, floor, lora, main, paired, ratio, training_step
+from .common import (
+    BERT,
+    MINILM,
+    SMOLLM2,
+    Row,
+    adapted,
+    floor,
+    lora,
+    loralib_model,
+    main,
+    paired,
+    ratio,
+    training_step,
+    whole_model,
+)
 
 TARGETS = {MINILM.name: 1.15, BERT.name: 1.08, SMOLLM2.name: 1.12}
 BF16 = torch.bfloat16
@@ -28,7 +42,10 @@ def shapes(short: bool) -> list[Row]:
         for ours, who in ((True, "ours"), (False, "PEFT")):
             for p, tail in ((0.0, ""), (0.1, ", dropout .1")):
                 variants[who + tail] = training_step(adapted(shape, lora(ours, dropout=p)), shape)
-        times = paired(variants, 5)
+        variants["full fine-tuning"] = training_step(whole_model(shape), shape)
+        if (rival := loralib_model(shape)) is not None:
+            variants["loralib"] = training_step(rival, shape)
+        times = paired(variants, 5 if short else 7)
         name = f"{shape.name}{f', {blocks} block(s)' if short else ''}: "
         for over, under, target in (
             ("ours", "floor", TARGETS[whole.name]),
@@ -37,7 +54,11 @@ def shapes(short: bool) -> list[Row]:
             ("ours, dropout .1", "ours", 1.25),
             ("PEFT, dropout .1", "PEFT", None),
             ("ours, dropout .1", "PEFT, dropout .1", 1.0),
+            ("full fine-tuning", "floor", None),
+            ("loralib", "floor", None),
         ):
+            if over not in times:
+                continue
             out.append(ratio(times, over, under, target, f"{name}{over} / {under}"))
     return out
 

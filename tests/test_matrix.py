@@ -103,3 +103,32 @@ def test_a_cell_trains_resumes_and_leaves_as_lora(family, method, where, tmp_pat
     loaded = reload(family, tmp_path / "exported")
     assert loaded.peft_config["default"].peft_type == "LORA"
     assert torch.allclose(tiny.logits(loaded, family), trained, atol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["all layers", "cka"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_bottleneck_cell_trains_resumes_and_is_loaded_again(family, where, tmp_path, selections):
+    if where == "cka" and family not in selections:
+        selections[family] = chosen_by_cka(family)
+    chosen = selections[family] if where == "cka" else None
+
+    def adapted() -> peft.PeftModel:
+        config = trimtab.BottleneckConfig(
+            bottleneck_size=4, task_type=tiny.FAMILIES[family].task_type, where=chosen
+        )
+        base = tiny.build(family)
+        torch.manual_seed(0)
+        return peft.get_peft_model(base, config)
+
+    model, again = adapted(), adapted()
+    before = tiny.logits(model, family)
+    train(model, family, tmp_path)
+    trained = tiny.logits(model, family)
+    assert not torch.allclose(trained, before, atol=1e-4)
+    shutil.rmtree(tmp_path / f"checkpoint-{STEPS}")
+    train(again, family, tmp_path, resume=str(tmp_path / f"checkpoint-{STEPS // 2}"))
+    assert torch.equal(tiny.logits(again, family), trained)
+    again.save_pretrained(tmp_path / "saved")
+    assert torch.allclose(tiny.logits(reload(family, tmp_path / "saved"), family), trained, atol=1e-6)
+    with pytest.raises(trimtab.TrimtabError, match="no LoRA or merged form"):
+        trimtab.export(again, tmp_path / "exported")

@@ -200,12 +200,19 @@ def train(recipe: str, overrides: Sequence[str], overwrite: bool, resume: bool, 
 @_source
 @_overrides
 @click.option("--base", is_flag=True, help="Score the model without an adapter, before or after training: base.json.")
+@click.option("--harness", help="Hand the adapter to lm-eval or lmms-eval instead.")
+@click.option("--tasks", help="What the harness is to run, by its own names, with commas.")
+@click.option("--harness-args", default="", help='More for the harness, for example "--limit 10".')
 @_common
-def evaluate(source: str, overrides: Sequence[str], base: bool, as_json: bool) -> None:
+def evaluate(source: str, overrides: Sequence[str], base: bool, harness: str | None, tasks: str | None,
+             harness_args: str, as_json: bool) -> None:
     """Score a run's adapter on the labelled splits."""
     from . import run as runs
     from .runfolder import RunFolder
 
+    if harness or tasks or harness_args:
+        _hand_over(source, overrides, harness, tasks, harness_args, base, as_json)
+        return
     if base:
         chosen, path = _load(source, overrides)
         with _screen(as_json) as screen:
@@ -349,6 +356,27 @@ def demo(out: Path, as_json: bool) -> None:
         found = demos.main(out, screen)
     if as_json:
         _print_json(found)
+
+
+def _hand_over(source: str, overrides: Sequence[str], name: str | None, tasks: str | None, more: str, base: bool,
+               as_json: bool) -> None:
+    from . import harness
+    from . import recipe as recipes
+    from .runfolder import RunFolder
+
+    if not name:
+        raise ConfigError("harness", None, f"--tasks is for one of {', '.join(harness.HARNESSES)}")
+    if not tasks:
+        raise ConfigError("tasks", None, f"say what {name} is to run, for example --tasks gsm8k")
+    harness.find(name)
+    folder = RunFolder(_run_path(source, overrides))
+    folder.need(folder.recipe, "train")
+    with _screen(as_json) as screen:
+        out = harness.evaluate(recipes.load(folder.recipe, overrides), folder, name, tasks, more, screen, base)
+    if as_json:
+        _print_json({"harness": name, "path": str(out)})
+    else:
+        click.echo(str(out))
 
 
 # -- what the commands share ---------------------------------------------------------------------------
