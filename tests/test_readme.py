@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import re
@@ -18,6 +19,7 @@ from click.testing import CliRunner
 from trimtab import errors, recipe
 from trimtab.catalogue import catalogue
 from trimtab.cli import cli
+from trimtab.tasks import get_task
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -226,6 +228,15 @@ def test_the_method_page_gives_the_true_defaults() -> None:
         for key, value in re.findall(r"`(\w+): ([\w.]+)`", section):
             if key in entry.defaults and entry.axis in ("rank", "freeze"):
                 assert str(entry.defaults[key]) == value or key == "parity", (entry.name, key)
+
+
+def test_the_task_page_has_every_task_and_setting() -> None:
+    page = PAGES["docs/tasks.md"]
+    for name in ("instruct", "math", "code", "summarize", "vqa"):
+        assert f"\n## {name}\n" in page
+        for setting in dataclasses.fields(get_task({"name": name})):
+            if setting.init and setting.name != "name":
+                assert f"`{setting.name}" in page, (name, setting.name)
 
 
 def test_the_command_page_has_every_command() -> None:
