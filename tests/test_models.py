@@ -241,6 +241,7 @@ def test_a_config_file_needs_no_checkpoint_even_beside_a_hub_id(tmp_path):
 @pytest.mark.parametrize(("config", "words"), [
     ({"model_type": "lama"}, ["model.config.model_type='lama'", "Did you mean 'llama'?"]),
     ({"model_type": "llama", "num_hiden_layers": 2}, ["model.config.num_hiden_layers=2", "'num_hidden_layers'"]),
+    ({"model_type": "llama", "hidden_size": 10, "num_attention_heads": 3}, ["model.config=", "not a multiple"]),
     ({"hidden_size": 2}, ["model.config", "needs a model_type"]),
     ("nowhere.json", ["model.config='nowhere.json'", "No such file"]),
     ([1], ["model.config=[1]", "a mapping"]),

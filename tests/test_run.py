@@ -1,7 +1,6 @@
 """A run leaves a folder from which every stage can start again, and an adapter that needs no Trimtab."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -165,17 +164,6 @@ def test_the_base_can_be_scored_before_there_is_a_run(tmp_path):
     trimtab("eval", recipe, "--base")
     trimtab("train", recipe, "train.max_steps=1")
     assert (tmp_path / "run" / "base.json").is_file()
-
-
-def test_answers_of_an_earlier_adapter_are_not_taken_for_this_one_s(copied):
-    old, own, base = (copied / "answers" / name for name in ("old_answers.jsonl", "own_answers.jsonl", "base/a.jsonl"))
-    for file in (base, old, own):
-        file.parent.mkdir(exist_ok=True, parents=True)
-        file.touch()
-    os.utime(old, (0, 0))
-    os.utime(base, (0, 0))
-    trimtab("eval", copied)
-    assert (old.exists(), own.exists(), base.exists()) == (False, True, True)
 
 
 @pytest.mark.parametrize("form, file", [("padded", "adapter_model.safetensors"), ("merged", "model.safetensors")])

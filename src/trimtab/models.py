@@ -368,7 +368,8 @@ def _quiet_report() -> Iterator[None]:
 
 # Configs.
 
-_OLD_KEYS = {"rope_theta", "rope_scaling", "torch_dtype", "dtype", "architectures", "transformers_version"}
+_OLD_KEYS = {"rope_theta", "rope_scaling", "torch_dtype", "dtype", "architectures", "transformers_version",
+             "share_att_key"}
 
 
 def _inline(spec: ModelSpec) -> tuple[dict[str, Any] | None, dict[str, Any]]:
@@ -392,7 +393,7 @@ def _inline(spec: ModelSpec) -> tuple[dict[str, Any] | None, dict[str, Any]]:
 
 
 def _config_of(whole: dict[str, Any], origin: Any, labels: dict[str, Any]) -> PretrainedConfig:
-    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig
 
     settings = dict(whole)
     kind = settings.pop("model_type")
@@ -401,7 +402,7 @@ def _config_of(whole: dict[str, Any], origin: Any, labels: dict[str, Any]) -> Pr
                           f"transformers knows no such model.{did_you_mean(str(kind), CONFIG_MAPPING)}")
     if isinstance(origin, dict):  # typed by hand: a misspelt key would silently keep the default's shape
         plain = CONFIG_MAPPING[kind]()
-        known = {*plain.to_dict(), *plain.attribute_map, *_OLD_KEYS,
+        known = {*plain.to_dict(), *plain.attribute_map, *_OLD_KEYS, *GenerationConfig().to_dict(),
                  *inspect.signature(type(plain)).parameters}
         for key in settings:
             if key not in known:
@@ -409,7 +410,7 @@ def _config_of(whole: dict[str, Any], origin: Any, labels: dict[str, Any]) -> Pr
                                   f"a {kind} config has no such key.{did_you_mean(key, known)}")
     try:
         return AutoConfig.for_model(kind, **{**settings, **labels})
-    except (TypeError, ValueError, KeyError) as error:
+    except Exception as error:  # hub's own validation errors are no ValueErrors
         raise ConfigError("model.config", origin, _flat(error)) from error
 
 

@@ -443,7 +443,6 @@ def export(job: Job, model: nn.Module, target: Path, form: str, screen: Screen) 
 
 def evaluate(job: Job, trained: Trained, folder: RunFolder, screen: Screen) -> dict[str, Any]:
     """Scores on the task's labelled splits -> metrics.json."""
-    _drop_older_answers(folder)
     metrics = score(job, trained.model, folder, screen, folder.answers)
     sections = {name: getattr(job.recipe, name) for name in ("where", "rank", "freeze", "adapter")}
     result = {
@@ -469,16 +468,6 @@ def evaluate_base(job: Job, folder: RunFolder, screen: Screen) -> dict[str, Any]
               "task": job.task.name, "seed": job.recipe.seed}
     folder.write(folder.base, result)
     return result
-
-
-def _drop_older_answers(folder: RunFolder) -> None:
-    """Answers of an earlier adapter in this folder must not stand for this one's; the base's stay."""
-    if not runfolder.is_main() or not folder.answers.is_dir():
-        return
-    made = max((file.stat().st_mtime_ns for file in trained_adapter(folder).iterdir()), default=0)
-    for file in folder.answers.glob("*.jsonl"):
-        if file.stat().st_mtime_ns < made:
-            file.unlink()
 
 
 def score(job: Job, model: nn.Module, folder: RunFolder, screen: Screen, answers: Path) -> dict[str, float]:
