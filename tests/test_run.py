@@ -1,6 +1,7 @@
 """A run leaves a folder from which every stage can start again, and an adapter that needs no Trimtab."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -278,7 +279,7 @@ def test_where_rank_and_freeze_go_together_in_one_recipe(tmp_path):
         freeze={"method": "aflora", "interval_steps": 2},
         train={"num_train_epochs": 4, "per_device_train_batch_size": 8, "learning_rate": 5e-3, "use_cpu": True},
     )
-    trimtab("run", recipe)
+    shown = trimtab("run", recipe).stdout
     plan, metrics = (read(tmp_path / "run", f"{name}.json") for name in ("plan", "metrics"))
     assert sum(site["final_r"] for site in plan["sites"]) == 2 * len(plan["sites"])
     params = metrics["params"]
@@ -286,6 +287,11 @@ def test_where_rank_and_freeze_go_together_in_one_recipe(tmp_path):
     assert set(plan["settings"]["predicted_params"]) == {"initial", "final", "average", "held"}
     assert params["initial"] == plan["settings"]["predicted_params"]["initial"]
     assert (metrics["rank"]["method"], metrics["freeze"]["method"]) == ("salientlora", "aflora")
+    plan = read(tmp_path / "run", "plan.json")
+    planned, measured = plan["settings"]["predicted_params"]["average"], plan["params"]["average"]
+    assert planned != measured
+    assert re.search(rf"trainable on average +{measured:,.0f} \({planned:,.0f} planned", shown)
+    assert "planned)" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_vera_trains_and_exports_a_plain_lora(tmp_path):

@@ -29,7 +29,7 @@ def run_tables(folder: RunFolder) -> list[Any]:
     rows = [[f"[bold]{escape(name)}[/]" if name == headline else escape(name), number(value)]
             for name, value in metrics]
     rows += [
-        *_params(params),
+        *_params(params, folder.read(folder.plan)["settings"].get("predicted_params") or {}),
         ["layers", " · ".join(_layers(where)) if where else "all"],
         ["training time", duration(found["seconds"])],
         ["peak memory", byte_size(found["peak_memory_bytes"] or None)],
@@ -128,15 +128,21 @@ def _told(value: object) -> str:
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
-def _params(params: dict[str, float]) -> list[list[str]]:
+def _params(params: dict[str, float], planned: dict[str, float] | None = None) -> list[list[str]]:
+    """Trainable parameters; measured ones with what was planned beside them, where it was another number."""
     initial, final, average = (params.get(key) for key in ("initial", "final", "average"))
     if initial == final == average:
         return [["trainable parameters", count(initial)]]
-    closed = params.get("average_closed_form")
-    ideal = f" ({count(closed)} in closed form)" if closed is not None else ""
-    return [["trainable at the start", count(initial)],
-            ["trainable at the end", count(final)],
-            ["trainable on average", count(average) + ideal]]
+    closed = (planned or params).get("average_closed_form")
+    asides: dict[str, list[str]] = {key: [] for key in ("initial", "final", "average")}
+    for key, told in asides.items():
+        if planned and planned.get(key) != params.get(key):
+            told.append(f"{count(planned.get(key))} planned")
+    if closed is not None:
+        asides["average"].append(f"{count(closed)} in closed form")
+    names = {"initial": "trainable at the start", "final": "trainable at the end", "average": "trainable on average"}
+    return [[name, count(params.get(key)) + (f" ({', '.join(asides[key])})" if asides[key] else "")]
+            for key, name in names.items()]
 
 
 def _layers(where: Where) -> list[str]:

@@ -42,6 +42,8 @@ class Header:
     score_is_nan: bool
     params: dict[str, float | None]
     """Trainable adapter parameters: ``initial``, ``final``, ``average`` over the optimizer steps."""
+    planned: dict[str, float | None]
+    """The same as the plan said before training; with AFLoRA also ``average_closed_form``."""
     seconds: float | None
     peak_memory_bytes: int | None
     chosen: dict[str, str]
@@ -165,6 +167,7 @@ def header_of(run: RunFolder) -> Header:
         score=finite(raw),
         score_is_nan=raw is not None and finite(raw) is None,
         params=_params(run),
+        planned=_planned(run),
         seconds=finite(metrics.get("seconds")),
         peak_memory_bytes=_count(metrics.get("peak_memory_bytes")),
         chosen=dict(where.stacks) if where else {},
@@ -350,6 +353,11 @@ def _params(run: RunFolder) -> dict[str, float | None]:
         k: next((finite(d[k]) for d in (given, counted, planned) if finite(d.get(k)) is not None), None)
         for k in ("initial", "final", "average")
     }
+
+
+def _planned(run: RunFolder) -> dict[str, float | None]:
+    found: Any = run.plan.settings.get("predicted_params") if run.plan else None
+    return {key: finite(value) for key, value in found.items()} if isinstance(found, dict) else {}
 
 
 def _notes(run: RunFolder, header: Header) -> list[str]:

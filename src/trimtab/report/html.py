@@ -68,13 +68,14 @@ def tiles(report: Report) -> list[tuple[str, str, str]]:
     found = [("score", score, f"{header.metric}{so_far}" if header.metric else "no evaluation yet")]
     if params["initial"] is not None:
         fell = words.change(params["initial"], params["final"])
-        average = words.short_count(params["average"])
+        average, mean = words.short_count(params["average"]), header.planned.get("average")
         found.append(
             (
                 "trainable parameters",
                 words.short_count(params["final"]),
                 (
                     f"from {words.short_count(params['initial'])} ({fell}), {average} on average"
+                    + (f" ({words.short_count(mean)} planned)" if mean and mean != params["average"] else "")
                     if fell
                     else "from start to end"
                 ),
