@@ -370,6 +370,9 @@ def test_no_form_of_export_pretends(variant, reason, tmp_path):
     ({"non_linearity": "rellu"}, "Did you mean 'relu'"),
     ({"init": "zeroup"}, "Did you mean 'zero_up'"),
     ({"init_scale": -1.0}, "a finite number above 0"),
+    ({"init_scale": "0.01"}, "a finite number above 0"),
+    ({"non_linearity": "prelu"}, "parameters of its own"),
+    ({"train_layer_norms": "no"}, "must be true or false"),
     ({"scale": 2.0}, "houlsby has none"),
     ({"where": "0110"}, "a bare mask needs the model"),
     ({"target_modules": "all-linear"}, "choose layers with where"),
@@ -440,6 +443,17 @@ def test_peft_learns_of_it_when_it_is_imported_after_trimtab(monkeypatch):
     spec.loader.exec_module("peft itself")
     assert imported == ["peft itself", (".adapters.bottleneck", "trimtab")]
     assert finder not in sys.meta_path
+
+
+def test_a_trimtab_that_was_loaded_twice_leaves_peft_importable(monkeypatch):
+    executed = []
+    monkeypatch.setattr(trimtab, "import_module", lambda *names: None)
+    monkeypatch.setattr(SourceFileLoader, "exec_module", lambda loader, module: executed.append(module))
+    monkeypatch.setattr(sys, "meta_path", [trimtab._AfterPeft(), trimtab._AfterPeft(), *sys.meta_path])
+    monkeypatch.delitem(sys.modules, "peft")
+    importlib.util.find_spec("peft").loader.exec_module("peft itself")
+    assert executed == ["peft itself"]
+    assert not any(isinstance(finder, trimtab._AfterPeft) for finder in sys.meta_path)
 
 
 def test_a_stock_trainer_resumes_to_the_same_weights(tmp_path):

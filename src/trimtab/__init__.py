@@ -58,10 +58,12 @@ class _AfterPeft(MetaPathFinder):
     `PeftModel.from_pretrained` then reads a saved one like any other, and `import trimtab` stays without torch.
     """
 
+    is_trimtabs = True
+
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name != "peft":
             return None
-        others = [finder for finder in sys.meta_path if finder is not self]
+        others = _other_finders()  # a reloaded trimtab has left one like this: the two would ask each other for ever
         spec = next((s for f in others if (s := f.find_spec(name, path, target))), None)
         if spec is not None and spec.loader is not None:
             loader: Any = spec.loader
@@ -69,12 +71,15 @@ class _AfterPeft(MetaPathFinder):
 
             def exec_module(module: Any) -> None:
                 execute(module)
-                if self in sys.meta_path:
-                    sys.meta_path.remove(self)
+                sys.meta_path[:] = _other_finders()
                 import_module(".adapters.bottleneck", __name__)
 
             loader.exec_module = exec_module
         return spec
+
+
+def _other_finders() -> list[Any]:
+    return [finder for finder in sys.meta_path if not getattr(finder, "is_trimtabs", False)]
 
 
 if "peft" in sys.modules:

@@ -103,7 +103,12 @@ def fold(W: Tensor, c: Tensor | None, D: Tensor, b1: Tensor, U: Tensor, b2: Tens
     return LoraWithBias(D @ W, U, U @ inner + b2)
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def activation(name: str) -> nn.Module:
+    """A non-linearity by its name: ``identity``, or one of transformers'."""
     return nn.Identity() if name == "identity" else cast(nn.Module, ACT2FN[name])
 
 
@@ -166,13 +171,18 @@ class BottleneckConfig(PeftConfig):
             near = did_you_mean(str(self.non_linearity), ["identity", *ACT2FN])
             raise ConfigError("adapter.non_linearity", self.non_linearity,
                               f"identity, relu, gelu, silu, tanh or another of transformers' activations.{near}")
+        if any(True for _ in activation(self.activation_name).parameters()):
+            raise ConfigError("adapter.non_linearity", self.non_linearity,
+                              "it has parameters of its own, which would neither train nor be saved; take another")
         if self.init is not True and self.init not in INITS:
             near = did_you_mean(str(self.init), INITS)
             raise ConfigError("adapter.init", self.init, f"true (the variant's) or one of {', '.join(INITS)}.{near}")
         for key in ("init_scale", "scale"):
             value = getattr(self, key)
-            if value is not None and not 0 < value < float("inf"):
+            if value is not None and not (_is_number(value) and 0 < value < float("inf")):
                 raise ConfigError(f"adapter.{key}", value, "a finite number above 0")
+        if self.train_layer_norms not in (None, True, False):
+            raise ConfigError("adapter.train_layer_norms", self.train_layer_norms, "must be true or false")
         if self.scale is not None and self.variant != "parallel":
             raise ConfigError("adapter.scale", self.scale, f"{self.variant} has none; it is for variant=parallel")
         if isinstance(self.target_modules, str):
