@@ -1,6 +1,7 @@
 """A run leaves a folder from which every stage can start again, and an adapter that needs no Trimtab."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -165,6 +166,23 @@ def test_the_base_can_be_scored_before_there_is_a_run(tmp_path):
     trimtab("eval", recipe, "--base")
     trimtab("train", recipe, "train.max_steps=1")
     assert (tmp_path / "run" / "base.json").is_file()
+
+
+def test_scores_of_a_base_are_not_taken_for_those_of_another(tmp_path):
+    recipe = write_recipe(tmp_path, where=None)
+    trimtab("eval", recipe, "--base")
+    trimtab("train", recipe, "train.max_steps=1", "data.max_samples=16")
+    assert not (tmp_path / "run" / "base.json").exists()
+    assert "holds a run with another data" in trimtab("eval", recipe, "--base", code=2).stderr
+    assert not (tmp_path / "run" / "base.json").exists()
+
+
+def test_a_run_that_ends_in_nan_says_so_and_keeps_its_scores(tmp_path):
+    recipe = write_recipe(tmp_path, where=None)
+    settings = ["train.max_steps=3", "train.learning_rate=1e38", "train.max_grad_norm=0"]
+    shown = trimtab("run", recipe, *settings).stdout
+    assert math.isnan(json.loads((tmp_path / "run" / "metrics.json").read_text())["metrics"]["loss"])
+    assert "NaN" in shown
 
 
 @pytest.mark.parametrize("form, file", [("padded", "adapter_model.safetensors"), ("merged", "model.safetensors")])

@@ -208,13 +208,15 @@ def evaluate(source: str, overrides: Sequence[str], base: bool, harness: str | N
              harness_args: str, as_json: bool) -> None:
     """Score a run's adapter on the labelled splits."""
     from . import run as runs
-    from .runfolder import RunFolder
+    from .runfolder import RunFolder, refuse_base_of_another
 
     if harness or tasks or harness_args:
         _hand_over(source, overrides, harness, tasks, harness_args, base, as_json)
         return
     if base:
         chosen, path = _load(source, overrides)
+        if path != Path(source):
+            refuse_base_of_another(chosen, RunFolder(path))
         with _screen(as_json) as screen:
             scored = runs.evaluate_base(runs.load(chosen, screen), RunFolder(path), screen)
         if as_json:

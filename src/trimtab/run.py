@@ -464,8 +464,8 @@ def evaluate(job: Job, trained: Trained, folder: RunFolder, screen: Screen) -> d
 def evaluate_base(job: Job, folder: RunFolder, screen: Screen) -> dict[str, Any]:
     """Scores of the model as it is, without an adapter -> base.json, to be read beside those after training."""
     metrics = score(job, job.model, folder, screen, folder.answers / "base")
-    result = {"metrics": metrics, "metric": job.task.metric, "model": job.recipe.model.name_or_path,
-              "task": job.task.name, "seed": job.recipe.seed}
+    result = {"metrics": metrics, "metric": job.task.metric, "task": job.task.name, "seed": job.recipe.seed,
+              **runfolder.what_was_scored(job.recipe)}
     folder.write(folder.base, result)
     return result
 

@@ -111,9 +111,9 @@ class RunFolder:
         return Where.from_json(self.read(self.where)) if self.where.is_file() else None
 
     def write(self, path: Path, data: dict[str, Any]) -> None:
-        """JSON, complete or not at all; under torchrun by the main process."""
+        """JSON, complete or not at all; under torchrun by the main process. A score may be NaN, as Python writes it."""
         if is_main():
-            write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n")
+            write_text(path, json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 def is_main() -> bool:
@@ -156,8 +156,26 @@ def begin(recipe: Recipe, path: Path, *, overwrite: bool = False, resume: bool =
                           "holds an unfinished run; go on with --resume, or start again with --overwrite")
     elif folder.where.is_file() and not _selects_alike(recipe, folder):
         folder.where.unlink()  # left by `trimtab select` of another recipe
+    if folder.base.is_file() and not what_was_scored(recipe).items() <= folder.read(folder.base).items():
+        folder.base.unlink()  # left by `trimtab eval --base` of another recipe
     write_text(folder.recipe, recipe.to_yaml())
     return folder
+
+
+def what_was_scored(recipe: Recipe) -> dict[str, Any]:
+    """The parts of a recipe that scores without an adapter depend on, as base.json holds them."""
+    return {"model": recipe.model.name_or_path, "data": recipe.data.model_dump(mode="json", exclude_none=True)}
+
+
+def refuse_base_of_another(recipe: Recipe, folder: RunFolder) -> None:
+    """Raise `ConfigError` where a run's folder would get the scores of another recipe's base model."""
+    if not folder.recipe.is_file():
+        return
+    saved = recipes.load(folder.recipe)
+    for part in ("model", "task", "data"):
+        if getattr(saved, part) != getattr(recipe, part):
+            raise ConfigError("output_dir", str(folder.path), f"holds a run with another {part}; name another folder, "
+                              f"or score that run's base: trimtab eval {folder.path} --base")
 
 
 def clear(folder: RunFolder) -> None:

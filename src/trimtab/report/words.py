@@ -23,11 +23,13 @@ def finite(value: Any) -> float | None:
 def number(value: float | None, digits: int = 4) -> str:
     """A measured value with a fixed number of significant digits, trailing zeros dropped.
 
-    >>> number(0.612345), number(0.5), number(1234567.0), number(None), number(2e-05)
-    ('0.6123', '0.5', '1,234,567', '–', '2e-05')
+    >>> number(0.612345), number(0.5), number(1234567.0), number(None), number(2e-05), number(float("nan"))
+    ('0.6123', '0.5', '1,234,567', '–', '2e-05', 'NaN')
     """
     if value is None:
         return NOTHING
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else f"{value}"
     if abs(value) >= 10 ** (digits - 1) or value == int(value):
         return count(value) if abs(value) < 1e15 else f"{value:.{digits}g}"
     return f"{value:.{digits}g}"
