@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,13 @@ from tasks.tiny import byte_model, byte_tokenizer, write_jsonl
 from test_run import write_recipe
 from trimtab import harness
 from trimtab.cli import cli
+from trimtab.errors import ConfigError
 
-STANDIN = "import json, os, sys\njson.dump(sys.argv[1:], open(os.environ['CALLED_WITH'], 'w'))\n"
+STANDIN = """
+import json, os, sys
+print('its own table')
+json.dump(sys.argv[1:], open(os.environ['CALLED_WITH'], 'w'))
+"""
 
 
 @pytest.fixture
@@ -84,11 +90,32 @@ def test_lmms_eval_which_knows_no_adapters_gets_the_merged_model(run, called_wit
     assert (run / "merged" / "model.safetensors").is_file()
 
 
+def test_a_merged_model_is_kept_until_the_adapter_is_a_newer_one(run, called_with):
+    call = [run, "--harness", "lmms-eval", "--tasks", "scienceqa_img"]
+    evaluate(*call)
+    made = (run / "merged" / "model.safetensors").stat().st_mtime_ns
+    evaluate(*call)
+    assert (run / "merged" / "model.safetensors").stat().st_mtime_ns == made
+    later = (run / "merged" / "tokenizer_config.json").stat().st_mtime_ns + 1_000_000_000
+    os.utime(run / "adapter" / "adapter_model.safetensors", ns=(later, later))
+    evaluate(*call)
+    assert (run / "merged" / "model.safetensors").stat().st_mtime_ns != made
+
+
+def test_with_json_nothing_else_is_on_stdout(run, called_with, capfd):
+    said = evaluate(run, "--harness", "lm-eval", "--tasks", "gsm8k", "--json")
+    assert json.loads(said)["path"] == str(run / "harness" / "lm-eval")
+    shown = capfd.readouterr()
+    assert ("its own table" in shown.out, "its own table" in shown.err) == (False, True)
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
         (["--harness", "lm_eval", "--tasks", "x"], "harness='lm_eval': one of lm-eval, lmms-eval"),
         (["--harness", "lm-eval"], "tasks=None: say what lm-eval is to run"),
+        (["--harness", "lm-eval", "--tasks", "x", "--harness-args", "--a 'b"], "cannot be split into arguments"),
+        (["--harness", "lm-eval", "--tasks", "x", "adapter={type: bottleneck}"], "has no merged form"),
         (["--tasks", "gsm8k"], "harness=None: --tasks is for one of lm-eval, lmms-eval"),
     ],
 )
@@ -112,3 +139,8 @@ def test_a_run_that_classifies_is_refused(tmp_path, called_with):
 def test_a_harness_that_fails_ends_with_its_code(run, called_with, monkeypatch):
     monkeypatch.setenv("CALLED_WITH", "/nowhere/argv.json")
     assert "ended with code 1" in evaluate(run, "--harness", "lm-eval", "--tasks", "gsm8k", code=2)
+
+
+def test_a_path_that_a_harness_would_cut_in_two_is_refused():
+    with pytest.raises(ConfigError, match="splits its settings at commas"):
+        harness.command(harness.HARNESSES["lm-eval"], "a,b", None, Path("t"), "gsm8k", Path("out"))

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 WITHOUT_LORA_FORM = ("bottleneck", "adaption_prompt")
 """Adapter types that nothing but their own layers can compute."""
+NOT_STOCK_PEFT = ("bottleneck",)
+"""Adapter types that PEFT reads only where Trimtab is imported too."""
 
 
 def method_settings(axis: str, section: Rank | None, defaults: dict[str, Any] | None = None) -> Any:

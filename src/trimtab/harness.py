@@ -64,11 +64,20 @@ def command(harness: Harness, model: str, adapter: Path | None, tokenizer: Path,
         tasks: names as the harness knows them, with commas.
         out: folder for its results.
         more: further arguments, as one would type them (``--limit 10 --num_fewshot 5``).
+    Raises:
+        ConfigError: a path that the harness would cut in two, or a quotation without an end.
     """
     settings = {"pretrained": model, "peft": adapter, "tokenizer": tokenizer if adapter else None, "dtype": dtype}
+    for key, value in settings.items():
+        if "," in str(value):
+            raise ConfigError(key, str(value), f"{harness.module} splits its settings at commas; rename the folder")
+    try:
+        further = shlex.split(more)
+    except ValueError as error:
+        raise ConfigError("harness-args", more, f"cannot be split into arguments: {error}") from None
     joined = ",".join(f"{key}={value}" for key, value in settings.items() if value is not None)
     return [sys.executable, "-m", harness.module, "--model", harness.model, "--model_args", joined,
-            "--tasks", tasks, "--output_path", str(out), *shlex.split(more)]
+            "--tasks", tasks, "--output_path", str(out), *further]
 
 
 def evaluate(recipe: Recipe, folder: RunFolder, name: str, tasks: str, more: str, screen: Screen,
@@ -76,10 +85,12 @@ def evaluate(recipe: Recipe, folder: RunFolder, name: str, tasks: str, more: str
     """Hands a run's adapter (or its base model) to a harness; its results go to ``harness/NAME`` in the run folder.
 
     Raises:
-        ConfigError: the harness is unknown or not installed, or the run's model writes no text.
+        ConfigError: the harness is unknown or not installed, the run's model writes no text, or its adapter has no
+            form that the harness reads.
         TrimtabError: the harness ended with an error.
     """
     from . import run as runs
+    from .adapting import NOT_STOCK_PEFT, WITHOUT_LORA_FORM
     from .planning import model_spec
     from .tasks import get_task
 
@@ -94,10 +105,13 @@ def evaluate(recipe: Recipe, folder: RunFolder, name: str, tasks: str, more: str
     if base:
         if not is_plain:
             raise ConfigError("base", True, "a harness opens a GGUF or quantised base in its own way; call it yourself")
-    elif is_plain and harness.takes_adapters and recipe.adapter.type != "bottleneck":
+    elif is_plain and harness.takes_adapters and recipe.adapter.type not in NOT_STOCK_PEFT:
         adapter = tokenizer = runs.trained_adapter(folder)
+    elif recipe.adapter.type in WITHOUT_LORA_FORM:
+        raise ConfigError("adapter.type", recipe.adapter.type,
+                          f"has no merged form, and {name} cannot read this one; `trimtab eval` scores it")
     else:
-        if not folder.merged.is_dir():
+        if not _is_current(folder.merged, runs.trained_adapter(folder)):
             job = runs.load(recipe, screen)
             runs.export(job, runs.load_trained(job, folder, screen).model, folder.merged, "merged", screen)
         model = str(folder.merged)
@@ -106,12 +120,19 @@ def evaluate(recipe: Recipe, folder: RunFolder, name: str, tasks: str, more: str
     return out
 
 
+def _is_current(merged: Path, adapter: Path) -> bool:
+    """Whether a merged model is complete, and not from before the training went on."""
+    last = merged / "tokenizer_config.json"  # is written last
+    changed = max(file.stat().st_mtime_ns for file in (adapter, *adapter.iterdir()))
+    return last.is_file() and last.stat().st_mtime_ns >= changed
+
+
 def run(arguments: Sequence[str]) -> None:
-    """Runs it, with its output on this screen.
+    """Runs it, with its output on this screen: on stderr, since stdout is for the result.
 
     Raises:
         TrimtabError: it ended with an error; its own words stand above.
     """
-    code = subprocess.run(list(arguments)).returncode
+    code = subprocess.run(list(arguments), stdout=2).returncode
     if code:
         raise TrimtabError(f"{shlex.join(arguments)} ended with code {code}")
