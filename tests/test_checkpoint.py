@@ -96,6 +96,12 @@ def test_a_state_of_another_format_is_refused(folder):
     assert "format 99, this version reads 1" in what_is_wrong(folder / "checkpoint-20")
 
 
+def test_a_method_s_facts_may_have_numbers_for_keys(folder):
+    tensors, facts = read_state(folder / "checkpoint-20")
+    write_state(folder / "checkpoint-20", tensors, facts | {"by_layer": {9: 0.5, 10: 0.1}})
+    assert what_is_wrong(folder / "checkpoint-20") is None
+
+
 def test_each_process_needs_its_own_random_state(folder):
     checkpoint = folder / "checkpoint-20"
     tensors, facts = read_state(checkpoint)

@@ -12,7 +12,7 @@ from test_run import trimtab
 from trimtab import latency, recipe
 
 LLAMA = {"model": {"config": tiny_config("llama").to_dict()}, "adapter": {"r": 2, "target_modules": ["q_proj"]}}
-NAMES = ["base", "merged LoRA", "unmerged LoRA", *(["bottleneck"] if "bottleneck" in recipe.ADAPTERS else [])]
+NAMES = ["base", "merged LoRA", "unmerged LoRA", "bottleneck"]
 
 
 def models_of(settings):
@@ -96,6 +96,8 @@ def test_nobody_always_goes_first():
     ("model.config.max_position_embeddings=8", ["--tokens", "9"], "at most 8"),
     ("model.quantization={load_in_4bit: true}", [], "unquantised"),
     ("adapter.target_modules=[query]", [], "query"),
+    ("seed=1", ["--device", "gpu"], "device='gpu': cannot be used here; cpu"),
+    ("seed=1", ["--device", "meta"], "device='meta': cannot be used here; cpu"),
 ])
 def test_what_cannot_be_measured_is_refused(tmp_path, override, options, message):
     (tmp_path / "r.yaml").write_text(json.dumps(LLAMA))

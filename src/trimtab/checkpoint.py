@@ -132,8 +132,9 @@ def _checksum(path: Path) -> str:
 
 
 def _checksum_of_facts(facts: dict[str, Any]) -> str:
-    rest = json.dumps({key: value for key, value in facts.items() if key != "facts"}, sort_keys=True)
-    return hashlib.sha256(rest.encode()).hexdigest()
+    rest = {key: value for key, value in facts.items() if key != "facts"}
+    text = json.dumps(json.loads(json.dumps(rest)), sort_keys=True)  # as read back: there all keys are text
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _write_atomically(path: Path, data: bytes) -> None:

@@ -25,7 +25,7 @@ from .adapting import adapter_config, choose_without_data, reads_rows
 from .errors import ConfigError, ModelError, TrimtabError
 from .planning import auto_class_of, model_spec
 from .plans import Where
-from .recipe import ADAPTERS, Adapter, Recipe
+from .recipe import Adapter, Recipe
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -102,10 +102,9 @@ def measure(recipe: Recipe, *, batches: Sequence[int] = BATCHES, tokens: int = T
         device: ``cpu``, ``cuda``, …; the accelerator if there is one.
         on_round: called after every round, `rounds` + 2 times a batch size.
     Raises:
-        ConfigError: a quantised base, or rows longer than the model can take.
+        ConfigError: a quantised base, rows longer than the model can take, or a device that is not there.
     """
-    place = torch.device(device or (torch.accelerator.current_accelerator() or "cpu"
-                                    if torch.accelerator.is_available() else "cpu"))
+    place = _device(device)
     base = make_model(recipe, place)
     _check_length(base, tokens)
     contenders: dict[str, nn.Module] = {BASE: base}
@@ -126,6 +125,19 @@ def measure(recipe: Recipe, *, batches: Sequence[int] = BATCHES, tokens: int = T
     name = recipe.model.name_or_path or base.config.model_type
     dtype = str(next(base.parameters()).dtype).removeprefix("torch.")
     return Latency(name, _device_name(place), dtype, tokens, timings, parameters, left_out)
+
+
+def _device(name: str | None) -> torch.device:
+    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name is None:
+        return there or torch.device("cpu")
+    try:
+        place = torch.device(name)
+        torch.zeros(1, device=place).item()  # the meta device holds no numbers, and so takes no time
+    except (RuntimeError, AssertionError) as error:
+        usable = "cpu" if there is None else f"cpu or {there.type}"
+        raise ConfigError("device", name, f"cannot be used here; {usable} can") from error
+    return place
 
 
 # -- the models ----------------------------------------------------------------------------------------
@@ -165,9 +177,8 @@ def _builders(recipe: Recipe, base: nn.Module) -> dict[str, Callable[[], tuple[n
     lora = own if own.type == "lora" else Adapter.model_validate({"type": "lora", "target_modules": "all-linear"})
     made = {ALWAYS[0]: lambda: _merged(recipe, lora, base),
             ALWAYS[1]: lambda: _adapted(base, _lora_config(recipe, lora, base))}
-    if "bottleneck" in ADAPTERS:
-        bottleneck = own if own.type == "bottleneck" else Adapter.model_validate({"type": "bottleneck"})
-        made["bottleneck"] = lambda: _adapted(base, _config(recipe, bottleneck, base))
+    bottleneck = own if own.type == "bottleneck" else Adapter.model_validate({"type": "bottleneck"})
+    made["bottleneck"] = lambda: _adapted(base, _config(recipe, bottleneck, base))
     made["LLaMA-Adapter"] = lambda: _adapted(base, _prompt_config(recipe, base))
     return made
 

@@ -22,7 +22,8 @@ class AdapterSwitch:
     """Switches a `PeftModel` between its adapters by name, each merged into the base: no cost in a forward pass.
 
     Memory: one copy of the adapted layers' weights, while one is merged. Heads and poolers that were saved with an
-    adapter come and go with it. Nothing trains afterwards; take a fresh model for that.
+    adapter come and go with it. From the start the model computes what its base does, until `to` merges an adapter,
+    and nothing trains afterwards; take a fresh model for that.
 
     As a context manager it leaves the base as it was::
 
