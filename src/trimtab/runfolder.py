@@ -22,7 +22,7 @@ from .recipe import Recipe
 
 # What a run makes. Only these are removed by --overwrite; a user's own files in the folder stay.
 _OURS = ("recipe.yaml", "where.json", "plan.json", "history.jsonl", "timing.jsonl", "metrics.json", "base.json",
-         "report.html", "checkpoints", "adapter", "merged", "answers", "error.log")
+         "report.html", "checkpoints", "adapter", "merged", "answers", "harness", "error.log")
 # What may differ between the recipe that began a run and the one that goes on with it.
 _FREE = ("output_dir", "export")
 

@@ -61,6 +61,12 @@ def test_fractions_written_out_agree_to_a_millionth_and_whole_numbers_exactly():
     assert not is_same("100000001", "100000000")
 
 
+@pytest.mark.parametrize("digits", [40, 5000])
+def test_a_number_that_a_model_repeated_without_end_is_wrong_and_no_accident(digits):
+    assert not is_same("1" * digits, "18") and not is_same("1" * digits + ".5", "18.5")
+    assert is_same("1" * digits, "1" * digits)
+
+
 def score(tmp_path, reply, rows=GSM, settings=None, **more):
     task = get_task({"name": "math", **(settings or {})})
     raw = task.load_data({"test": write_jsonl(tmp_path / "test.jsonl", rows)})
