@@ -34,7 +34,7 @@ def model_for(family: str, method: str, **options: Any) -> peft.PeftModel:
     if options.pop("double", False):
         base = base.double()
     torch.manual_seed(0)
-    settings = dict(r=4, lora_alpha=8, target_modules=list(fam.targets), task_type=fam.task_type)
+    settings = dict(r=4, lora_alpha=8, target_modules=fam.target_modules, task_type=fam.task_type)
     return peft.get_peft_model(base, TrimConfig(**(settings | METHODS[method] | options)))
 
 

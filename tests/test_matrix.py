@@ -52,7 +52,7 @@ def selections() -> dict[str, trimtab.Where]:
 
 def adapted(family: str, method: str, where: trimtab.Where | None) -> peft.PeftModel:
     fam = tiny.FAMILIES[family]
-    targets = fam.targets if isinstance(fam.targets, str) else list(fam.targets)
+    targets = fam.targets if isinstance(fam.targets, str) else fam.target_modules
     config, base = METHODS[method](target_modules=targets, task_type=fam.task_type), tiny.build(family)
     if where is not None:
         config = trimtab.restrict(config, where, base)

@@ -19,7 +19,7 @@ from trimtab.peft_host import TrimLayer, hosted_layers, portable_fields
 
 def adaptive(family: str = "bert", **more) -> peft.PeftModel:
     fam = tiny.FAMILIES[family]
-    options = dict(r=4, lora_alpha=8, target_modules=list(fam.targets), rank=Halving(), task_type=fam.task_type) | more
+    options = dict(r=4, lora_alpha=8, target_modules=fam.target_modules, rank=Halving(), task_type=fam.task_type) | more
     base = tiny.build(family)
     torch.manual_seed(0)
     return peft.get_peft_model(base, TrimConfig(**options)).eval()
@@ -96,7 +96,7 @@ def test_two_adapters_keep_their_own_ranks_and_configs(tmp_path):
 def test_float32_adapters_sit_on_a_bfloat16_base():
     fam = tiny.FAMILIES["llama"]
     base = tiny.build("llama").to(torch.bfloat16)
-    model = peft.get_peft_model(base, TrimConfig(r=4, target_modules=list(fam.targets), rank=Halving()))
+    model = peft.get_peft_model(base, TrimConfig(r=4, target_modules=fam.target_modules, rank=Halving()))
     out = model(**tiny.batch("llama"))
     out.loss.backward()
     assert out.logits.dtype == torch.bfloat16
@@ -224,7 +224,7 @@ def test_one_config_for_two_models_of_different_ranks_is_refused():
 
 def test_plain_lora_through_trimconfig_equals_stock_peft():
     fam = tiny.FAMILIES["bert"]
-    options = dict(r=4, lora_alpha=8, target_modules=list(fam.targets), task_type=fam.task_type)
+    options = dict(r=4, lora_alpha=8, target_modules=fam.target_modules, task_type=fam.task_type)
     outputs = []
     for cls in (TrimConfig, peft.LoraConfig):
         base = tiny.build("bert")

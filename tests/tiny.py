@@ -22,6 +22,11 @@ class Family:
     task_type: str
     blocks: int = 4
 
+    @property
+    def target_modules(self) -> list[str] | str:
+        """As a PEFT config takes them."""
+        return self.targets if isinstance(self.targets, str) else list(self.targets)
+
 
 def _classifier(cls: type, config: Any) -> nn.Module:
     config.pad_token_id, config.num_labels = 0, 2

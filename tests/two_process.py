@@ -45,7 +45,7 @@ def run(case: str, folder: Path, processes: int, resume: str | None = None, **mo
     fam = tiny.FAMILIES[family]
     base = tiny.build(family).to(dtype)
     torch.manual_seed(0)
-    options = dict(r=4, lora_alpha=8, target_modules=list(fam.targets), task_type=fam.task_type if has_head else None)
+    options = dict(r=4, lora_alpha=8, target_modules=fam.target_modules, task_type=fam.task_type if has_head else None)
     model = peft.get_peft_model(base, TrimConfig(**(options | METHODS[method]))).to(dtype)
     trim = TrimCallback(history=folder / "history.jsonl")
     settings = dict(
