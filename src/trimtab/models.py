@@ -222,7 +222,9 @@ def new_modules(model: PreTrainedModel, missing: Iterable[str], name: str = "") 
     from torch import nn
 
     missing = set(missing) & {key for key, _ in model.named_parameters(remove_duplicate=False)}
-    prefix = _backbone_prefix(model)
+    from .sites import backbone_of
+
+    prefix = backbone_of(model)[0]
     tops: dict[str, None] = {}
     lacking = []
     for key, _ in model.named_parameters(remove_duplicate=False):
@@ -450,15 +452,11 @@ def _quantization(spec: ModelSpec, task: Task) -> Any:
 # Parts of a model.
 
 
-def _backbone_prefix(model: PreTrainedModel) -> str:
-    """``"bert."`` for a model with a head on a backbone, ``""`` for a backbone itself."""
-    prefix = getattr(model, "base_model_prefix", "")
-    return f"{prefix}." if prefix and hasattr(model, prefix) else ""
-
-
 def _head(model: PreTrainedModel) -> tuple[str, ...]:
     """Top-level modules with parameters of their own outside the backbone."""
-    backbone = _backbone_prefix(model).rstrip(".")
+    from .sites import backbone_of
+
+    backbone = backbone_of(model)[0].rstrip(".")
     if not backbone:
         return ()
     shared = {id(p) for p in model.get_submodule(backbone).parameters()}

@@ -11,10 +11,10 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from . import recipe as recipes
 from . import runfolder
@@ -417,27 +417,24 @@ def export_run(job: Job, model: nn.Module, folder: RunFolder, screen: Screen) ->
 
 def keep(job: Job, model: nn.Module, target: Path, screen: Screen) -> Path:
     """The adapter in its own form, with the tokenizer beside it."""
-    if not runfolder.is_main():
-        return target
-    with screen.stage("export") as stage:
-        model.save_pretrained(str(target))  # type: ignore[operator]
-        job.tokenizer.save_pretrained(target)
-        written = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
-        stage.result = f"{job.recipe.adapter.type} · {target} ({byte_size(written)})"
-    return target
+    return _write(job, target, job.recipe.adapter.type, screen, lambda: cast(Any, model).save_pretrained(str(target)))
 
 
 def export(job: Job, model: nn.Module, target: Path, form: str, screen: Screen) -> Path:
     """The adapter in one form (peft, padded or merged), with the tokenizer beside it."""
     import trimtab
 
+    return _write(job, target, form, screen, lambda: trimtab.export(model, target, format=form))
+
+
+def _write(job: Job, target: Path, what: str, screen: Screen, save: Callable[[], object]) -> Path:
     if not runfolder.is_main():
         return target
     with screen.stage("export") as stage:
-        trimtab.export(model, target, format=form)
+        save()
         job.tokenizer.save_pretrained(target)
         written = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
-        stage.result = f"{form} · {target} ({byte_size(written)})"
+        stage.result = f"{what} · {target} ({byte_size(written)})"
     return target
 
 

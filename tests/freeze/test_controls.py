@@ -70,8 +70,8 @@ def test_items_are_kept_by_score_while_they_fit_then_the_cheapest(scores, costs,
     assert keep_by_cost(scores, costs, limit) == [bool(k) for k in kept]
 
 
-@pytest.mark.parametrize("module", ["trimtab.freeze", "trimtab.freeze.base", "trimtab.freeze.aflora", "trimtab.budget",
-                                    "trimtab.adapters.vera"])
+@pytest.mark.parametrize("module", ["trimtab.registry", "trimtab.freeze.base", "trimtab.freeze.aflora",
+                                    "trimtab.budget", "trimtab.adapters.vera"])
 def test_examples_in_docstrings_hold(module):
     result = doctest.testmod(importlib.import_module(module))
     assert result.attempted and not result.failed

@@ -1,0 +1,92 @@
+"""The methods of one axis by name: built in, announced by installed packages, or the user's own ``module:name``.
+
+`rank` and `freeze` are two of these; their methods are settings classes. (`where` methods are functions of a
+model, which `where` looks up itself.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from importlib import import_module
+from typing import Any, Generic, TypeVar, cast
+
+from .errors import ConfigError, did_you_mean
+from .lookup import announced, imported
+
+Settings = TypeVar("Settings")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method before it is loaded."""
+
+    target: str
+    """``module:SettingsClass``."""
+    summary: str
+    paper: str
+
+    def load(self) -> type[Any]:
+        return _load(self.target)
+
+
+@dataclass(frozen=True)
+class Registry(Generic[Settings]):
+    """One axis; imports nothing of a method before it is asked for."""
+
+    axis: str
+    """The recipe's section, and the end of the entry-point group ``trimtab.<axis>``."""
+    base: str
+    """``module:Class`` that settings of this axis extend."""
+    methods: Mapping[str, Method]
+    """Our own, by the name that a recipe uses."""
+
+    def available(self) -> dict[str, Method]:
+        """Built-in methods and those of installed packages, by the name a recipe uses."""
+        found = dict(self.methods)
+        for name, (target, package) in announced(f"trimtab.{self.axis}").items():
+            found.setdefault(name, Method(target, f"from {package}", ""))
+        return found
+
+    def load(self, name: str) -> type[Settings]:
+        """The settings class of a method, by its name or as ``module:SettingsClass``.
+
+        Raises:
+            ConfigError: a name nobody provides, or something that is no settings class.
+        """
+        if name in self.methods:
+            return self.methods[name].load()
+        known, key = self.available(), f"{self.axis}.method"
+        if name not in known and ":" not in str(name):
+            raise ConfigError(key, name, f"one of {', '.join(known)}, or your own 'module:SettingsClass'."
+                                         f"{did_you_mean(str(name), known)}")
+        found = imported(key, name, known[name].target if name in known else name)
+        if isinstance(found, type) and is_dataclass(found) and issubclass(found, _load(self.base)):
+            return cast("type[Settings]", found)
+        raise ConfigError(key, name, f"must be a dataclass that extends {self.base.replace(':', '.')}")
+
+    def make(self, name: str, options: Mapping[str, Any]) -> Settings:
+        """Settings from the recipe's section, less its ``method`` key.
+
+        Raises:
+            ConfigError: a setting that the method has not, one that it needs, or a value that cannot be.
+
+        >>> from trimtab import freeze
+        >>> freeze.make("at", {"at": "2ep"}).at
+        '2ep'
+        """
+        cls: Any = self.load(name)
+        allowed = {field.name: field for field in fields(cls)}
+        for key, value in options.items():
+            if key not in allowed:
+                raise ConfigError(f"{self.axis}.{key}", value,
+                                  f"{name} has {', '.join(allowed)}.{did_you_mean(key, allowed)}")
+        for key, field in allowed.items():
+            if key not in options and field.default is MISSING and field.default_factory is MISSING:
+                raise ConfigError(f"{self.axis}.{key}", None, f"needed by {name}")
+        return cls(**options)
+
+
+def _load(target: str) -> Any:
+    module, _, name = target.partition(":")
+    return getattr(import_module(module), name)
