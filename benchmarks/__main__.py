@@ -5,13 +5,9 @@ Prints every row with its target and leaves one JSON file a question in benchmar
 
 from __future__ import annotations
 
-import argparse
-
-import torch
-
-from . import freezing, memory, methods, selection, startup, steps
+from . import cola_selection, freezing, memory, methods, selection, startup, steps
 from . import salience as salience_script
-from .common import Row, save, show
+from .common import Row, parser_for, prepare, save, show
 
 
 def salience(short: bool) -> list[Row]:
@@ -29,19 +25,18 @@ QUESTIONS = {
     "methods": methods.rows,
     "memory": memory.rows,
     "selection": selection.rows,
+    "cola_selection": cola_selection.rows,
     "salience": salience,
     "startup": startup.rows,
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="whole models, more rounds")
-    parser.add_argument("--short", action="store_true", help="the default")
-    parser.add_argument("--threads", type=int, default=1, help="1: CPU time; more: wall time")
+    parser = parser_for(__doc__)
+    parser.add_argument("--full", action="store_true", help="whole models, more rounds; without it the short form")
     parser.add_argument("--only", choices=QUESTIONS, action="append", help="these questions alone")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    prepare(options)
     for question in options.only or QUESTIONS:
         answers = QUESTIONS[question](not options.full)
         save(question, answers, not options.full)

@@ -27,6 +27,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import trimtab
+from trimtab.allocator import keep_freed_memory
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 RESULTS = Path(__file__).parent / "results"
@@ -257,6 +258,7 @@ def machine() -> dict[str, Any]:
         "transformers": tf.__version__,
         "threads": torch.get_num_threads(),
         "clock": "CPU seconds" if torch.get_num_threads() == 1 else "wall seconds",
+        "freed memory": "kept" if _kept else "given back",
         "load": [round(x, 1) for x in os.getloadavg()],
     }
 
@@ -281,13 +283,31 @@ def show(question: str, rows: list[Row]) -> None:
         print(f"  {row.case:58s} {row.measured:8.3f}  {spread:13s} {target:9s} {row.verdict}{note}", flush=True)
 
 
-def main(question: str, rows: Callable[[bool], list[Row]], doc: str | None) -> None:
-    """What every script does when it is started by itself."""
+_kept = False
+
+
+def parser_for(doc: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="fewer rounds and blocks")
     parser.add_argument("--threads", type=int, default=1, help="1: CPU time; more: wall time")
-    options = parser.parse_args()
+    parser.add_argument(
+        "--give-back",
+        action="store_true",
+        help="the C library's own habit; without it freed memory is kept for every variant, as the command does",
+    )
+    return parser
+
+
+def prepare(options: argparse.Namespace) -> None:
+    global _kept
     torch.set_num_threads(options.threads)
+    _kept = not options.give_back and keep_freed_memory()
+
+
+def main(question: str, rows: Callable[[bool], list[Row]], doc: str | None) -> None:
+    """What every script does when it is started by itself."""
+    options = parser_for(doc).parse_args()
+    prepare(options)
     answers = rows(options.short)
     save(question, answers, options.short)
     show(question, answers)

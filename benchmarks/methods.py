@@ -11,7 +11,7 @@ import peft
 
 import trimtab
 
-from .common import MINILM, Row, adapted, lora, main, timed, training_step
+from .common import MINILM, Row, adapted, lora, main, ratio, timed, training_step
 
 R = 12
 
@@ -30,40 +30,39 @@ def methods(total: int) -> dict[str, dict]:
 
 
 def rows(short: bool) -> list[Row]:
-    shape, total, out = MINILM.cut(1), 20 if short else 40, []
-    for name, settings in methods(total).items():
-        model = adapted(shape, lora(True, R, **settings))
-        step = training_step(model, shape, total)
-        control = step.control  # type: ignore[attr-defined]
-        baselines = {r: training_step(adapted(shape, lora(True, r)), shape) for r in (8, R)}
-        for baseline in baselines.values():
-            baseline()
-        rival = peft_adalora(shape, total) if name == "AdaLoRA" else None
-        own = lora_seconds = rival_seconds = 0.0
-        for _ in range(total):
-            current = control.ranks()
-            mean = sum(current.values()) / max(1, len(current))
-            high = min(1.0, max(0.0, (mean - 8) / (R - 8)))
-            own += timed(step)
-            seconds = {r: timed(baseline) for r, baseline in baselines.items()}
-            lora_seconds += high * seconds[R] + (1 - high) * seconds[8]
-            rival_seconds += timed(rival) if rival else 0.0
-        out.append(
-            Row(
-                f"MiniLM, 1 block: {name} / our LoRA at the same rank", own / lora_seconds, 1.05, None, f"{total} steps"
-            )
-        )
-        if rival:
-            out.append(
-                Row(
-                    "MiniLM, 1 block: our AdaLoRA / PEFT AdaLoRA",
-                    own / rival_seconds,
-                    0.85,
-                    None,
-                    f"r {R} to 8, {total} steps",
-                )
-            )
+    total, schedules, out = 20 if short else 40, 3 if short else 7, []
+    for name in methods(total):
+        seconds = [one_schedule(name, total) for _ in range(schedules)]
+        times = {who: [run[who] for run in seconds] for who in seconds[0]}
+        note = f"{schedules} schedules of {total} steps"
+        case = f"MiniLM, 1 block: {name} / our LoRA at the same rank"
+        out.append(ratio(times, "own", "LoRA", 1.05, case, note))
+        if "PEFT" in times:
+            case = "MiniLM, 1 block: our AdaLoRA / PEFT AdaLoRA"
+            out.append(ratio(times, "own", "PEFT", 0.85, case, f"r {R} to 8, {note}"))
     return out
+
+
+def one_schedule(name: str, total: int) -> dict[str, float]:
+    """Seconds of a whole schedule, its steps alternating with those of what it is compared with."""
+    shape = MINILM.cut(1)
+    step = training_step(adapted(shape, lora(True, R, **methods(total)[name])), shape, total)
+    control = step.control  # type: ignore[attr-defined]
+    baselines = {r: training_step(adapted(shape, lora(True, r)), shape) for r in (8, R)}
+    for baseline in baselines.values():
+        baseline()
+    rival = peft_adalora(shape, total) if name == "AdaLoRA" else None
+    spent = {"own": 0.0, "LoRA": 0.0, **({"PEFT": 0.0} if rival else {})}
+    for _ in range(total):
+        current = control.ranks()
+        mean = sum(current.values()) / max(1, len(current))
+        high = min(1.0, max(0.0, (mean - 8) / (R - 8)))
+        spent["own"] += timed(step)
+        seconds = {r: timed(baseline) for r, baseline in baselines.items()}
+        spent["LoRA"] += high * seconds[R] + (1 - high) * seconds[8]
+        if rival:
+            spent["PEFT"] += timed(rival)
+    return spent
 
 
 def peft_adalora(shape, total: int):

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from . import __version__
+from .allocator import keep_freed_memory
 from .errors import ConfigError, TrimtabError, did_you_mean
 
 if TYPE_CHECKING:
@@ -460,6 +461,7 @@ def _print_json(data: dict[str, Any] | Iterable[Any]) -> None:
 
 def main() -> NoReturn:
     """Entry point of the `trimtab` command."""
+    keep_freed_memory()
     cli(prog_name="trimtab")
     raise AssertionError("click exits by itself")
 

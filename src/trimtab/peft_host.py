@@ -289,8 +289,8 @@ class TrimLayer(_Mixed):
 
     def diagonals(self, adapter_name: str) -> tuple[nn.Parameter | None, nn.Parameter | None]:
         """The parameters ``(e, b)`` of shapes (r,) and (out,); None where there is none."""
-        e = self.lora_e.get(adapter_name, None)
-        return e, (self.lora_b.get(adapter_name, None))
+        modules: Any = self._modules
+        return modules["lora_e"]._parameters.get(adapter_name), modules["lora_b"]._parameters.get(adapter_name)
 
     def rank_diagonal(self, adapter_name: str) -> nn.Parameter:
         """``e`` of shape (r,), where there must be one."""
@@ -392,12 +392,12 @@ class TrimLayer(_Mixed):
         return delta.T if getattr(self, "fan_in_fan_out", False) else delta
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        names = [n for n in self.active_adapters if n in self.lora_A]
-        mixed = kwargs.get("adapter_names") is not None
-        if len(names) == 1 and not args and not any(v is not None for v in kwargs.values()):
-            result = self._fused(names[0], x)
+        if not args and (not kwargs or all(v is None for v in kwargs.values())):
+            result = self._fused(x)
             if result is not None:
                 return result
+        names = [n for n in self.active_adapters if n in self.lora_A]
+        mixed = kwargs.get("adapter_names") is not None
         if mixed or self.disable_adapters or self.merged or not any(self.is_adaptive(n) for n in names):
             return super().forward(x, *args, **kwargs)
         result = self.base_layer(x, *args, **kwargs)
@@ -406,19 +406,27 @@ class TrimLayer(_Mixed):
             result = result + self._delta(name, x)
         return result.to(dtype)
 
-    def _fused(self, name: str, x: Tensor) -> Tensor | None:
+    def _fused(self, x: Tensor) -> Tensor | None:
         """Base and adapter in one function, plain LoRA included; None where the plain formula has to do it."""
-        base, dropout = self.base_layer, self.lora_dropout[name]
-        if self.disable_adapters or self.merged or name in self.lora_variant:
+        if self._disable_adapters or self.merged_adapters:
             return None
-        if type(dropout) not in (nn.Identity, nn.Dropout) or not fused.can_fuse(
-            x, base, self.lora_A[name], self.lora_B[name]
-        ):
+        # Straight from the dictionaries: on small inputs nn.Module's attribute look-up costs as much as the products.
+        modules: Any = self._modules
+        downs, active = modules["lora_A"]._modules, self._active_adapter
+        present = [active] if isinstance(active, str) else [n for n in active if n in downs]
+        if len(present) != 1:
             return None
-        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        A, B = self.factors(name)
-        e, b = self.diagonals(name)
-        return fused.lowrank_linear(x, *_weights(base), A, B, self.scaling[name], e, b, p)
+        name = present[0]
+        base, down, up = modules["base_layer"], downs.get(name), modules["lora_B"]._modules.get(name)
+        if down is None or name in self.lora_variant or not fused.can_fuse(x, base, down, up):
+            return None
+        dropout, p = modules["lora_dropout"]._modules[name], 0.0
+        if type(dropout) is nn.Dropout:
+            p = dropout.p if dropout.training else 0.0
+        elif type(dropout) is not nn.Identity:
+            return None
+        (weight, bias), (A, _), (B, _) = _weights(base), _weights(down), _weights(up)
+        return fused.lowrank_linear(x, weight, bias, A, B, self.scaling[name], *self.diagonals(name), p)
 
     def _delta(self, name: str, x: Tensor) -> Tensor:
         A, B = self.factors(name)
@@ -493,7 +501,8 @@ def set_data(parameter: nn.Parameter, data: Tensor) -> None:
 
 
 def _weights(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
-    return cast(Tensor, linear.weight), cast("Tensor | None", linear.bias)
+    own: Any = linear._parameters
+    return own["weight"], own["bias"]
 
 
 class TrimLinear(TrimLayer, PeftLinear):

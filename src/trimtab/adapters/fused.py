@@ -4,25 +4,27 @@
 
 The plain formula (`lowrank.lowrank_delta`) is the definition; this is the same function at less cost:
 
-- M = s · b ⊙ B ⊙ e, shape (out, r), is made once, so that no tensor of n rows is ever scaled.
+- M = b ⊙ B ⊙ e, shape (out, r), is B itself without diagonals; s goes into the products as their factor, so
+  that no tensor is ever scaled.
 - The low-rank product is added into the base product's output, and its gradient into the base gradient.
-- Gradients are made only for what requires them. With G = hᵀg (r, out), h = x Aᵀ:
-  ∂B = s · b ⊙ Gᵀ ⊙ e,  ∂b = s · rowsum(B ⊙ Gᵀ ⊙ e),  ∂e = s · colsum(b ⊙ B ⊙ Gᵀ). No (n, out) temporary.
+- Gradients are made only for what requires them. With G = s · hᵀg (r, out), h = x Aᵀ:
+  ∂B = b ⊙ Gᵀ ⊙ e,  ∂b = rowsum(B ⊙ Gᵀ ⊙ e),  ∂e = colsum(b ⊙ B ⊙ Gᵀ). No (n, out) temporary.
 - Tall thin matrices are kept as (r, n), not (n, r): BLAS is two to six times faster on those.
+- h is made in the forward pass, where x is still in the processor's cache, and kept: r / in of x's size.
 - What is contracted first follows from the shapes (see `Route`). With many tokens and a small weight,
   W + M A costs less than two thin products. With a large rank, gᵀx costs less than four of them.
-- Kept for the backward pass: x where A trains, else h; with dropout two random bytes per input element.
+- Kept for the backward pass: h, and x where A trains; with dropout two random bytes per input element.
 - On a CPU without bf16 (f16) arithmetic, products of such tensors are made in f32: BLAS is an order of
   magnitude faster there, the result is rounded once, and f32 factors on a bf16 base stay as they are.
 """
 
 from __future__ import annotations
 
-import contextlib
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -99,14 +101,16 @@ def lowrank_linear(
     Gradients are exact, and can be taken once: a second derivative raises.
     """
     device = x.device.type
-    under_autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(device) if under_autocast else x.dtype
-    bits = draw_bits(x.numel(), x.device) if dropout > 0 else None
-    if bits is not None:
+    call = _LowRankLinear.apply if torch.is_grad_enabled() else _without_gradient
+    bits = None
+    if dropout > 0:
+        bits = draw_bits(x.numel(), x.device)
         scale = scale / (1 - drop_rate(dropout))
-    with torch.autocast(device, enabled=False) if under_autocast else contextlib.nullcontext():
-        call = _LowRankLinear.apply if torch.is_grad_enabled() else _without_gradient
-        return call(x, weight, bias, A, B, e, b, scale, bits, dropout, dtype)
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            return call(x, weight, bias, A, B, e, b, scale, bits, dropout, dtype)
+    return call(x, weight, bias, A, B, e, b, scale, bits, dropout, x.dtype)
 
 
 def _without_gradient(*args: Any) -> Tensor:
@@ -126,21 +130,29 @@ def _product_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
     return dtype if is_native else torch.float32
 
 
-def _up(B: Tensor, e: Tensor | None, b: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor:
-    """Mᵀ (r, out): what takes h to the output, diagonals and scale folded in; always a new tensor."""
-    M = torch.empty(B.shape[::-1], dtype=dtype, device=B.device).copy_(B.t())
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``; the call itself costs as much as a small product, so it is made only if it must."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
+def _up(B: Tensor, e: Tensor | None, b: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """M = b ⊙ B ⊙ e, shape (out, r), in ``dtype``; B itself without diagonals."""
+    M = _as(B, dtype)
     if e is not None:
-        M.mul_((e.to(dtype) * scale).unsqueeze(1))
-    elif scale != 1:
-        M.mul_(scale)
-    return M if b is None else M.mul_(b.to(dtype))
+        M = M * _as(e, dtype)
+    return M if b is None else M * _as(b, dtype).unsqueeze(1)
 
 
-def _merge(weight: Tensor, M: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
-    """W + M A, shape (out, in), in ``dtype``."""
-    if weight.dtype == dtype:
-        return torch.addmm(weight, M.t(), A)
-    return weight.to(dtype).addmm_(M.t(), A)
+def _merge(weight: Tensor, M: Tensor, a: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """W + s M A, shape (out, in), in ``dtype``."""
+    if weight.dtype is dtype:
+        return torch.addmm(weight, M, a, alpha=scale)
+    return weight.to(dtype).addmm_(M, a, alpha=scale)
+
+
+def _scaled_product(left: Tensor, right: Tensor, scale: float, like: Tensor) -> Tensor:
+    """s · left @ right in one call; ``like`` only has the result's shape: with beta 0 it is not read."""
+    return torch.addmm(like, left, right, beta=0, alpha=scale)
 
 
 # Elements of the input that are masked at a time: they stay in the processor's cache between the mask, the
@@ -160,11 +172,13 @@ def _down_dropped(rows: Tensor, bits: Tensor, p: float, a: Tensor) -> Tensor:
     return h
 
 
-def _through_mask(gh: Tensor, a: Tensor, rows: Tensor | None, bits: Tensor, p: float, grad_x: Tensor | None) -> Any:
+def _through_mask(
+    gh: Tensor, a: Tensor, scale: float, rows: Tensor | None, bits: Tensor, p: float, grad_x: Tensor | None
+) -> Any:
     """The gradient of A, or None without ``rows``; the adapter's share of ``grad_x`` is added into it.
 
     Args:
-        gh: gradient of h, shape (r, n).
+        gh: gradient of h but for the factor ``scale``, shape (r, n).
         a: A, shape (r, in).
         rows: x, shape (n, in), where A trains.
         grad_x: the base's gradient of x, shape (n, in), where x wants one.
@@ -176,9 +190,9 @@ def _through_mask(gh: Tensor, a: Tensor, rows: Tensor | None, bits: Tensor, p: f
         part = slice(start, min(start + size, n))
         kept = keep_mask(bits[start * n_in : part.stop * n_in], p, a.dtype).view(-1, n_in)
         if grad_x is not None:
-            grad_x[part].addcmul_(gh[:, part].t() @ a, kept)
+            grad_x[part].addcmul_(gh[:, part].t() @ a, kept, value=scale)
         if grad_a is not None and rows is not None:
-            grad_a.addmm_(gh[:, part], kept.mul_(rows[part]))
+            grad_a.addmm_(gh[:, part], kept.mul_(rows[part]), alpha=scale)
     return grad_a
 
 
@@ -199,126 +213,137 @@ class _LowRankLinear(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         wide = _product_dtype(dtype, x.device.type)
-        needs = ctx.needs_input_grad if ctx is not None else (False,) * 7
-        need_x, need_a, need_g = needs[0], needs[3], needs[4] or needs[5] or needs[6]
-        rows = x.reshape(-1, x.shape[-1]).to(wide)  # (n, in)
-        a = A.to(wide)
-        M = _up(B, e, b, scale, wide)  # (r, out)
+        need_x = need_a = need_g = False
+        if ctx is not None:
+            need_x, _, _, need_a, need_b_factor, need_e, need_b, *_ = ctx.needs_input_grad
+            need_g = need_b_factor or need_e or need_b
+        n_out, n_in = weight.shape
+        shape = x.shape
+        rows = _as(x.reshape(-1, n_in), wide)  # (n, in)
+        a = _as(A, wide)
+        M = _up(B, e, b, wide)
         way = route(
             rows.shape[0],
-            weight.shape[1],
-            weight.shape[0],
-            A.shape[0],
+            n_in,
+            n_out,
+            a.shape[0],
             (need_x, need_a, need_g),
             bits is None and wide in (torch.float32, torch.float64),
-            weight.dtype != wide,
+            weight.dtype is not wide,
         )
-        keeps_x = need_a or (need_g and way.dense)
+        product = _merge(weight, M, a, scale, wide) if way.merged else _as(weight, wide)
+        y = F.linear(rows, product, None if bias is None else _as(bias, wide))  # (n, out)
         h = None
-        if not way.merged or (need_g and not keeps_x):
-            h = a @ rows.t() if bits is None else _down_dropped(rows, bits, dropout, a)  # (r, n)
-        product = _merge(weight, M, a, wide) if way.merged else weight.to(wide)
-        y = rows @ product.t() if bias is None else torch.addmm(bias.to(wide), rows, product.t())  # (n, out)
-        if not way.merged:
-            assert h is not None
-            y.addmm_(h.t(), M)
+        keeps_h = need_g and not way.dense
+        if keeps_h or not way.merged:
+            h = F.linear(a, rows) if bits is None else _down_dropped(rows, bits, dropout, a)  # (r, n)
+            if not way.merged:
+                y.addmm_(h.t(), M.t(), alpha=scale)
         if ctx is not None:
-            keeps_h = need_g and not way.dense and h is not None
+            keeps_x = need_a or (need_g and way.dense)
             keeps_bits = bits if need_x or keeps_x else None
             ctx.save_for_backward(x if keeps_x else None, h if keeps_h else None, keeps_bits, weight, A, B, e, b)
-            ctx.settings = scale, dropout, wide, way, x.shape, x.dtype
-            ctx.bias_dtype = None if bias is None else bias.dtype
-        return y.to(dtype).view(*x.shape[:-1], weight.shape[0])
+            ctx.settings = scale, dropout, wide, way, shape, x.dtype, None if bias is None else bias.dtype
+        return _as(y, dtype).view(*shape[:-1], n_out)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        # The engine records the backward pass only where a second derivative might follow.
+        gradients = _gradients_once if torch.is_grad_enabled() else _gradients
         device = grad.device.type
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext():
-            return _gradients(ctx, grad)
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return gradients(ctx, grad)
+        return gradients(ctx, grad)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, h, bits, weight, A, B, e, b = ctx.saved_tensors
-    # What is not needed stays None; the route and ctx.needs_input_grad say what is.
-    inputs: Any
-    dense: Any
-    M: Any
-    gh: Any
-    scale, dropout, wide, way, shape, x_dtype = ctx.settings
+    scale, dropout, wide, way, shape, x_dtype, bias_dtype = ctx.settings
     need_x, _, need_bias, need_a, need_b_factor, need_e, need_b = ctx.needs_input_grad[:7]
     need_g = need_b_factor or need_e or need_b
-    g = grad.reshape(-1, weight.shape[0]).to(wide)  # (n, out)
-    a = A.to(wide)
-    inputs = None if x is None else x.reshape(-1, x.shape[-1]).to(wide)
-    if way.dense and bits is not None:
-        inputs = inputs * keep_mask(bits, dropout, wide).view_as(inputs)
-    dense = g.t() @ inputs if way.dense else None  # (out, in)
-
+    n_out, n_in = weight.shape
+    # What is not needed stays None; the route and ctx.needs_input_grad say what is.
+    inputs: Any = None if x is None else _as(x.reshape(-1, n_in), wide)  # (n, in)
     grad_x: Any = None
     grad_a: Any = None
+    gh: Any = None
+    dense: Any = None
     grad_b_factor = grad_e = grad_b = None
+
+    g = _as(grad.reshape(-1, n_out), wide)  # (n, out)
+    a = _as(A, wide)
+    if way.dense:
+        if bits is not None:
+            inputs = inputs * keep_mask(bits, dropout, wide).view_as(inputs)
+        dense = g.t() @ inputs  # (out, in)
+
     needs_gh = (need_x and not way.merged) or (need_a and not way.dense)
     # With e alone to train, its gradient is at hand in gh, before e goes onto it.
-    e_from_gh = need_e and needs_gh and not need_b_factor and not need_b
-    M = _up(B, None if e_from_gh else e, b, scale, wide) if need_x or need_a else None
-    gh = M @ g.t() if needs_gh else None  # (r, n)
-    if need_g and h is None and dense is None:  # only without dropout: with it, h was made in the forward pass
-        h = a @ inputs.t()  # (r, n)
+    e_from_gh = need_e and needs_gh and not need_b_factor and not need_b and h is not None
+    M: Any = _up(B, None if e_from_gh else e, b, wide) if need_x or need_a else None  # (out, r)
+    if needs_gh:
+        gh = F.linear(M.t(), g)  # (r, n), still without the scale
     if e_from_gh:
-        if h is None:
-            h = a @ inputs.t()
-        grad_e = (h * gh).sum(1).to(e.dtype)
-        gh = gh * e.to(wide).unsqueeze(1)
-        M = M * e.to(wide).unsqueeze(1)
+        grad_e = _as((h * gh).sum(1).mul_(scale), e.dtype)
+        wide_e = _as(e, wide)
+        gh = gh * wide_e.unsqueeze(1)
+        M = M * wide_e
     elif need_g:
-        G = h @ g if dense is None else a @ dense.t()  # (r, out)
-        up = B.to(wide).t()  # (r, out)
-        e_scaled = None if e is None else (e.to(wide) * scale).unsqueeze(1)
+        up = _as(B, wide).t()  # (r, out)
+        G = _scaled_product(h, g, scale, up) if dense is None else _scaled_product(a, dense.t(), scale, up)  # (r, out)
+        column_e = None if e is None else _as(e, wide).unsqueeze(1)  # (r, 1)
         if need_e or need_b:
             overlap = up * G
             if need_e:
-                grad_e = (overlap.sum(1) if b is None else overlap @ b.to(wide)).mul_(scale).to(e.dtype)
+                grad_e = _as(overlap.sum(1) if b is None else overlap @ _as(b, wide), e.dtype)
             if need_b:
-                grad_b = (overlap.sum(0).mul_(scale) if e is None else (overlap * e_scaled).sum(0)).to(b.dtype)
+                grad_b = _as(overlap.sum(0) if column_e is None else (overlap * column_e).sum(0), b.dtype)
         if need_b_factor:
-            G = G * (scale if e_scaled is None else e_scaled)
-            grad_b_factor = torch.empty_like(B).copy_((G if b is None else G.mul_(b.to(wide))).t())
+            G = G if column_e is None else G * column_e
+            grad_b_factor = _as(G if b is None else G * _as(b, wide), B.dtype).t()
     if need_x:
-        grad_x = g @ (_merge(weight, M, a, wide) if way.merged else weight.to(wide))  # (n, in)
+        grad_x = g @ (_merge(weight, M, a, scale, wide) if way.merged else _as(weight, wide))  # (n, in)
         if bits is None and not way.merged:
-            grad_x.addmm_(gh.t(), a)
-    if way.dense and need_a:
-        grad_a = M @ dense  # (r, in)
-    elif bits is None and need_a:
-        grad_a = gh @ inputs
+            grad_x.addmm_(gh.t(), a, alpha=scale)
+    if need_a and way.dense:
+        grad_a = _scaled_product(M.t(), dense, scale, a)  # (r, in)
+    elif need_a and bits is None:
+        grad_a = _scaled_product(gh, inputs, scale, a)
     if bits is not None and needs_gh:
         thin = inputs if need_a and not way.dense else None
-        through = _through_mask(gh, a, thin, bits, dropout, grad_x)
+        through = _through_mask(gh, a, scale, thin, bits, dropout, grad_x)
         grad_a = grad_a if thin is None else through
     if need_x:
-        grad_x = grad_x.to(x_dtype).view(shape)
+        grad_x = _as(grad_x, x_dtype).view(shape)
     if need_a:
-        grad_a = grad_a.to(A.dtype)
-    grad_bias = g.sum(0).to(ctx.bias_dtype) if need_bias else None
+        grad_a = _as(grad_a, A.dtype)
+    grad_bias = g.sum(0).to(bias_dtype) if need_bias else None
     return grad_x, None, grad_bias, grad_a, grad_b_factor, grad_e, grad_b, None, None, None, None
+
+
+_gradients_once = once_differentiable(_gradients)
 
 
 # -- where it applies ---------------------------------------------------------------------------------
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = (nn.Parameter, Tensor)
 
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Exactly an `nn.Linear` that nothing has been hung on: no hooks, no patched forward, no offloading,
-    no quantised, sharded or meta weight."""
-    if type(module) is not nn.Linear or "forward" in module.__dict__:
-        return False
-    if any(getattr(module, hooks) for hooks in _HOOKS):
-        return False
-    weight = module.weight
-    return type(weight) in _PLAIN and weight.device.type != "meta" and weight.is_floating_point()
+    no quantised or sharded weight."""
+    # Asked three times a layer and step, so straight from the module's dictionaries.
+    own: Any = module.__dict__
+    return (
+        type(module) is nn.Linear
+        and not own["_forward_hooks"]
+        and not own["_forward_pre_hooks"]
+        and not own["_backward_hooks"]
+        and not own["_backward_pre_hooks"]
+        and "forward" not in own
+        and type(own["_parameters"].get("weight")) in _PLAIN
+    )
 
 
 def can_fuse(x: Tensor, base: nn.Module, down: nn.Module, up: nn.Module) -> bool:
@@ -327,19 +352,23 @@ def can_fuse(x: Tensor, base: nn.Module, down: nn.Module, up: nn.Module) -> bool
     A trainable base weight, a bias in the adapter, tracing (`torch.compile`, `torch.func`) and anything
     that is not a plain tensor on one device take the plain formula.
     """
-    if not (is_plain_linear(base) and is_plain_linear(down) and is_plain_linear(up)):
+    if not (is_plain_linear(base) and is_plain_linear(down) and is_plain_linear(up)) or type(x) not in _PLAIN:
         return False
-    weight, A, B = base.weight, down.weight, up.weight
-    assert isinstance(weight, Tensor) and isinstance(A, Tensor) and isinstance(B, Tensor)
-    if type(x) not in _PLAIN or not x.device == weight.device == A.device == B.device:
+    weight: Any = base._parameters["weight"]
+    A: Any = down._parameters["weight"]
+    B: Any = up._parameters["weight"]
+    dtype, device = x.dtype, x.device
+    if not (dtype.is_floating_point and weight.dtype.is_floating_point and device.type != "meta"):
         return False
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if dtype is not weight.dtype and not torch.is_autocast_enabled(device.type):
         return False
     return not (
         weight.requires_grad
-        or not x.is_floating_point()
-        or down.bias is not None
-        or up.bias is not None
+        or device != weight.device
+        or device != A.device
+        or device != B.device
+        or down._parameters["bias"] is not None
+        or up._parameters["bias"] is not None
         or A.shape[0] == 0
         or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
