@@ -30,7 +30,7 @@ def methods(total: int) -> dict[str, dict]:
 
 
 def rows(short: bool) -> list[Row]:
-    total, schedules, out = 20 if short else 40, 3 if short else 7, []
+    total, schedules, out = 20 if short else 40, 3 if short else 5, []
     for name in methods(total):
         seconds = [one_schedule(name, total) for _ in range(schedules)]
         times = {who: [run[who] for run in seconds] for who in seconds[0]}

@@ -129,6 +129,41 @@ def test_what_is_frozen_gets_no_gradient_and_costs_no_product(monkeypatch):
     assert backward_flops(x=False, A=True, B=True, e=False, b=False) == 2 * thin_out + thin_in
 
 
+VIEWS = {"t", "transpose", "view", "_unsafe_view", "detach", "as_strided", "expand", "unsqueeze", "slice", "alias"}
+
+
+class Kernels(TorchDispatchMode):
+    """Names of the operations that compute something; a view does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name not in VIEWS:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tokens", [4, 2048], ids=["few tokens", "many tokens"])
+def test_a_layer_launches_fewer_kernels_than_stock_peft(tokens):
+    """On an accelerator with small batches a step takes as long as it has kernels."""
+
+    def launched(kind: type[peft.LoraConfig]) -> tuple[list[str], list[str]]:
+        model = peft.get_peft_model(nn.Sequential(nn.Linear(64, 64)), kind(r=8, target_modules=["0"]))
+        x = torch.randn(2, tokens // 2, 64, requires_grad=True)
+        with Kernels() as forward:
+            out = model(x)
+        grad = torch.ones_like(out)
+        with Kernels() as backward:
+            out.backward(grad)
+        return forward.names, backward.names
+
+    ours, theirs = launched(trimtab.TrimConfig), launched(peft.LoraConfig)
+    assert len(ours[0]) < len(theirs[0]) and len(ours[1]) <= len(theirs[1]), (ours, theirs)
+
+
 def test_the_input_is_kept_only_where_the_down_projection_trains(monkeypatch):
     force(monkeypatch, Route(merged=False, dense=False))
 
