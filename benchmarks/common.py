@@ -264,6 +264,8 @@ def machine() -> dict[str, Any]:
 
 
 def save(question: str, rows: list[Row], short: bool) -> None:
+    if not rows:  # what it needs is not here; an earlier answer stays
+        return
     RESULTS.mkdir(exist_ok=True)
     record = {
         "question": question,
@@ -275,7 +277,7 @@ def save(question: str, rows: list[Row], short: bool) -> None:
 
 
 def show(question: str, rows: list[Row]) -> None:
-    print(f"\n{question}")
+    print(f"\n{question}" + ("" if rows else ": not measured, what it needs is not here (see the script's docstring)"))
     for row in rows:
         spread = f"{row.spread[0]:.3f}-{row.spread[1]:.3f}" if row.spread else ""
         target = f"<= {row.target:g}" if row.target is not None else ""
