@@ -5,22 +5,25 @@ Prints every row with its target and leaves one JSON file a question in benchmar
 
 from __future__ import annotations
 
-from . import cola_selection, freezing, memory, methods, selection, startup, steps
+from . import cola_selection, freed_memory, freezing, memory, methods, products, selection, startup, steps
 from . import salience as salience_script
-from .common import Row, parser_for, prepare, save, show
+from .common import Row, parser_for, prepared, save, show
 
 
 def salience(short: bool) -> list[Row]:
-    """Salience of all singular values; the row is in seconds."""
+    """Salience of all singular values, on two threads; rows in seconds and GiB."""
     out = []
     for row in salience_script.rows(full=not short):
         target = row.get("target_seconds")
         out.append(Row(f"salience of {row['values']} values, seconds", row["seconds"], target, tuple(row["spread"])))
+        out.append(Row(f"salience of {row['values']} values, peak GiB", row["peak_gib"], row.get("target_peak_gib")))
     return out
 
 
 QUESTIONS = {
     "steps": steps.rows,
+    "products": products.rows,
+    "freed_memory": freed_memory.rows,
     "freezing": freezing.rows,
     "methods": methods.rows,
     "memory": memory.rows,
@@ -35,11 +38,10 @@ def main() -> None:
     parser = parser_for(__doc__)
     parser.add_argument("--full", action="store_true", help="whole models, more rounds; without it the short form")
     parser.add_argument("--only", choices=QUESTIONS, action="append", help="these questions alone")
-    options = parser.parse_args()
-    prepare(options)
+    options = prepared(parser)
     for question in options.only or QUESTIONS:
         answers = QUESTIONS[question](not options.full)
-        save(question, answers, not options.full)
+        save(question, answers, options, not options.full)
         show(question, answers)
 
 

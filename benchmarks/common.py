@@ -258,19 +258,23 @@ def machine() -> dict[str, Any]:
         "transformers": tf.__version__,
         "threads": torch.get_num_threads(),
         "clock": "CPU seconds" if torch.get_num_threads() == 1 else "wall seconds",
-        "freed memory": "kept" if _kept else "given back",
         "load": [round(x, 1) for x in os.getloadavg()],
     }
 
 
-def save(question: str, rows: list[Row], short: bool) -> None:
+def save(question: str, rows: list[Row], options: argparse.Namespace, short: bool) -> None:
+    """One JSON file a question and way of measuring, so that a side measurement does not replace the main one."""
     if not rows:  # what it needs is not here; an earlier answer stays
         return
     RESULTS.mkdir(exist_ok=True)
+    if options.threads != 1:
+        question += f"_{options.threads}_threads"
+    if options.give_back:
+        question += "_give_back"
     record = {
         "question": question,
         "short": short,
-        "machine": machine(),
+        "machine": {**machine(), "freed memory": "kept" if options.kept else "given back"},
         "rows": [{**asdict(row), "verdict": row.verdict} for row in rows],
     }
     (RESULTS / f"{question}.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -285,12 +289,8 @@ def show(question: str, rows: list[Row]) -> None:
         print(f"  {row.case:58s} {row.measured:8.3f}  {spread:13s} {target:9s} {row.verdict}{note}", flush=True)
 
 
-_kept = False
-
-
 def parser_for(doc: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="fewer rounds and blocks")
     parser.add_argument("--threads", type=int, default=1, help="1: CPU time; more: wall time")
     parser.add_argument(
         "--give-back",
@@ -300,16 +300,19 @@ def parser_for(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def prepare(options: argparse.Namespace) -> None:
-    global _kept
+def prepared(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options, in force; ``kept`` says whether freed memory is kept."""
+    options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    _kept = not options.give_back and keep_freed_memory()
+    options.kept = not options.give_back and keep_freed_memory()
+    return options
 
 
 def main(question: str, rows: Callable[[bool], list[Row]], doc: str | None) -> None:
     """What every script does when it is started by itself."""
-    options = parser_for(doc).parse_args()
-    prepare(options)
+    parser = parser_for(doc)
+    parser.add_argument("--short", action="store_true", help="fewer rounds and blocks")
+    options = prepared(parser)
     answers = rows(options.short)
-    save(question, answers, options.short)
+    save(question, answers, options, options.short)
     show(question, answers)

@@ -2,8 +2,9 @@
 
 What we lean on, so that a new PEFT can be checked against it (see tests/test_peft_host.py):
 `LoraConfig._register_custom_module` (documented, experimental), `lora.Linear` with `update_layer`,
-`get_delta_weight`, `_mixed_batch_forward`, `adapter_layer_names`, `frozen_peft_weight_names`, and the
-rule that a parameter whose path holds ``lora_`` belongs to the adapter.
+`get_delta_weight`, `_mixed_batch_forward`, `adapter_layer_names`, `frozen_peft_weight_names`,
+`_active_adapter`, `_disable_adapters`, `merged_adapters`, `lora_variant`, and the rule that a parameter
+whose path holds ``lora_`` belongs to the adapter.
 
 The state dict of a hosted layer *is* a LoRA: a post hook folds the diagonals into A and B, a pre hook
 accepts such tensors back. PEFT's save, Trainer's checkpoints and load-best therefore need no special case.
@@ -289,7 +290,7 @@ class TrimLayer(_Mixed):
 
     def diagonals(self, adapter_name: str) -> tuple[nn.Parameter | None, nn.Parameter | None]:
         """The parameters ``(e, b)`` of shapes (r,) and (out,); None where there is none."""
-        modules: Any = self._modules
+        modules: Any = self._modules  # asked at every step; see `_fused`
         return modules["lora_e"]._parameters.get(adapter_name), modules["lora_b"]._parameters.get(adapter_name)
 
     def rank_diagonal(self, adapter_name: str) -> nn.Parameter:
