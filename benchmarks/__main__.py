@@ -14,9 +14,10 @@ def salience(short: bool) -> list[Row]:
     """Salience of all singular values, on two threads; rows in seconds and GiB."""
     out = []
     for row in salience_script.rows(full=not short):
-        target = row.get("target_seconds")
-        out.append(Row(f"salience of {row['values']} values, seconds", row["seconds"], target, tuple(row["spread"])))
-        out.append(Row(f"salience of {row['values']} values, peak GiB", row["peak_gib"], row.get("target_peak_gib")))
+        case, note = f"salience of {row['values']} values", f"{row['threads']} threads"
+        spread = (row["spread"][0], row["spread"][1])
+        out.append(Row(f"{case}, seconds", row["seconds"], row.get("target_seconds"), spread, note))
+        out.append(Row(f"{case}, peak GiB", row["peak_gib"], row.get("target_peak_gib")))
     return out
 
 

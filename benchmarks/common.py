@@ -29,8 +29,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import trimtab
 from trimtab.allocator import keep_freed_memory
 
+from . import RESULTS
+
 warnings.filterwarnings("ignore", category=FutureWarning)
-RESULTS = Path(__file__).parent / "results"
 Step = Callable[[], Any]
 
 
@@ -271,6 +272,8 @@ def save(question: str, rows: list[Row], options: argparse.Namespace, short: boo
         question += f"_{options.threads}_threads"
     if options.give_back:
         question += "_give_back"
+    if short:
+        question += "_short"
     record = {
         "question": question,
         "short": short,

@@ -1,4 +1,4 @@
-"""What do the single products of a layer cost, one way and the other, on one thread and on two?
+"""What do the single products of a layer cost, one way and the other, on one thread and on two; and the calls?
 
     python -m benchmarks.products [--short]
 
@@ -8,15 +8,19 @@ rows of `benchmarks/steps.py`.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 
+import peft
 import torch
 import torch.nn.functional as F
 
-from .common import Row, main
+import trimtab
 
-R = 8
+from .common import Row, Step, main, paired, ratio
+
+R, LAYERS = 8, 50
 SHAPES = ((2048, 384), (1024, 768), (256, 576))
 
 
@@ -67,7 +71,24 @@ def rows(short: bool) -> list[Row]:
                 out.append(Row(f"{case}, speed-up by a second thread", found[1] / found[2]))
     finally:
         torch.set_num_threads(before)
-    return out
+    return [*out, *calls(short)]
+
+
+def calls(short: bool) -> list[Row]:
+    """Forward and backward pass of 50 layers so small that the calls are all they cost."""
+
+    def step(kind: type[peft.LoraConfig] | None) -> Step:
+        layers = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(LAYERS))).requires_grad_(False)
+        names = [str(i) for i in range(LAYERS)]
+        model = layers if kind is None else peft.get_peft_model(layers, kind(r=R, target_modules=names))
+        x = torch.randn(4, 64, requires_grad=True)
+        return lambda: model(x).sum().backward()
+
+    steps = {"no adapter": step(None), "ours": step(trimtab.TrimConfig), "PEFT": step(peft.LoraConfig)}
+    times = paired(steps, 60 if short else 300, warm=20)
+    microseconds = {who: 1e6 * statistics.median(taken) / LAYERS for who, taken in times.items()}
+    out = [Row(f"calls of a layer, {who}, microseconds", taken) for who, taken in microseconds.items()]
+    return [*out, ratio(times, "ours", "PEFT", None, "calls of a layer: ours / PEFT")]
 
 
 if __name__ == "__main__":
