@@ -177,7 +177,7 @@ def test_a_checkpoint_of_another_step_is_refused(folder):
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     state["global_step"] = 15
     (checkpoint / "trainer_state.json").write_text(json.dumps(state))
-    with pytest.raises(CheckpointError, match=r"checkpoint-15.*no such folder.*newest complete one is .*checkpoint-40"):
+    with pytest.raises(CheckpointError, match=r"checkpoint-20.*it is of step 20, Trainer resumes step 15"):
         runs.train(model, "bert", folder, resume=str(checkpoint), save_steps=20)
 
 

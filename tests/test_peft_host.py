@@ -181,9 +181,10 @@ def test_where_keeps_what_the_user_excludes():
 def test_finish_leaves_plain_factors_that_peft_tools_accept():
     model = adaptive("llama")
     before = tiny.logits(model, "llama")
+    controller = Controller(model, total_steps=1)
     with pytest.raises(ConfigError, match=r"finish\(\) first"):
         model.add_weighted_adapter(["default"], [1.0], "joined", combination_type="cat")
-    Controller(model, total_steps=1).finish()
+    controller.finish()
     assert torch.allclose(tiny.logits(model, "llama"), before, atol=1e-5)
     model.add_weighted_adapter(["default"], [1.0], "joined", combination_type="cat")
     model.set_adapter("joined")
@@ -217,7 +218,7 @@ def test_one_config_for_two_models_of_different_ranks_is_refused():
     first = peft.get_peft_model(tiny.build("bert"), config)
     second = peft.get_peft_model(tiny.build("bert"), config)
     next(iter(hosted_layers(first).values())).r["default"] = 3
-    with pytest.raises(ConfigError, match="two models"):
+    with pytest.raises(ConfigError, match="two adapters"):
         config.to_dict()
     assert second is not first
 

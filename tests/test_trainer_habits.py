@@ -21,7 +21,7 @@ from fakes import Halving
 from trimtab import AdaLoRA, AFLoRA, Controller, FreezeAt, SalientLoRA, SoRA, TrimCallback, TrimConfig
 from trimtab.checkpoint import what_is_wrong
 from trimtab.errors import ConfigError, StaleAdapterError
-from trimtab.peft_host import hosted_layers
+from trimtab.peft_host import adapter_layers, hosted_layers
 from two_process import METHODS, STEPS
 
 SALIENT = SalientLoRA(target_r=2, warmup=2, allocation=8, initial_window=2, final_window=4)
@@ -159,11 +159,25 @@ def test_running_out_of_memory_later_is_refused_with_the_cure(tmp_path):
 # -- training again, resuming, loading -------------------------------------------------------------------------------
 
 
-def test_a_second_train_is_refused_with_the_cure(tmp_path):
-    model = salient_model()
-    callback = fit(model, tmp_path)
+def test_a_second_train_on_a_half_adapted_model_is_refused_with_the_cure(tmp_path):
+    def stop(**kw: Any) -> None:
+        raise KeyboardInterrupt
+
+    model, callback = salient_model(), TrimCallback()
+    with pytest.raises(KeyboardInterrupt):
+        runs.train(model, "bert", tmp_path, trim=callback, callbacks=(At("on_step_end", 3, stop),), save_strategy="no")
     with pytest.raises(StaleAdapterError, match=r"second train.*from_pretrained"):
         runs.train(model, "bert", tmp_path, trim=callback, max_steps=14, save_strategy="no")
+
+
+def test_a_second_train_on_a_finished_model_trains_on_at_its_ranks(tmp_path, caplog):
+    model = salient_model()
+    callback = fit(model, tmp_path)
+    ranks = {name: layer.r["default"] for name, layer in adapter_layers(model)}
+    caplog.clear()
+    runs.train(model, "bert", tmp_path, trim=callback, max_steps=3, save_strategy="no")
+    assert said(caplog) == ["these are plain LoRA layers: they train on at their ranks, and nothing is decided"]
+    assert {name: layer.r["default"] for name, layer in adapter_layers(model)} == ranks
 
 
 def trim_lines(model: nn.Module, folder: Path, caplog: pytest.LogCaptureFixture, **more: Any) -> list[str]:

@@ -7,11 +7,13 @@ the synchronising micro-batch only. `after_step` sits at `on_optimizer_step`.
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import math
 import os
 import time
+import uuid
 import warnings
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +21,7 @@ from typing import Any, cast
 import torch
 from accelerate.state import GradientState
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
@@ -63,8 +65,8 @@ class TrimCallback(TrainerCallback, ExportableState):
         self._is_training = False
         self._penalties: list[Tensor] = []
         self._optimizer: Any = None
-        self._shape_step = 0
         self._began = 0.0
+        self._run = ""  # tells this run's checkpoints from another run's
 
     # -- Trainer's events, in their order ----------------------------------------------------------
 
@@ -91,22 +93,22 @@ class TrimCallback(TrainerCallback, ExportableState):
                 "save_only_model=True: checkpoints will be plain LoRA, but this run cannot be resumed",
                 stacklevel=2,
             )
-        was_narrow = [layer.widen(self._name(model)) for layer in self._layers(model).values()]
-        if any(was_narrow):  # TRL does this to adapters of a quantised base
-            logger.warning("adapters in half precision are brought to float32: smaller steps would be lost in it")
+        self._widen(model)
         self._leave_out_of_ddp(model, args)
         self._warn_of_checkpoints(args, model)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         model, self._optimizer = kw["model"], kw.get("optimizer")
         self._args = args
-        if self.controller is not None and self.controller.step > 0 and self.controller.layers:
+        last = self.controller
+        if last is not None and last.model is model and last.step > 0 and last.layers and not last.is_finished:
             raise StaleAdapterError(
                 "training begins again on an adapter that has already adapted (auto_find_batch_size "
                 "after its first steps, or a second train()); build the model anew, or load it "
                 "with PeftModel.from_pretrained(checkpoint, is_trainable=True)"
             )
-        self.events, self._penalties = [], []
+        self._widen(model)  # the model is another one where Trainer makes it anew (model_init)
+        self.events, self._penalties, self._run = [], [], ""
         self._is_queued = self._was_reached = False  # a first attempt may have run out of memory in mid-backward
         if self._hook is not None:
             self._hook.remove()
@@ -124,9 +126,11 @@ class TrimCallback(TrainerCallback, ExportableState):
             self._start_history()
             if self.controller.layers:
                 self.controller._check_not_stale()
+        if not self._run:
+            self._run = uuid.uuid4().hex
         self._is_training = True
         config = adapter_config(model, self.controller.adapter_name)
-        is_plain = config.peft_type == "LORA" and (not isinstance(config, TrimConfig) or config.is_settled)
+        is_plain = config.peft_type == "LORA" and not isinstance(config, TrimConfig)
         if not self.controller.layers and is_plain:
             logger.warning("these are plain LoRA layers: they train on at their ranks, and nothing is decided")
         self.controller.broadcast()
@@ -218,18 +222,25 @@ class TrimCallback(TrainerCallback, ExportableState):
         """Writes `trim_state` into the checkpoint being saved; called by Trainer before `trainer_state.json`."""
         controller, args = self.controller, self._args
         if self._is_training and controller is not None and args is not None and controller.step > 0:
-            folder = Path(args.output_dir or ".") / f"checkpoint-{controller.step}"
-            if folder.is_dir() and not args.save_only_model:
+            folder = _being_saved(Path(args.output_dir or "."), controller.step)
+            if folder is not None and not args.save_only_model:
                 (folder / COMPLETE).unlink(missing_ok=True)  # of an earlier run that is being overwritten
                 tensors, facts = controller.state_dict()
-                facts["processes"] = args.world_size
+                facts["processes"], facts["run"] = args.world_size, self._run
                 facts["history_rows"] = self._history_rows()
                 if self._penalties:  # the mean that the next log row will show must not lose its first part
                     facts["penalties"] = [float(p) for p in self._penalties]
                 write_state(folder, tensors, facts)
-        return {"args": {}, "attributes": {}}
+        # What restore_callback_states_from_checkpoint makes the callback anew from; the folder is found again then.
+        history = None if self.history is None else str(self.history)
+        return {"args": {"history": history, "adapter_name": self.adapter_name}, "attributes": {}}
 
     # -- inside -------------------------------------------------------------------------------------
+
+    def _widen(self, model: nn.Module) -> None:
+        was_narrow = [layer.widen(self._name(model)) for layer in self._layers(model).values()]
+        if any(was_narrow):  # TRL does this to adapters of a quantised base
+            logger.warning("adapters in half precision are brought to float32: smaller steps would be lost in it")
 
     @staticmethod
     def _log_before_saving(args: TrainingArguments, control: TrainerControl) -> None:
@@ -351,11 +362,19 @@ class TrimCallback(TrainerCallback, ExportableState):
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         assert self.controller is not None
-        folder = self.resume_from or Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+        own = Path(args.output_dir or ".")
+        folder = self.resume_from or _trainers_folder() or own / f"checkpoint-{state.global_step}"
         if not self.controller.layers and what_is_wrong(folder):
             self._start_history()
             return  # a plain adapter resumes with Trainer's own means
         tensors, facts = read_state(folder)
+        self._run = facts.get("run") or self._run
+        for other in checkpoints(own):
+            if what_is_wrong(other) is None and read_facts(other).get("run", self._run) != self._run:
+                raise CheckpointError(
+                    f"output_dir={str(own)!r}: its {other.name} is of another run than {str(folder)!r}, which is being "
+                    "resumed; give the resumed run a folder of its own"
+                )
         if facts["step"] != state.global_step:
             raise CheckpointError(
                 f"checkpoint {str(folder)!r}: it is of step {facts['step']}, Trainer resumes step "
@@ -369,7 +388,8 @@ class TrimCallback(TrainerCallback, ExportableState):
 
     def _record(self, row: Event) -> None:
         self.events.append(row)
-        if self.history is not None and _is_main():
+        # Before training, and in a process that only evaluates, the file is another run's or not there yet.
+        if self.history is not None and self._run and _is_main():
             with self.history.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
@@ -398,6 +418,23 @@ class TrimCallback(TrainerCallback, ExportableState):
             temporary = self.history.with_suffix(".tmp")
             temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
             os.replace(temporary, self.history)
+
+
+def _being_saved(output_dir: Path, step: int) -> Path | None:
+    """The checkpoint folder that Trainer is writing; a hyperparameter search has one folder a trial in between."""
+    found = [p for p in (output_dir / f"checkpoint-{step}", *output_dir.glob(f"*/checkpoint-{step}")) if p.is_dir()]
+    return max(found, key=lambda p: p.stat().st_mtime_ns, default=None)
+
+
+def _trainers_folder() -> Path | None:
+    """The folder that the Trainer which is calling resumes from: it tells no callback, so its own variable is read."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        folder = frame.f_locals.get("resume_from_checkpoint")
+        if isinstance(frame.f_locals.get("self"), Trainer) and isinstance(folder, (str, os.PathLike)):
+            return Path(folder)
+        frame = frame.f_back
+    return None
 
 
 def _tensors(output: Any) -> list[Tensor]:

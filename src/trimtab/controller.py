@@ -19,16 +19,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .adapters.lowrank import fold
 from .budget import Choice, solve
 from .errors import CheckpointError, ConfigError, DisagreementError, ModelError, StaleAdapterError
 from .peft_host import (
     PROJECTIONS,
     TrimConfig,
     TrimLayer,
-    adapter_config,
     adapter_layers,
     hosted_layers,
+    own_config,
+    peft_model_of,
     set_data,
+    settle,
 )
 from .plans import Budget, Site
 from .prune import (
@@ -102,9 +105,12 @@ class Controller:
         self._e_before: dict[str, Tensor] = {}
         self._mask: dict[str, Tensor] = {}  # the last mask that processes have not compared yet, and its hash
         self._mask_bits: list[int] = []
-        config = adapter_config(model, adapter_name)
+        config = own_config(model, adapter_name)
+        for layer in self.layers.values():
+            layer.hosted[adapter_name].is_decided = True
         if isinstance(config, TrimConfig) and config.is_adaptive:
             self._refuse_plain_layers()
+            self._refuse_a_second_adapter()
         self.rank = self.freeze = None
         self.choice: Choice | None = None
         if isinstance(config, TrimConfig) and self.layers:
@@ -242,13 +248,26 @@ class Controller:
                 meta[part] = facts
         return tensors, meta
 
-    def load_state_dict(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave; the layers take the raw factors, at their saved shapes.
+    def load_state_dict(
+        self, tensors: dict[str, Tensor] | tuple[dict[str, Tensor], dict[str, Any]], meta: dict[str, Any] | None = None
+    ) -> None:
+        """Restore what `state_dict` gave, in two arguments or as the pair that it is (as accelerate hands it over).
+
+        The layers take the raw factors, at their saved shapes.
 
         Raises:
-            CheckpointError: the state belongs to another horizon, other settings or other sites.
+            CheckpointError: the state belongs to another horizon, other settings, other sites, or to other tensors
+                than were loaded into the layers.
         """
+        if isinstance(tensors, tuple):
+            tensors, meta = tensors
+        assert meta is not None
+        if meta["is_finished"] and not self.layers:  # a run that is over, loaded as the plain LoRA it left: it goes on
+            self.step, self.param_steps = meta["step"], meta["param_steps"]
+            self.initial_params, self.initial_ranks = meta["initial_params"], meta["initial_ranks"]
+            return
         self._check_fits(meta)
+        self._check_belongs(tensors, meta)
         self.step, self.param_steps = meta["step"], meta["param_steps"]
         self.initial_params, self.initial_ranks = meta["initial_params"], meta["initial_ranks"]
         self.final_params, self.held_params = meta["final_params"], meta["held_params"]
@@ -271,11 +290,11 @@ class Controller:
             self._settle()  # nothing is decided again
 
     def _settle(self) -> None:
+        own_config(self.model, self.adapter_name)
         for layer in self.layers.values():
             layer.finish(self.adapter_name)
-        config = adapter_config(self.model, self.adapter_name)
-        if self.layers and isinstance(config, TrimConfig):
-            config.settle()
+        if self.layers:
+            settle(self.model, self.adapter_name)
         self._parameters = adapter_parameters(self.model, self.adapter_name)
         self.is_finished = True
 
@@ -289,9 +308,28 @@ class Controller:
         text = repr((sorted(self.settings().items()), self._sites, self.total_steps, self.steps_per_epoch))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    def _check_belongs(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """The saved raw factors fold to what was loaded into the layers; else two checkpoints would be mixed."""
+        if meta["is_finished"]:
+            return
+        for name, layer in self.layers.items():
+            saved = [tensors.get(f"factors/{name}/{key}") for key in ("lora_A", "lora_B", "lora_e", "lora_b")]
+            A, B, e, b = saved
+            if not layer.hosted[self.adapter_name].is_stale or A is None or B is None or not A.shape[0]:
+                continue
+            for mine, theirs in zip(layer.folded(self.adapter_name), fold(A, B, e, b)):
+                if mine.shape != theirs.shape or not torch.equal(mine.to(theirs), theirs.to(mine.dtype).to(theirs)):
+                    raise CheckpointError(
+                        f"checkpoint: its state is of other tensors than were loaded into {name!r}, so two runs would "
+                        "be mixed; resume from one folder, and name it in TrimCallback(resume_from=…) if it is not "
+                        "<output_dir>/checkpoint-<step>"
+                    )
+
     def _check_fits(self, meta: dict[str, Any]) -> None:
         """Raises `CheckpointError` with the first thing in which the state's run differs from this one."""
         other = what_differs(meta, self.settings(), self._sites)
+        if meta["is_finished"] and not other:
+            return  # nothing is decided any more, so the run may have been made longer
         horizon = ((key, meta[key], getattr(self, key)) for key in ("total_steps", "steps_per_epoch"))
         other = other or next(
             (f"its {k} is {its!r}, this run's is {mine!r}" for k, its, mine in horizon if its != mine), None
@@ -405,6 +443,17 @@ class Controller:
                 f"{plain[0]!r} and {len(plain) - 1} more modules carry {self.adapter_name!r} in PEFT's own layers, "
                 "which another adapter brought there; add the adapter with a rank or freeze method before the others"
             )
+
+    def _refuse_a_second_adapter(self) -> None:
+        peft_model = peft_model_of(self.model)
+        for other in peft_model.active_adapters:
+            if other != self.adapter_name and hosted_layers(peft_model, other):
+                raise ConfigError(
+                    "adapter_name",
+                    self.adapter_name,
+                    f"{other!r} is active as well and adapts, too, and nobody would decide on it; activate one with "
+                    "model.set_adapter",
+                )
 
     def _refuse_dead_start(self) -> None:
         if self.freeze is not None and self.layers and not self._trains_to_the_end():
@@ -550,6 +599,7 @@ class Controller:
         assert self.rank is not None
         # Moments that cannot be cut are needed no more once training is over.
         is_cuttable = self._why_masks_only is None
+        own_config(self.model, self.adapter_name)  # another adapter may have been made from it since the start
         cut = decision.kind == "prune" and (is_cuttable or (is_last and self.rank.prune))
         freed = Freed()
         with torch.no_grad():

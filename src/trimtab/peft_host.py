@@ -12,8 +12,11 @@ accepts such tensors back. PEFT's save, Trainer's checkpoints and load-best ther
 
 from __future__ import annotations
 
+import copy
+import copyreg
 import dataclasses
 import re
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -68,18 +71,10 @@ class TrimConfig(LoraConfig):
     budget_frees: tuple[str, ...] = field(
         default=("rank.target_r", "freeze.ramp"), metadata={"help": "what the budget may choose"}
     )
-    is_at_work: bool = field(
-        default=False, repr=False, metadata={"help": "set once layers of an adaptive adapter live"}
-    )
-    is_settled: bool = field(default=False, repr=False, metadata={"help": "set once the ranks are final"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.is_at_work:
-            # PEFT's tools (add_weighted_adapter …) copy a config with dataclasses.replace and then read raw A and B.
-            raise ConfigError(
-                "adapter", "still adapting", "PEFT's adapter tools read raw A and B; call Controller.finish() first"
-            )
+        self.exclude_modules = without_where(self.exclude_modules)  # of the config that this one was copied from
         if isinstance(self.where, str):
             raise ConfigError("where", self.where, "a bare mask needs the model: trimtab.where.from_mask(model, mask)")
         if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
@@ -98,8 +93,16 @@ class TrimConfig(LoraConfig):
                     "with where, use trimtab.restrict(config, where, model)",
                 )
             self.exclude_modules = excluding(self.where, self.exclude_modules)
-        self._live: dict[str, list[tuple[weakref.ref[TrimLayer], str]]] = {}
+        self._live = Live()
         self._register_custom_module(cast(Any, {nn.Module: host}))  # PEFT calls it; a class would do no more
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy and a pickle hold the settings alone; layers that are copied with it find it again."""
+        return {key: value for key, value in self.__dict__.items() if key != "_live"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._live = Live()
 
     @property
     def is_adaptive(self) -> bool:
@@ -129,29 +132,21 @@ class TrimConfig(LoraConfig):
             if getattr(self, name, None):
                 raise ConfigError(name, getattr(self, name), f"does not go together with {word}; drop one of them")
 
-    def hosts(self, layer: TrimLayer, adapter_name: str) -> None:
-        """Remember a live layer, so that `to_dict` can describe it."""
-        alive = [(ref, name) for ref, name in self._live.get(layer.site_name, []) if ref() is not None]
-        self._live[layer.site_name] = [*alive, (weakref.ref(layer), adapter_name)]
-
     def live_ranks(self) -> dict[str, tuple[int, float]]:
         """Site name -> (rank, scale) of the live layers that carry this config's adapter; rank 0 where it was pruned.
 
         Raises:
-            ConfigError: the object serves two models whose ranks differ.
+            ConfigError: the object serves two adapters whose ranks differ.
         """
         found: dict[str, tuple[int, float]] = {}
-        for site, refs in self._live.items():
-            ranks = [(layer.r.get(name, 0), layer.scaling.get(name, 1.0)) for ref, name in refs if (layer := ref())]
-            if len(set(ranks)) > 1:
+        for layer, name in self._live.layers():
+            here = layer.r.get(name, 0), layer.scaling.get(name, 1.0)
+            if found.setdefault(layer.site_name, here) != here:
                 raise ConfigError(
                     "TrimConfig",
                     "one object",
-                    "it serves two models whose ranks differ; give each "
-                    "model a config of its own (copy.deepcopy before get_peft_model)",
+                    "it serves two adapters whose ranks differ; give each a config of its own (copy.deepcopy)",
                 )
-            if ranks:
-                found[site] = ranks[0]
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -162,14 +157,88 @@ class TrimConfig(LoraConfig):
         live = self.live_ranks()
         if live and self.where is not None:
             out.update(exclude_modules=None, target_modules=sorted(live))
-        if live and (self.is_adaptive or self.is_settled):
+        if live and self.is_adaptive:
             out.update(portable_fields(live))
         return out
 
-    def settle(self) -> None:
-        """The ranks are final and the layers hold plain factors: from here on an ordinary LoRA config."""
-        self.rank = self.freeze = None
-        self.is_at_work, self.is_settled = False, True
+
+class ConfigAtWork(TrimConfig):
+    """A model's own config while its adapter adapts. PEFT's tools derive configs from it, and are refused."""
+
+    def __post_init__(self) -> None:
+        # add_weighted_adapter and the like copy a config with dataclasses.replace and then read raw A and B.
+        raise ConfigError(
+            "adapter", "still adapting", "PEFT's adapter tools read raw A and B; call Controller.finish() first"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A copy is an ordinary config; the layers that are copied with it put it to work again."""
+        return copyreg.__newobj__, (TrimConfig,), self.__getstate__()  # type: ignore[attr-defined]
+
+
+class Live:
+    """The layers that carry a config's adapters, held weakly: what they look like now is what is saved."""
+
+    def __init__(self) -> None:
+        self._refs: list[tuple[weakref.ref[TrimLayer], str]] = []
+        self.is_told = False
+        """Whether it was said that nobody decides on them."""
+
+    def add(self, layer: TrimLayer, adapter_name: str) -> None:
+        self._refs = [(ref, name) for ref, name in self._refs if ref() is not None]
+        self._refs.append((weakref.ref(layer), adapter_name))
+
+    def layers(self) -> Iterator[tuple[TrimLayer, str]]:
+        """Layers, with the name that the adapter has in them; without those from which it was deleted."""
+        for ref, name in self._refs:
+            if (layer := ref()) is not None and name in layer.configs:
+                yield layer, name
+
+    def keys(self) -> set[tuple[int, str]]:
+        return {(id(layer), name) for layer, name in self.layers()}
+
+    def take(self, keys: set[tuple[int, str]]) -> Live:
+        """Move some layers, by identity and adapter name, to a registry of their own."""
+        taken = Live()
+        kept: list[tuple[weakref.ref[TrimLayer], str]] = []
+        for ref, name in self._refs:
+            (taken._refs if (id(ref()), name) in keys else kept).append((ref, name))
+        self._refs = kept
+        return taken
+
+
+def own_config(model: nn.Module, adapter_name: str) -> LoraConfig:
+    """The adapter's config; a `TrimConfig` with an adaptive adapter becomes this model's own, so that whoever made it
+    can use it for other models and adapters."""
+    peft_model = peft_model_of(model)
+    config = peft_model.peft_config[adapter_name]
+    layers = list(hosted_layers(model, adapter_name).values())
+    if not isinstance(config, TrimConfig) or not layers:
+        return cast(LoraConfig, config)
+    mine = {(id(layer), adapter_name) for layer in layers}
+    if isinstance(config, ConfigAtWork) and config._live.keys() == mine:
+        return config
+    own = copy.copy(config)
+    own._live = config._live.take(mine)
+    own.__class__ = ConfigAtWork
+    for layer in layers:
+        layer.configs[adapter_name] = own
+    peft_model.peft_config[adapter_name] = own
+    return own
+
+
+def settle(model: nn.Module, adapter_name: str) -> None:
+    """The ranks are final and the layers hold plain factors: the model's config becomes the stock one of plain LoRA."""
+    config = peft_model_of(model).peft_config[adapter_name]
+    assert isinstance(config, ConfigAtWork)
+    fields = portable_fields(config.live_ranks())
+    for layer, name in config._live.layers():
+        del layer.configs[name]
+    for name in {f.name for f in dataclasses.fields(TrimConfig)} - {f.name for f in dataclasses.fields(LoraConfig)}:
+        config.__dict__.pop(name, None)
+    del config._live
+    config.__dict__.update(fields | {"target_modules": set(fields["target_modules"])})  # as LoraConfig holds them
+    config.__class__ = cast(Any, LoraConfig)
 
 
 def portable_fields(ranks: dict[str, tuple[int, float]]) -> dict[str, Any]:
@@ -202,13 +271,25 @@ def portable_fields(ranks: dict[str, tuple[int, float]]) -> dict[str, Any]:
 def excluding(where: Where | str, user: str | Iterable[str] | None) -> str:
     """The ``exclude_modules`` regex for a selection, joined with what the user already excludes."""
     outside = where if isinstance(where, str) else where.outside
+    outside = f"{_WHERE}{outside}"
     if not user:
         return outside
     if not isinstance(user, str):
         user = rf"(?:.*\.)?(?:{'|'.join(re.escape(u) for u in user)})"
     elif flags := re.match(r"\(\?([aiLmsux]+)\)", user):  # global flags may stand at the start only: make them local
         user = f"(?{flags[1]}:{user[flags.end() :]})"
-    return rf"(?:{user})|(?:{outside})"
+    return rf"(?:{user})|{outside}"
+
+
+_WHERE = "(?#where)"  # a comment, to the regex
+
+
+def without_where(exclude: str | Iterable[str] | None) -> Any:
+    """What the user excludes, without what a selection of layers has added to it."""
+    if not isinstance(exclude, str) or _WHERE not in exclude:
+        return exclude
+    user = exclude.partition(_WHERE)[0].removesuffix("|")
+    return user or None
 
 
 @dataclass
@@ -220,6 +301,10 @@ class Hosted:
     frozen: set[str] = field(default_factory=set)
     is_stale: bool = False
     """Tensors from elsewhere were loaded: a running controller's state no longer describes them."""
+    is_decided: bool = False
+    """A controller is at work."""
+    seen: float | None = None
+    """Sum of the factors in the first forward pass that took gradients without one."""
 
 
 # At run time a mixin: each hosted class names its own PEFT layer after it.
@@ -233,6 +318,8 @@ class TrimLayer(_Mixed):
     """Mixin over PEFT's LoRA layers: adds the diagonals e and b, ranks that change, projections that freeze."""
 
     adapter_layer_names = (*LoraLayer.adapter_layer_names, *DIAGONALS)
+    # PEFT deletes an adapter's entry from each of these.
+    other_param_names = (*LoraLayer.other_param_names, "hosted", "initial_factors", "configs")
 
     lora_e: nn.ParameterDict
     lora_b: nn.ParameterDict
@@ -242,6 +329,7 @@ class TrimLayer(_Mixed):
         if "lora_e" not in self._modules:  # PEFT walks adapter_layer_names inside super().update_layer
             self.lora_e, self.lora_b = nn.ParameterDict(), nn.ParameterDict()
             self.hosted: dict[str, Hosted] = {}
+            self.configs: dict[str, TrimConfig] = {}
             self.initial_factors: dict[str, tuple[Tensor, Tensor]] = {}
             self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
             self.site_name = kwargs.get("target_name") or self.__dict__.get("site_name", "")
@@ -250,12 +338,12 @@ class TrimLayer(_Mixed):
         super().update_layer(adapter_name, r, lora_alpha=cast(int, lora_alpha), config=config, **kwargs)
         if not isinstance(config, TrimConfig):
             return
-        config.hosts(self, adapter_name)
+        self.configs[adapter_name] = config
+        config._live.add(self, adapter_name)
         if _changes_base(config.init_lora_weights):  # export needs the start: the base is no longer the original
             A, B = self.factors(adapter_name)
             self.initial_factors[adapter_name] = A.detach().clone(), B.detach().clone()
         if config.is_adaptive:
-            config.is_at_work = True
             self._become_adaptive(adapter_name, r, lora_alpha, config)
 
     def _become_adaptive(self, adapter_name: str, r: int, alpha: float, config: TrimConfig) -> None:
@@ -282,6 +370,15 @@ class TrimLayer(_Mixed):
             for which in PROJECTIONS:
                 self.freeze(adapter_name, which)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copied or unpickled layer: its config, copied with it, learns of it."""
+        super().__setstate__(state)
+        for name, config in self.configs.items():
+            config._live.add(self, name)
+            if (hosted := self.hosted.get(name)) is not None and hosted.is_decided:
+                hosted.is_decided = False  # the controller works on the original
+                config.__class__ = ConfigAtWork
 
     # -- what others read ---------------------------------------------------------------------------
 
@@ -356,6 +453,10 @@ class TrimLayer(_Mixed):
             if adapter_name in diagonal:
                 del diagonal[adapter_name]
         del self.hosted[adapter_name]
+        self.frozen_peft_weight_names.pop(adapter_name, None)
+        if adapter_name in self.active_adapters:  # what froze during the run trains on with the rest
+            A.requires_grad_(True)
+            B.requires_grad_(True)
         if A.shape[0] == 0:
             self.delete_adapter_here(adapter_name)
 
@@ -392,7 +493,31 @@ class TrimLayer(_Mixed):
         delta = delta_weight(A, B, self.scaling[adapter], *self.diagonals(adapter))
         return delta.T if getattr(self, "fan_in_fan_out", False) else delta
 
+    def _look_for_a_controller(self) -> None:
+        """Say once that an adaptive adapter trains and nobody decides.
+
+        Trains: A was changed since an earlier forward pass that took gradients.
+        """
+        for name, hosted in self.hosted.items():
+            if hosted.is_decided or (live := self.configs[name]._live).is_told or torch.compiler.is_compiling():
+                continue
+            A, B = self.factors(name)
+            if not (A.requires_grad or B.requires_grad):
+                continue
+            now = float(A.detach().sum() + B.detach().sum())
+            if hosted.seen is None:
+                hosted.seen = now
+            elif hosted.seen != now:
+                live.is_told = True
+                warnings.warn(
+                    f"adapter {name!r} has a rank or freeze method, but nothing decides: add trimtab.TrimCallback() to "
+                    "the Trainer's callbacks, or put trimtab.Controller around optimizer.step()",
+                    stacklevel=2,
+                )
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.hosted and self.training and torch.is_grad_enabled():
+            self._look_for_a_controller()
         if not args and (not kwargs or all(v is None for v in kwargs.values())):
             result = self._fused(x)
             if result is not None:
@@ -531,7 +656,17 @@ def _quantized_classes() -> dict[type[nn.Module], type[nn.Module]]:
     class TrimLinear4bit(TrimQuantized, Linear4bit):
         """Over `bitsandbytes.nn.Linear4bit`."""
 
+    for cls in (TrimQuantized, TrimLinear8bitLt, TrimLinear4bit):  # so that they can be pickled
+        cls.__qualname__ = cls.__name__
+        globals()[cls.__name__] = cls
     return {bnb.nn.Linear8bitLt: TrimLinear8bitLt, bnb.nn.Linear4bit: TrimLinear4bit}
+
+
+def __getattr__(name: str) -> Any:
+    """Classes over bitsandbytes are made when first needed: by a pickled model, too."""
+    if name in ("TrimLinear8bitLt", "TrimLinear4bit") and _quantized_classes():
+        return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 _quantized: dict[type[nn.Module], type[nn.Module]] | None = None
@@ -594,19 +729,26 @@ def _is_dtensor(module: nn.Module) -> bool:
 
 
 def peft_model_of(model: nn.Module) -> PeftModel:
-    """The `PeftModel` inside whatever wraps it (DDP, accelerate, compile). Raises `ModelError` if there is none."""
-    seen: Any = model
-    while seen is not None and not isinstance(seen, PeftModel):
-        seen = getattr(seen, "module", None) or getattr(seen, "_orig_mod", None)
-    if seen is None:
+    """The `PeftModel` inside whatever holds it: DDP, accelerate, compile, a sentence encoder, a module of the user's.
+
+    Raises:
+        ModelError: there is none, or more than one.
+    """
+    found = [m for m in model.modules() if isinstance(m, PeftModel)] if isinstance(model, nn.Module) else []
+    if not found:
         raise ModelError(f"model: {type(model).__name__} holds no PEFT adapter; call peft.get_peft_model first")
-    return seen
+    if len(found) > 1:
+        raise ModelError(
+            f"model: {type(model).__name__} holds {len(found)} PEFT models; hand over the one that is meant, or put "
+            "one adapter on the module that holds both"
+        )
+    return found[0]
 
 
 def hosted_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, TrimLayer]:
     """Site name -> layer, for every layer that holds an adaptive adapter of this name, in module order."""
     found: dict[str, TrimLayer] = {}
-    for layer in model.modules():
+    for layer in peft_model_of(model).modules():
         if isinstance(layer, TrimLayer) and layer.is_adaptive(adapter_name):
             assert layer.site_name and layer.site_name not in found, f"two sites are called {layer.site_name!r}"
             found[layer.site_name] = layer
