@@ -53,6 +53,7 @@ def train(
     resume: str | bool | None = None,
     callbacks: tuple = (),
     trim: TrimCallback | None = None,
+    options: dict[str, Any] | None = None,
     **more: Any,
 ) -> tuple[TrimCallback, dict[int, torch.Tensor]]:
     """Train 40 steps, saving every 5; returns the callback and the logits at every save."""
@@ -63,7 +64,7 @@ def train(
     trim, keep = trim or TrimCallback(history=folder / "history.jsonl"), _KeepLogits(family)
     trainer = Trainer(
         model, TrainingArguments(**args), train_dataset=tiny.rows(family), eval_dataset=tiny.rows(family, 16, seed=5),
-        callbacks=[trim, keep, *callbacks],
+        callbacks=[trim, keep, *callbacks], **(options or {}),
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume)
     return trim, keep.logits

@@ -157,7 +157,7 @@ def test_plan_shows_a_table(recipe):
 
 def test_methods_names_every_axis_with_defaults_and_papers():
     found = json.loads(run("methods", "--json").stdout)
-    assert {entry["axis"] for entry in found} == {"task", "adapter", "where", "rank", "freeze"}
+    assert {entry["axis"] for entry in found} == {"task", "adapter", "where", "rank", "freeze", "rates"}
     salient = next(entry for entry in found if entry["name"] == "salientlora")
     assert salient["defaults"]["gamma"] == 2.0
     assert salient["needed"] == ["target_r"]

@@ -146,6 +146,11 @@ def test_a_budget_that_is_not_met_is_refused_with_the_number_needed():
         ("where={count: 5}", ConfigError, "from 1 to 4"),
         ("where={ratio: 0.1}", ConfigError, "chooses none of 4 layers"),
         ("adapter={type: vera, target_modules: [query]}", ConfigError, "works on adapter.type=lora"),
+        ("rates={heads: 8}", ConfigError, r"rates\.heads=8: .*Did you mean 'head'"),
+        ("rates={head: 8}", ConfigError, r"rates\.head=8\.0: nothing with this role trains here; there is A, B$"),
+        ("rates={vectors: 8}", ConfigError, r"rates\.vectors=8\.0: nothing with this role"),
+        ("rates.B=.nan", ConfigError, r"rates\.B=nan: must be a finite number above 0"),
+        ("rates=16", ConfigError, "rates=16: must be keys and values"),
     ],
 )
 def test_what_cannot_work_is_refused_before_a_model_is_loaded(override, error, message):
@@ -153,6 +158,12 @@ def test_what_cannot_work_is_refused_before_a_model_is_loaded(override, error, m
     with pytest.raises(error, match=message) as caught:
         trimtab.plan(TINY, overrides=[override, *extra], total_steps=100)
     assert "\n" not in str(caught.value)
+
+
+def test_a_plan_says_at_which_rates_its_roles_train():
+    overrides = ["train.learning_rate=1e-3", "rates={A: 1, B: 16, vectors: 10}", "freeze=aflora"]
+    note = trimtab.plan(TINY, overrides=overrides, total_steps=100).notes[-1]
+    assert note.startswith("A at 1 times (0.001), B at 16 times (0.016), vectors at 10 times (0.01) the run's")
 
 
 def test_the_shipped_configs_are_of_a_known_kind():

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from trimtab.models import meta_model
 from trimtab.planning import auto_class_of
+from trimtab.recipe import load
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
@@ -56,6 +57,16 @@ def test_pissa_starts_from_the_weights_and_differs_in_nothing_else() -> None:
                         for paper in ("cka", "cka-pissa"))
         assert pissa["adapter"].pop("init") == "pissa"
         assert plain == pissa
+
+
+@pytest.mark.parametrize("task, run, classifier", [  # the released scripts
+    ("cola", 1e-2, 4e-2), ("mrpc", 1e-2, 8e-2), ("rte", 1e-2, 4e-2), ("stsb", 2e-2, 2e-2),
+    ("sst2", 4e-3, 4e-3), ("qnli", 1e-3, 4e-3), ("mnli", 1e-2, 4e-3), ("qqp", 4e-3, 4e-3),
+])
+def test_aflora_s_classifier_trains_at_the_rate_of_its_script(task: str, run: float, classifier: float) -> None:
+    recipe = load(RECIPES / f"aflora_deberta-v3-base_{task}.yaml")
+    assert recipe.train["learning_rate"] == run
+    assert run * (recipe.rates or {}).get("head", 1) == pytest.approx(classifier)
 
 
 @pytest.mark.parametrize("name, parameters", [  # the public checkpoints, tied weights counted once

@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
-from transformers import AutoModel
+from transformers import AutoModel, Trainer
 
 from tasks.tiny import WORDS, encoder_tokenizer, tiny_config, write_jsonl
 from trimtab import run as runs
@@ -231,6 +231,32 @@ def test_a_resumed_run_ends_where_the_unbroken_one_did(finished, copied):
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert (copied / "history.jsonl").read_text() == (finished / "history.jsonl").read_text()
     assert read(copied, "metrics.json")["metrics"] == read(finished, "metrics.json")["metrics"]
+
+
+def test_roles_train_at_their_rates_and_the_run_resumes_exactly(tmp_path):
+    recipe = write_recipe(tmp_path, where=None, freeze={"method": "aflora", "warmup": 2, "final": 0.3},
+                          rates={"B": 4, "vectors": 10, "head": 2})
+    assert "vectors at 10 times (0.05)" in " ".join(trimtab("plan", recipe).stdout.split())
+    trimtab("run", recipe, "train.lr_scheduler_type=constant")
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "checkpoint-8" / "optimizer.pt", weights_only=True)
+    rates = {group["role"]: group["lr"] for group in saved["param_groups"]}
+    assert rates == pytest.approx({"A": 5e-3, "B": 2e-2, "vectors": 5e-2, "head": 1e-2})
+    again = shutil.copytree(tmp_path / "run", tmp_path / "again")
+    shutil.rmtree(again / "checkpoints" / "checkpoint-16")
+    shutil.rmtree(again / "adapter")
+    (again / "metrics.json").unlink()
+    assert "rates.B" in trimtab("run", again, f"output_dir={again}", "rates.B=5", "--resume", code=2).stderr
+    trimtab("run", again, f"output_dir={again}", "--resume")
+    ours, theirs = (load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("again", "run"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_an_optimizer_with_groups_of_its_own_refuses_rates(tmp_path, monkeypatch):
+    galore = torch.optim.AdamW, {"lr": 1e-3, "params": []}  # what the Trainer makes of it where it is installed
+    monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", lambda *_: galore)
+    recipe = write_recipe(tmp_path, where=None, rates={"B": 4})
+    said = trimtab("train", recipe, "train.optim=galore_adamw", code=2).stderr
+    assert "rates={'B': 4.0}: train.optim=galore_adamw makes its own groups; use adamw_torch" in " ".join(said.split())
 
 
 def test_ctrl_c_in_training_says_how_to_go_on(tmp_path, monkeypatch):

@@ -37,6 +37,8 @@ CASES: dict[str, tuple[str, str, bool, torch.dtype]] = {
     "salientlora, float32": ("bert", "salientlora", True, torch.float32),
     "aflora, float32": ("bert", "aflora", True, torch.float32),
 }
+# Cases whose roles have learning rates of their own.
+RATES = {"salientlora+aflora, with head": {"B": 2, "head": 3}}
 
 
 def run(case: str, folder: Path, processes: int, resume: str | None = None, **more: Any) -> dict[str, Any]:
@@ -56,7 +58,13 @@ def run(case: str, folder: Path, processes: int, resume: str | None = None, **mo
         # for the token mean of a language model, and wrong for a classifier, which knows no token count.
         average_tokens_across_devices=fam.task_type != "SEQ_CLS",
     ) | more  # fmt: skip
-    trainer = Trainer(model, TrainingArguments(**settings), train_dataset=tiny.rows(family, 96), callbacks=[trim])
+    optimizer = None
+    if case in RATES:
+        optimizer = torch.optim.AdamW(trimtab.parameter_groups(model, settings["learning_rate"], RATES[case]))
+    trainer = Trainer(
+        model, TrainingArguments(**settings), train_dataset=tiny.rows(family, 96), callbacks=[trim],
+        optimizers=(optimizer, None),
+    )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume)
     weights = {n: t.clone() for n, t in model.state_dict().items() if "lora_" in n or "modules_to_save" in n}
     traces = [name for name in ("trim_anchor", "_ddp_params_and_buffers_to_ignore") if hasattr(model, name)]

@@ -33,6 +33,7 @@ _PUBLIC = {
     "export": "exporting",
     "last_checkpoint": "checkpoint",
     "layer_similarity": "where.cka",
+    "parameter_groups": "rates",
     "plan": "planning",
     "restrict": "where.restrict",
     "select_layers": "where.cka",

@@ -12,6 +12,7 @@ from typing import Any
 
 from . import recipe as recipes
 from .errors import ConfigError
+from .rates import ROLES
 
 _NO_DEFAULT = (dataclasses.MISSING, inspect.Parameter.empty)
 LORA_PAPER, VERA_PAPER = "arXiv 2106.09685", "arXiv 2310.11454"
@@ -52,7 +53,8 @@ class Entry:
 
 def catalogue() -> list[Entry]:
     """Every method, axis by axis, in the order in which a recipe names the axes."""
-    return [*_tasks(), *_adapters(), *_where(), *_methods("rank"), *_methods("freeze")]
+    rates = [Entry("rates", role, held) for role, held in ROLES.items()]
+    return [*_tasks(), *_adapters(), *_where(), *_methods("rank"), *_methods("freeze"), *rates]
 
 
 def _tasks() -> list[Entry]:

@@ -95,6 +95,7 @@ class Controller:
         self.step = 0
         self.layers: dict[str, TrimLayer] = hosted_layers(model, adapter_name)
         self._parameters = adapter_parameters(model, adapter_name)  # pruning keeps their identity
+        self._refuse_groups_that_leave_out()
         self.param_steps = 0  # sum over steps of what was trainable in them: the time-average's numerator
         self.initial_params = self.trainable_params()
         self.last_penalty: Tensor | None = None
@@ -394,7 +395,9 @@ class Controller:
     def _peak_learning_rate(self) -> float | None:
         if self.optimizer is None:
             return None
-        return max(group.get("initial_lr", group["lr"]) for group in self.optimizer.param_groups)
+        gates = {id(e) for e in self._e_parameters().values()}
+        groups = [g for g in self.optimizer.param_groups if any(id(p) in gates for p in g["params"])]
+        return max(group.get("initial_lr", group["lr"]) for group in groups or self.optimizer.param_groups)
 
     def _trainable_projections(self) -> dict[str, int]:
         """Elements of every projection that trains at the start of the run, also when this is a resumed one."""
@@ -454,6 +457,22 @@ class Controller:
                     f"{other!r} is active as well and adapts, too, and nobody would decide on it; activate one with "
                     "model.set_adapter",
                 )
+
+    def _refuse_groups_that_leave_out(self) -> None:
+        if self.optimizer is None:
+            return
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        if not self.layers and not any(id(p) in held for p in self.model.parameters()):
+            return  # an optimizer that shards (ZeRO) holds flat copies: nothing can be told from those
+        ours = {id(p) for p in self._parameters if p.requires_grad}
+        left = [name for name, p in self.model.named_parameters() if id(p) in ours - held]
+        if left:
+            raise ConfigError(
+                "optimizer",
+                type(self.optimizer).__name__,
+                f"no parameter group holds {left[0]!r} and {len(left) - 1} more adapter tensors, so they "
+                "would not train; make the groups with trimtab.parameter_groups(model, learning_rate)",
+            )
 
     def _refuse_dead_start(self) -> None:
         if self.freeze is not None and self.layers and not self._trains_to_the_end():

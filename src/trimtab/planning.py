@@ -17,6 +17,7 @@ from .adapting import adapter_config, budget_of, choose_without_data, free_setti
 from .budget import figures, solve
 from .errors import BudgetError, ConfigError
 from .plans import Plan, Site, SitePlan, Where
+from .rates import ROLES, check_roles
 from .recipe import Recipe
 from .report.words import count
 
@@ -142,10 +143,12 @@ def plan_of_run(recipe: Recipe, model: nn.Module, config: PeftConfig, horizon: H
     Raises:
         BudgetError: the recipe's budget is not met.
     """
+    check_roles(recipe.rates or {}, _roles(model, config))
     made = plan_model(model, config, horizon, optim=str(recipe.train.get("optim", "adamw")))
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     settings = {"recipe": recipe.model_dump(mode="json", exclude_none=True), "rows": rows, **made.settings}
-    made = replace(made, model=recipe.model.name_or_path or kind, settings=settings)
+    notes = (*made.notes, *_rates_in_words(recipe))
+    made = replace(made, model=recipe.model.name_or_path or kind, settings=settings, notes=notes)
     _check_budget(recipe, made)
     return made
 
@@ -156,8 +159,6 @@ def plan_model(model: nn.Module, config: PeftConfig, horizon: Horizon | None = N
     Raises:
         ModelError: the config's targets match nothing in the model.
     """
-    from .sites import HEADS
-
     where = getattr(config, "where", None)
     sites, ranks, own_costs = _adapted(model, config)
     notes: list[str] = []
@@ -178,8 +179,7 @@ def plan_model(model: nn.Module, config: PeftConfig, horizon: Horizon | None = N
         costs = {site.name: initial_params(site, ranks[site.name], **methods) for site in sites}
         params, schedule = _predicted(sites, ranks, sum(costs.values()), horizon, **methods, rank_params=rank_params)
     adapts = getattr(config, "is_adaptive", False)
-    task_type = str(getattr(config.task_type, "value", config.task_type))
-    head = _saved_params(model, [*(getattr(config, "modules_to_save", None) or ()), *HEADS.get(task_type, ())])
+    head = _head_params(model, config)
     if head:
         notes.append(f"the head (modules_to_save) trains {count(head)} parameters more, in every method alike")
     if adapts and horizon is None:
@@ -333,10 +333,33 @@ def _outside_backbone(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, child in model.named_children() if child is not backbone and list(child.parameters()))
 
 
-def _saved_params(model: nn.Module, names: Iterable[str]) -> int:
-    wanted = set(names)
+def _head_params(model: nn.Module, config: PeftConfig) -> int:
+    from .sites import HEADS
+
+    task_type = str(getattr(config.task_type, "value", config.task_type))
+    wanted = {*(getattr(config, "modules_to_save", None) or ()), *HEADS.get(task_type, ())}
     inside = [module for name, module in model.named_modules() if name in wanted or name.rpartition(".")[2] in wanted]
     return sum(p.numel() for p in {id(p): p for module in inside for p in module.parameters()}.values())
+
+
+def _roles(model: nn.Module, config: PeftConfig) -> set[str]:
+    """Roles that may train under a config. The model with its adapter says which do, once it is made."""
+    found = {
+        "VERA": {"vectors"}, "ADAPTION_PROMPT": {"vectors"}, "TRIMTAB_BOTTLENECK": {"A", "B"}, "LORA": {"A", "B"},
+    }.get(str(getattr(config.peft_type, "value", config.peft_type)), set(ROLES))  # fmt: skip
+    freeze = getattr(config, "freeze", None)
+    with_vectors = ("rank", "use_dora", "trainable_token_indices", "monteclora_config", "kasa_config")
+    if any(getattr(config, key, None) for key in with_vectors) or (freeze is not None and freeze.needs_output_diagonal):
+        found = found | {"vectors"}
+    return found | {"head"} if _head_params(model, config) else found - {"head"}
+
+
+def _rates_in_words(recipe: Recipe) -> list[str]:
+    if not recipe.rates:
+        return []
+    run = recipe.train.get("learning_rate")
+    told = [f"{role} at {rate:g} times" + (f" ({run * rate:g})" if run else "") for role, rate in recipe.rates.items()]
+    return [f"{', '.join(told)} the run's learning rate" + (f" of {run:g}" if run else "")]
 
 
 def _state_bytes(optim: str) -> int:

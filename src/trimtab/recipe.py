@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .errors import ConfigError, did_you_mean
 from .lookup import PACKAGE_PREFIX, dataclass_fields, find_file, parse_yaml
+from .rates import check_rates
 from .where import METHODS
 from .where import check_name as check_method
 
@@ -157,6 +158,8 @@ class Recipe(_Section):
     budget: BudgetLimits | None = None
     train: dict[str, Any] = {}
     """Fields of `transformers.TrainingArguments`, by their own names."""
+    rates: dict[str, Any] | None = None
+    """Multiples of ``train.learning_rate`` by role: A, B, vectors, head."""
     export: Export = Export()
     output_dir: str | None = None
     seed: int = 0
@@ -223,7 +226,8 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
     _check_adapter(recipe.adapter)
     _check_where(recipe.where)
     train = {key: _checked_train_value(key, value) for key, value in recipe.train.items()}
-    return recipe.model_copy(update={"train": train, **_resolve_paths(recipe, folder)})
+    rates = None if recipe.rates is None else check_rates(recipe.rates)
+    return recipe.model_copy(update={"train": train, "rates": rates, **_resolve_paths(recipe, folder)})
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

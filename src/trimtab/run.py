@@ -204,7 +204,7 @@ def train(job: Job, where: Where | None, folder: RunFolder, screen: Screen, *, r
     with screen.stage("train") as stage:
         model = peft.get_peft_model(job.model, config)
         checkpoint = _checkpoint_to_resume(folder, resume)
-        trainer = make_trainer(job, model, folder, callbacks=[callback, _bar(stage), _save_at_end()])
+        trainer = make_trainer(job, model, folder, [callback, _bar(stage), _save_at_end()], recipe.rates)
         _reset_peak_memory()
         began = time.monotonic()
         try:
@@ -225,22 +225,27 @@ def train(job: Job, where: Where | None, folder: RunFolder, screen: Screen, *, r
     return Trained(model, final, seconds, _peak_memory())
 
 
-def make_trainer(job: Job, model: nn.Module, folder: RunFolder, callbacks: list[Any]) -> Trainer:
+def make_trainer(job: Job, model: nn.Module, folder: RunFolder, callbacks: list[Any],
+                 rates: Mapping[str, float] | None = None) -> Trainer:
     """The stock Trainer for this job."""
     from transformers import PrinterCallback, Trainer
 
     splits = job.task.eval_splits(job.ready)
     evaluated: Any = {name: job.ready[name] for name in splits} if len(splits) > 1 else None
+    args = training_arguments(job.recipe, job.task, folder.checkpoints, has_eval=bool(splits))
     trainer = Trainer(
         model=model,
-        args=training_arguments(job.recipe, job.task, folder.checkpoints, has_eval=bool(splits)),
+        args=args,
         train_dataset=job.ready.get("train"),
         eval_dataset=evaluated or (job.ready[splits[0]] if splits else None),
         data_collator=job.task.collator(job.tokenizer),
         compute_metrics=job.task.compute_metrics,
         preprocess_logits_for_metrics=job.task.preprocess_logits_for_metrics,
         callbacks=callbacks,
+        optimizer_cls_and_kwargs=_optimizer(model, args, rates) if rates else None,
     )
+    if rates and trainer.is_fsdp_enabled:  # it makes the optimizer's parameters anew
+        raise ConfigError("rates", dict(rates), "does not go together with FSDP; drop one of them")
     trainer.remove_callback(PrinterCallback)
     if job.task.task_type == "SEQ_CLS":
         # BERT, RoBERTa and DeBERTa heads take **kwargs but not num_items_in_batch from them: their loss is a mean.
@@ -248,6 +253,21 @@ def make_trainer(job: Job, model: nn.Module, folder: RunFolder, callbacks: list[
         # accumulated batches times the number of processes.
         trainer.model_accepts_loss_kwargs = False
     return trainer
+
+
+def _optimizer(model: nn.Module, args: TrainingArguments, rates: Mapping[str, float]) -> tuple[type, dict[str, Any]]:
+    """What the Trainer would take by itself, with groups by role in place of its own."""
+    import torch
+    from transformers import Trainer
+
+    import trimtab
+
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(args, cast(Any, model))
+    if not issubclass(kind, torch.optim.Optimizer) or {"params", "model", "optimizer_dict"} & set(options):
+        cure = f"train.optim={getattr(args.optim, 'value', args.optim)} makes its own groups; use adamw_torch"
+        raise ConfigError("rates", dict(rates), cure)
+    groups = trimtab.parameter_groups(model, args.learning_rate, rates, weight_decay=args.weight_decay)
+    return kind, {**options, "params": groups}
 
 
 def training_arguments(recipe: Recipe, task: Task, output_dir: Path, *, has_eval: bool = True) -> TrainingArguments:
