@@ -464,8 +464,8 @@ class Controller:
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         if not self.layers and not any(id(p) in held for p in self.model.parameters()):
             return  # an optimizer that shards (ZeRO) holds flat copies: nothing can be told from those
-        ours = {id(p) for p in self._parameters if p.requires_grad}
-        left = [name for name, p in self.model.named_parameters() if id(p) in ours - held]
+        missing = {id(p) for p in self._parameters if p.requires_grad} - held
+        left = [name for name, p in self.model.named_parameters() if id(p) in missing]
         if left:
             raise ConfigError(
                 "optimizer",
