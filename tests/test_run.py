@@ -20,7 +20,7 @@ from trimtab.cli import cli
 from trimtab.plans import Plan
 
 FILES = {"recipe.yaml", "where.json", "plan.json", "history.jsonl", "timing.jsonl", "checkpoints", "adapter",
-         "metrics.json", "report.html"}
+         "metrics.json", "predictions.json", "report.html"}
 
 
 def trimtab(*args, code=0):
@@ -180,9 +180,28 @@ def test_scores_of_a_base_are_not_taken_for_those_of_another(tmp_path):
 def test_a_run_that_ends_in_nan_says_so_and_keeps_its_scores(tmp_path):
     recipe = write_recipe(tmp_path, where=None)
     settings = ["train.max_steps=3", "train.learning_rate=1e38", "train.max_grad_norm=0"]
-    shown = trimtab("run", recipe, *settings).stdout
+    shown = trimtab("run", recipe, *settings, code=1)
     assert math.isnan(json.loads((tmp_path / "run" / "metrics.json").read_text())["metrics"]["loss"])
-    assert "NaN" in shown
+    assert "NaN" in shown.stdout
+    [said] = [line for line in shown.stderr.splitlines() if line.startswith("error")]
+    assert re.search(r"not a number .*from step \d on: try a lower train.learning_rate .*max_grad_norm=1.0", said)
+    assert trimtab("train", recipe, *settings, "--overwrite", code=1).stderr.endswith(f"{said}\n")
+
+
+def test_a_classifier_that_gives_one_class_only_is_named(tmp_path):
+    recipe = write_recipe(tmp_path, where=None)
+    shown = trimtab("run", recipe, "train.learning_rate=1e-9", "train.max_steps=12").stderr
+    assert re.search(r"note +every one of 24 validation rows was given class '(not_)?equivalent': .*rate", shown)
+    assert re.search(r"note +the training loss never fell \(.*\): try a train.learning_rate ten times", shown)
+    assert "Every one of 24 validation rows" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_run_that_froze_in_its_first_quarter_is_named(tmp_path):
+    recipe = write_recipe(tmp_path, where=None)
+    early = trimtab("run", recipe, "freeze={method: at, at: 2}").stderr
+    assert re.search(r"note +every projection froze by step 2 of 16, .*: try a larger freeze.at, or more epochs", early)
+    late = trimtab("run", recipe, "freeze={method: at, at: 8}", "--overwrite").stderr
+    assert "froze by" not in late
 
 
 @pytest.mark.parametrize("form, file", [("padded", "adapter_model.safetensors"), ("merged", "model.safetensors")])

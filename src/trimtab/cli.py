@@ -119,6 +119,8 @@ def run(recipe: str, overrides: Sequence[str], overwrite: bool, resume: bool, as
     with _screen(as_json) as screen:
         folder = runs.run(chosen, path, screen, overwrite=overwrite, resume=resume)
     _show_run(folder, as_json)
+    if reason := runs.unusable(folder):
+        _fail(reason, 1)
 
 
 @cli.command()
@@ -189,12 +191,15 @@ def train(recipe: str, overrides: Sequence[str], overwrite: bool, resume: bool, 
         job = runs.load(chosen, screen)
         trained = runs.train(job, runs.select(job, folder, screen), folder, screen, resume=resume)
         runs.export_run(job, trained.model, folder, screen)
+        runs.warn(folder, screen)
     if as_json:
         _print_json(trained.plan.to_json())
-        return
-    from .tables import plan_tables
+    else:
+        from .tables import plan_tables
 
-    _print(*plan_tables(trained.plan), f"[dim]{folder.adapter}[/]")
+        _print(*plan_tables(trained.plan), f"[dim]{folder.adapter}[/]")
+    if reason := runs.unusable(folder):
+        _fail(reason, 1)
 
 
 @cli.command("eval")

@@ -9,6 +9,7 @@ a config and a callback.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -43,6 +44,7 @@ TRAIN_DEFAULTS: dict[str, Any] = {
     "save_strategy": "epoch",
     "save_total_limit": 2,
     "report_to": "none",
+    "logging_nan_inf_filter": False,  # the Trainer's would show the last finite loss for one that is NaN
 }
 
 
@@ -54,6 +56,7 @@ def run(recipe: Recipe, folder: Path, screen: Screen, *, overwrite: bool = False
     trained = train(job, where, out, screen, resume=resume)
     export_run(job, trained.model, out, screen)
     evaluate(job, trained, out, screen)
+    warn(out, screen)
     write_report(out, screen)
     return out
 
@@ -460,7 +463,7 @@ def _write(job: Job, target: Path, what: str, screen: Screen, save: Callable[[],
 
 def evaluate(job: Job, trained: Trained, folder: RunFolder, screen: Screen) -> dict[str, Any]:
     """Scores on the task's labelled splits -> metrics.json."""
-    metrics = score(job, trained.model, folder, screen, folder.answers)
+    metrics = score(job, trained.model, folder, screen, folder.answers, folder.predictions)
     sections = {name: getattr(job.recipe, name) for name in ("where", "rank", "freeze", "adapter")}
     result = {
         "metrics": metrics,
@@ -487,10 +490,12 @@ def evaluate_base(job: Job, folder: RunFolder, screen: Screen) -> dict[str, Any]
     return result
 
 
-def score(job: Job, model: nn.Module, folder: RunFolder, screen: Screen, answers: Path) -> dict[str, float]:
+def score(job: Job, model: nn.Module, folder: RunFolder, screen: Screen, answers: Path,
+          predictions: Path | None = None) -> dict[str, float]:
     """Every score of the task's labelled splits; the headline split's by their bare names.
 
-    Generated answers are kept in ``answers``, so that an evaluation that was cut off goes on from them.
+    Generated answers are kept in ``answers``, so that an evaluation that was cut off goes on from them. What came
+    out for each row goes into ``predictions``.
     """
     splits = job.task.eval_splits(job.ready)
     if not splits:
@@ -499,16 +504,70 @@ def score(job: Job, model: nn.Module, folder: RunFolder, screen: Screen, answers
     with screen.stage("eval") as stage:
         trainer = make_trainer(job, model, folder, callbacks=[_bar(stage)])
         found: dict[str, float] = {}
+        kept: dict[str, Any] = {}
         for i, split in enumerate(splits):
             prefix = "" if i == 0 else f"{split}_"
             rows = job.ready[split]
+            kept[split] = {"rows": len(rows), "fingerprint": fingerprint(job.rows[split])}
+            trainer.compute_metrics = _keeping_rows(job, trainer, kept[split])
             got = trainer.evaluate(rows, metric_key_prefix="eval")
             skip = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
             scores = {k.removeprefix("eval_"): v for k, v in got.items() if k.startswith("eval_") and k not in skip}
             scores |= job.task.evaluate(model, job.tokenizer, job.rows, split, folder=answers, make_bar=stage.bar)
             found |= {prefix + name: float(value) for name, value in scores.items()}
         stage.result = " · ".join(f"{name} {number(value)}" for name, value in found.items())
+    if predictions is not None:
+        folder.write(predictions, kept)
     return found
+
+
+def _keeping_rows(job: Job, trainer: Trainer, kept: dict[str, Any]) -> Callable[[Any], dict[str, float]]:
+    """The task's `compute_metrics`, which also puts what each row got into ``kept``."""
+    row_scores = getattr(job.task, "row_scores", None)  # a task of one's own need not have it
+    # Rows that are put together by length come in an order that depends on the seed.
+    in_order = getattr(trainer.args, "train_sampling_strategy", None) != "group_by_length"
+
+    def compute_metrics(eval_pred: Any) -> dict[str, float]:
+        if row_scores is not None and in_order:
+            kept.update(row_scores(eval_pred))
+        return job.task.compute_metrics(eval_pred)
+
+    return compute_metrics
+
+
+def fingerprint(rows: Dataset) -> str:
+    """Of the content of raw rows, wherever they were read from. Of a conversation only what is to be answered
+    counts: how it is asked may differ between runs that are compared."""
+    found = hashlib.sha256()
+    for row in rows:
+        row = {name: [m["content"] for m in value if m["role"] == "assistant"] if name == "messages" else value
+               for name, value in row.items()}
+        found.update(json.dumps(row, sort_keys=True, default=_digest).encode())
+    return found.hexdigest()[:16]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else repr(value)
+
+
+def warn(folder: RunFolder, screen: Screen) -> None:
+    """Remarks on what went wrong without an error. A loss that is not finite is for `unusable` to tell."""
+    from .report.runfolder import read
+    from .report.troubles import not_finite, troubles
+
+    if runfolder.is_main():
+        run = read(folder.path)
+        for trouble in troubles(run):
+            if trouble != not_finite(run):
+                screen.note(trouble)
+
+
+def unusable(folder: RunFolder) -> str | None:
+    """Why nothing that a run made can be used: its loss is not finite. None for any other run."""
+    from .report.runfolder import read
+    from .report.troubles import not_finite
+
+    return not_finite(read(folder.path)) if runfolder.is_main() else None
 
 
 def write_report(folder: RunFolder, screen: Screen) -> Path:

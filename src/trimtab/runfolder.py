@@ -21,8 +21,8 @@ from .plans import Where
 from .recipe import Recipe
 
 # What a run makes. Only these are removed by --overwrite; a user's own files in the folder stay.
-_OURS = ("recipe.yaml", "where.json", "plan.json", "history.jsonl", "timing.jsonl", "metrics.json", "base.json",
-         "report.html", "checkpoints", "adapter", "merged", "answers", "harness", "error.log")
+_OURS = ("recipe.yaml", "where.json", "plan.json", "history.jsonl", "timing.jsonl", "metrics.json", "predictions.json",
+         "base.json", "report.html", "checkpoints", "adapter", "merged", "answers", "harness", "error.log")
 # What may differ between the recipe that began a run and the one that goes on with it.
 _FREE = ("output_dir", "export")
 
@@ -68,6 +68,11 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.json"
+
+    @property
+    def predictions(self) -> Path:
+        """What came out for each scored row."""
+        return self.path / "predictions.json"
 
     @property
     def base(self) -> Path:

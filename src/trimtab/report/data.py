@@ -16,6 +16,7 @@ from typing import Any
 from . import modules
 from .modules import Budget, Freezes, Prunes, Ranks, Values
 from .runfolder import RunFolder, flatten, read
+from .troubles import troubles
 from .words import change, count, duration, finite, moved, number, plural, ranges, sentence
 
 NOT_SCORES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "epoch")
@@ -366,6 +367,7 @@ def _notes(run: RunFolder, header: Header) -> list[str]:
         notes.append(f"This run is not finished (no metrics.json). The history ends at step {count(header.steps)}.")
     if header.score_is_nan:
         notes.append(f"The score ({header.metric}) is not a number.")
+    notes += [f"{sentence(trouble)}." for trouble in troubles(run)]
     if run.plan:
         notes += run.plan.notes
     return notes + list(run.notes)

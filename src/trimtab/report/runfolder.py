@@ -46,6 +46,8 @@ class RunFolder:
     metrics: dict[str, Any] = field(default_factory=dict)
     base: dict[str, Any] = field(default_factory=dict)
     """Scores of the model without an adapter, when they were taken."""
+    predictions: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By split, which rows were scored and what came out for each."""
     notes: tuple[str, ...] = ()
 
     def of(self, kind: str) -> list[dict[str, Any]]:
@@ -84,6 +86,7 @@ def read(folder: str | Path) -> RunFolder:
         timing=timing,
         metrics=_json(path / "metrics.json") or {},
         base=_json(path / "base.json") or {},
+        predictions=_json(path / "predictions.json") or {},
         notes=tuple(notes),
     )
 

@@ -134,6 +134,10 @@ class Task(Protocol):
         """Scores by name, from ``(predictions, labels)`` as the Trainer hands them over."""
         ...
 
+    def row_scores(self, eval_pred: Any) -> dict[str, Any]:
+        """What is kept of each row, in lists, so that runs can be compared row by row. Nothing by default."""
+        return {}
+
     def preprocess_logits_for_metrics(self, logits: Any, labels: Any) -> Any:
         """What of each batch's output is kept for `compute_metrics`; the first tensor by default."""
         return logits[0] if isinstance(logits, (tuple, list)) else logits

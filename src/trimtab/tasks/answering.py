@@ -232,8 +232,11 @@ class Answering(Task):
         return answer_sums(logits, labels, shifted=not self.is_encoder_decoder)
 
     def compute_metrics(self, eval_pred: Any) -> dict[str, float]:
-        sums = eval_pred[0][0] if isinstance(eval_pred[0], (tuple, list)) else eval_pred[0]
-        return answer_scores(np.asarray(sums))
+        return answer_scores(_sums(eval_pred))
+
+    def row_scores(self, eval_pred: Any) -> dict[str, Any]:
+        loss, tokens, right = _sums(eval_pred).T.tolist()
+        return {"answer_loss": loss, "tokens": tokens, "right": right}
 
     def evaluate(self, model: Any, tokenizer: Any, rows: DatasetDict, split: str, *, folder: str | Path | None = None,
                  make_bar: MakeBar | None = None) -> dict[str, float]:
@@ -561,6 +564,10 @@ def answer_sums(logits: torch.Tensor, labels: torch.Tensor, shifted: bool) -> to
     each = torch.stack([torch.nn.functional.cross_entropy(chosen, right, reduction="none"),
                         torch.ones_like(row, dtype=torch.float32), (chosen.argmax(-1) == right).float()], dim=1)
     return torch.zeros(len(labels), 3, device=logits.device).index_add_(0, row, each)
+
+
+def _sums(eval_pred: Any) -> np.ndarray:
+    return np.asarray(eval_pred[0][0] if isinstance(eval_pred[0], (tuple, list)) else eval_pred[0])
 
 
 def answer_scores(sums: np.ndarray) -> dict[str, float]:

@@ -79,12 +79,17 @@ def score_all(scores: Mapping[str, Score], eval_pred: Any, regression: bool) -> 
     Args:
         eval_pred: predictions (n, num_labels), or a tuple that starts with them, and labels (n,).
     """
+    found = predicted_of(eval_pred, regression)
+    return {name: float("nan") if found is None else score(*found) for name, score in scores.items()}
+
+
+def predicted_of(eval_pred: Any, regression: bool) -> tuple[np.ndarray, np.ndarray] | None:
+    """Predicted classes (or numbers) and labels, both (n,); None when the model's output is not finite."""
     logits = eval_pred[0][0] if isinstance(eval_pred[0], (tuple, list)) else eval_pred[0]
     logits, labels = np.asarray(logits, np.float64), np.asarray(eval_pred[1])
     if not np.all(np.isfinite(logits)):
-        return dict.fromkeys(scores, float("nan"))
-    predicted = logits.reshape(-1) if regression else logits.argmax(axis=-1)
-    return {name: score(predicted, labels) for name, score in scores.items()}
+        return None
+    return logits.reshape(-1) if regression else logits.argmax(axis=-1), labels
 
 
 class SequenceClassification(Task):
@@ -176,6 +181,13 @@ class SequenceClassification(Task):
 
     def compute_metrics(self, eval_pred: Any) -> dict[str, float]:
         return score_all(self.scores, eval_pred, regression=self.label_names is None)
+
+    def row_scores(self, eval_pred: Any) -> dict[str, Any]:
+        found = predicted_of(eval_pred, regression=self.label_names is None)
+        if found is None:
+            return {}
+        classes = {} if self.label_names is None else {"classes": list(self.label_names)}
+        return {"label": found[1].tolist(), "predicted": found[0].tolist(), **classes}
 
     # What both kinds of loading end with.
 
