@@ -155,9 +155,8 @@ class TrimCallback(TrainerCallback, ExportableState):
         if controller is None:
             return
         if not self._is_running():  # nothing to decide: count only
-            if not controller.is_finished:
-                controller.param_steps += controller.trainable_params()
-                controller.step += 1
+            controller.param_steps += controller.trainable_params()
+            controller.step += 1
             return
         ranks = controller.ranks()
         controller.after_step(skipped=bool(getattr(self._optimizer, "step_was_skipped", False)))
@@ -337,28 +336,26 @@ class TrimCallback(TrainerCallback, ExportableState):
     def _leave_out_of_ddp(self, model: nn.Module, args: TrainingArguments) -> None:
         if args.world_size < 2 or getattr(args, "fsdp", None):
             return
-        peft_model = peft_model_of(model)
         name = self._name(model)
         ours = {id(p) for la in self._layers(model).values() for p in (*la.factors(name), *la.diagonals(name))}
-        names = [n for n, p in peft_model.named_parameters() if id(p) in ours]
-        peft_model._ddp_params_and_buffers_to_ignore = cast(Any, names)  # what DDP reads on the module it wraps
-        if not any(p.requires_grad and n not in set(names) for n, p in peft_model.named_parameters()):
+        names = [n for n, p in model.named_parameters() if id(p) in ours]
+        model._ddp_params_and_buffers_to_ignore = cast(Any, names)  # what DDP reads on the module it wraps
+        if not any(p.requires_grad and n not in set(names) for n, p in model.named_parameters()):
             # DDP refuses a module in which every trainable parameter is ignored: give it one that nothing uses.
-            device = next(peft_model.parameters()).device
-            peft_model.register_parameter("trim_anchor", nn.Parameter(torch.zeros(1, device=device)))
-        if args.ddp_find_unused_parameters is False and hasattr(peft_model, "trim_anchor"):
+            device = next(model.parameters()).device
+            model.register_parameter("trim_anchor", nn.Parameter(torch.zeros(1, device=device)))
+        if args.ddp_find_unused_parameters is False and hasattr(model, "trim_anchor"):
             raise ConfigError("ddp_find_unused_parameters", False, "must be unset or true when only adapters train")
-        if hasattr(peft_model, "trim_anchor"):
+        if hasattr(model, "trim_anchor"):
             args.ddp_find_unused_parameters = True
 
     @staticmethod
     def _give_back_to_ddp(model: nn.Module) -> None:
         # What is left is a plain LoRA, whose gradients DDP has to average if it is trained on.
-        peft_model = peft_model_of(model)
-        if hasattr(peft_model, "_ddp_params_and_buffers_to_ignore"):
-            del peft_model._ddp_params_and_buffers_to_ignore
-        if hasattr(peft_model, "trim_anchor"):
-            del peft_model.trim_anchor
+        if hasattr(model, "_ddp_params_and_buffers_to_ignore"):
+            del model._ddp_params_and_buffers_to_ignore
+        if hasattr(model, "trim_anchor"):
+            del model.trim_anchor
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         assert self.controller is not None

@@ -101,6 +101,7 @@ class Controller:
         self.last_penalty: Tensor | None = None
         self.final_params = self.held_params = 0  # known once finished
         self.is_finished = False
+        self._finished: dict[str, Any] | None = None  # state of the finished run that trains on
         self._is_ready = False
         self._gradients: dict[str, Tensor] = {}
         self._e_before: dict[str, Tensor] = {}
@@ -190,9 +191,9 @@ class Controller:
         self.held_params = sum(p.numel() for p in self._parameters)
         self._emit_params()
         for layer in self.layers.values():
-            for e in layer.diagonals(self.adapter_name):
-                if e is not None:
-                    drop_optimizer_state(e, self.optimizer)
+            if any(d is not None for d in layer.diagonals(self.adapter_name)):  # A and B change as they are folded in
+                for p in self._named(layer).values():
+                    drop_optimizer_state(p, self.optimizer)
         self._settle()
 
     # -- figures ------------------------------------------------------------------------------------
@@ -226,6 +227,8 @@ class Controller:
                 continue
             for key, p in self._named(layer).items():
                 tensors[f"factors/{name}/{key}"] = p.detach()
+        if self._finished is not None:  # a finished run that trains on: what was decided stands
+            return {}, {**self._finished, "step": self.step, "param_steps": self.param_steps}
         meta: dict[str, Any] = {
             "step": self.step,
             "total_steps": self.total_steps,
@@ -263,11 +266,8 @@ class Controller:
         if isinstance(tensors, tuple):
             tensors, meta = tensors
         assert meta is not None
-        if meta["is_finished"] and not self.layers:  # a run that is over, loaded as the plain LoRA it left: it goes on
-            self.step, self.param_steps = meta["step"], meta["param_steps"]
-            self.initial_params, self.initial_ranks = meta["initial_params"], meta["initial_ranks"]
-            return
-        self._check_fits(meta)
+        if self.layers:  # a finished run may also have been loaded as the plain LoRA that it left
+            self._check_fits(meta)
         self._check_belongs(tensors, meta)
         self.step, self.param_steps = meta["step"], meta["param_steps"]
         self.initial_params, self.initial_ranks = meta["initial_params"], meta["initial_ranks"]
@@ -284,11 +284,12 @@ class Controller:
         for name in meta["frozen"]:
             self._freeze_one(name)
         for part, owner in (("rank", self.allocator), ("freeze", self.freezer)):
-            if owner is not None:
+            if owner is not None and not meta["is_finished"]:
                 own = {k.removeprefix(f"{part}/"): v for k, v in tensors.items() if k.startswith(f"{part}/")}
                 owner.load_state_dict(own, meta[part])
         if meta["is_finished"]:
             self._settle()  # nothing is decided again
+            self._finished = meta
 
     def _settle(self) -> None:
         own_config(self.model, self.adapter_name)

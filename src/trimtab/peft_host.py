@@ -13,7 +13,6 @@ accepts such tensors back. PEFT's save, Trainer's checkpoints and load-best ther
 from __future__ import annotations
 
 import copy
-import copyreg
 import dataclasses
 import re
 import warnings
@@ -173,7 +172,11 @@ class ConfigAtWork(TrimConfig):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A copy is an ordinary config; the layers that are copied with it put it to work again."""
-        return copyreg.__newobj__, (TrimConfig,), self.__getstate__()  # type: ignore[attr-defined]
+        return _bare_config, (), self.__getstate__()
+
+
+def _bare_config() -> TrimConfig:
+    return TrimConfig.__new__(TrimConfig)
 
 
 class Live:
@@ -288,8 +291,7 @@ def without_where(exclude: str | Iterable[str] | None) -> Any:
     """What the user excludes, without what a selection of layers has added to it."""
     if not isinstance(exclude, str) or _WHERE not in exclude:
         return exclude
-    user = exclude.partition(_WHERE)[0].removesuffix("|")
-    return user or None
+    return exclude.partition(_WHERE)[0].removeprefix("(?:").removesuffix(")|") or None  # see `excluding`
 
 
 @dataclass
