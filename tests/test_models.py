@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import doctest
 import importlib.util
 import json
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoConfig,
@@ -23,6 +25,7 @@ from transformers import (
     TrainingArguments,
 )
 
+import tiny
 from tasks.tiny import WORDS, decoder_tokenizer, encoder_tokenizer, tiny_config
 from trimtab import models
 from trimtab.errors import ConfigError, ModelError
@@ -446,3 +449,64 @@ def test_a_real_gguf_decoder_writes_sense():
     assert got.modules_to_save == ()
     words = tokenizer("The capital of France is", return_tensors="pt")
     assert "Paris" in tokenizer.decode(got.model.generate(**words, max_new_tokens=5, do_sample=False)[0])
+
+
+# -- how long a row may be ---------------------------------------------------------------------------------------
+
+_SMALL = dict(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+              pad_token_id=1, bos_token_id=2, eos_token_id=2)  # fmt: skip
+_PAIR = dict(vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+             decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, pad_token_id=1, bos_token_id=2,
+             eos_token_id=2)  # fmt: skip
+_GPT = dict(vocab_size=64, pad_token_id=1, bos_token_id=2, eos_token_id=2)
+# class, config, tokens that fit
+TABLES = [
+    ("BertForSequenceClassification", dict(_SMALL, max_position_embeddings=20), 20),
+    ("RobertaForSequenceClassification", dict(_SMALL, max_position_embeddings=20), 18),
+    ("XLMRobertaForSequenceClassification", dict(_SMALL, max_position_embeddings=20), 18),
+    ("CamembertForSequenceClassification", dict(_SMALL, max_position_embeddings=20), 18),
+    ("MPNetForSequenceClassification", dict(_SMALL, max_position_embeddings=20), 18),
+    ("LongformerForSequenceClassification", dict(_SMALL, max_position_embeddings=22, attention_window=4), 20),
+    ("ElectraForSequenceClassification", dict(_SMALL, embedding_size=32, max_position_embeddings=20), 20),
+    ("BartForConditionalGeneration", dict(_PAIR, max_position_embeddings=20), 20),
+    ("MBartForConditionalGeneration", dict(_PAIR, max_position_embeddings=20), 20),
+    ("PegasusForConditionalGeneration", dict(_PAIR, max_position_embeddings=20), 20),
+    ("OPTForCausalLM", dict(_GPT, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, ffn_dim=32,
+                            word_embed_proj_dim=32, max_position_embeddings=20), 20),
+    ("GPT2LMHeadModel", dict(_GPT, n_embd=32, n_layer=1, n_head=2, n_positions=20), 20),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "config", "fits"), TABLES, ids=[name for name, _, _ in TABLES])
+def test_a_row_of_every_position_runs_and_one_more_does_not(name, config, fits):
+    cls = getattr(transformers, name)
+    model = cls(cls.config_class(**config)).eval()
+    assert models.positions(model) == fits
+    for tokens in (fits, fits + 1):
+        batch = {"input_ids": torch.full((1, tokens), 5)}
+        if model.config.is_encoder_decoder:
+            batch["decoder_input_ids"] = batch["input_ids"]
+        with torch.no_grad(), contextlib.nullcontext() if tokens == fits else pytest.raises((IndexError, RuntimeError)):
+            model(**batch)
+
+
+@pytest.mark.parametrize(("family", "figure"), [("llama", 64), ("t5", None), ("deberta", 64)])
+def test_models_without_a_table_say_what_their_config_says(family, figure):
+    model = tiny.build(family)
+    assert models.positions(model) == (model.config.max_position_embeddings if figure else None)
+
+
+@pytest.mark.parametrize("family", ["roberta", "bert"])
+def test_rows_of_a_tokenizer_without_a_limit_fit_the_table(tmp_path, family):
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\n" + f"{' '.join(WORDS * 20)},yes\nshort,no\n")
+    task = get_task({"name": "text_classification", "text": "text", "label": "label"})
+    raw = task.load_data({"train": str(path), "validation": str(path)})
+    model, tokenizer = tiny.build(family), encoder_tokenizer()
+    tokenizer.model_max_length = int(1e30)  # what transformers gives a tokenizer that states none
+    row = torch.tensor([task.prepare(raw, tokenizer, model)["train"][0]["input_ids"]]).clamp(2, 63)
+    assert row.shape[1] == models.positions(model)
+    model(input_ids=row)
+    longer = get_task({"name": "text_classification", "text": "text", "label": "label", "max_length": row.shape[1] + 1})
+    with pytest.raises(ConfigError, match=rf"at most {row.shape[1]}, the positions"):
+        longer.prepare(longer.load_data({"train": str(path), "validation": str(path)}), tokenizer, model)

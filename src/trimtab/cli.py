@@ -7,6 +7,7 @@ Results go to stdout (a table, or JSON with ``--json``), everything else to stde
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -45,6 +46,8 @@ class _Commands(click.Group):
         return list(self.commands)  # in the order of a run, as written below
 
     def main(self, *args: Any, **extra: Any) -> Any:
+        # PEFT imports it wherever it is installed, and it warns of kernels that only quantised models use.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         try:
             sys.exit(super().main(*args, **{**extra, "standalone_mode": False}) or 0)
         except (click.Abort, KeyboardInterrupt):

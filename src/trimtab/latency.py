@@ -299,10 +299,8 @@ def _wait(device: torch.device) -> None:
 
 
 def _check_length(model: Any, tokens: int) -> None:
-    most = getattr(model.config, "max_position_embeddings", None)
-    if getattr(model.config, "relative_attention", False) or not most:
-        return
-    if tokens > most:
+    most = models.positions(model)
+    if most and tokens > most:
         raise ConfigError("tokens", tokens, f"at most {most}, the positions that this model has")
 
 

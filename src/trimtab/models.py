@@ -9,17 +9,19 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from .errors import ConfigError, ModelError, TrimtabError, did_you_mean
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
     from .tasks import Task
@@ -274,9 +276,58 @@ def pool_of(config: PretrainedConfig) -> str:
 
 def forward_names(model: PreTrainedModel) -> set[str]:
     """Names of the arguments of the model's ``forward``, seen through a PEFT wrapper."""
+    return set(inspect.signature(_base(model).forward).parameters)
+
+
+def positions(model: PreTrainedModel) -> int | None:
+    """Tokens that a row may have: the smallest learned table of positions, else what the config says; None if nothing.
+
+    RoBERTa and its kin count positions from behind the padding's, BART and OPT from behind two of their own, so that
+    their tables hold fewer tokens than rows. Relative positions reach further than the figure in the config.
+    """
+    from torch import nn
+
+    base = _base(model)
+    rooms = [
+        table.num_embeddings - _first_position(table)
+        for name, table in base.named_modules()
+        if isinstance(table, nn.Embedding) and _POSITIONS.search(name) and not _NOT_TEXT.search(name)
+    ]
+    if rooms:
+        return min(rooms)
+    config = base.config.get_text_config()
+    return None if getattr(config, "relative_attention", False) else getattr(config, "max_position_embeddings", None)
+
+
+_POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|positions?_embed(ding)?s?|embed_position)$")
+_NOT_TEXT = re.compile(r"vision|visual|image|audio")
+
+
+def _first_position(table: nn.Embedding) -> int:
+    """Row of the first token."""
+    offset = getattr(table, "offset", None)
+    if isinstance(offset, int):
+        return offset
+    return 0 if table.padding_idx is None else table.padding_idx + 1
+
+
+def unread_outputs(model: nn.Module) -> list[str]:
+    """Outputs of the model beside loss and logits, for Trainer's ``ignore_keys``: no score reads them, and some hold
+    None inside (LLaVA's images), over which Trainer's gathering trips."""
+    try:
+        kinds = get_type_hints(inspect.unwrap(type(_base(model)).forward)).get("return")
+    except (NameError, TypeError):  # a model whose annotations are not to be had
+        kinds = None
+    kinds = [k for k in (kinds, *get_args(kinds)) if isinstance(k, type) and is_dataclass(k)]
+    names = {f.name for kind in kinds for f in fields(kind)}
+    names |= set(getattr(getattr(model, "config", None), "keys_to_ignore_at_inference", ()))
+    return sorted(names - {"loss", "logits"})
+
+
+def _base(model: Any) -> Any:
     while isinstance(get := getattr(model, "get_base_model", None), MethodType):
         model = get()
-    return set(inspect.signature(model.forward).parameters)
+    return model
 
 
 def _fits_several_kinds(task: Task) -> bool:

@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from . import models, runfolder
 from . import recipe as recipes
-from . import runfolder
 from .adapting import adapter_config, choose_own, choose_without_data, reads_rows
 from .errors import ConfigError, DataError
 from .planning import horizon_of, model_spec, plan_of_run, plan_recipe, with_layer_ratio
@@ -86,7 +86,6 @@ def load(recipe: Recipe, screen: Screen) -> Job:
     """
     from transformers import set_seed
 
-    from . import models
     from .tasks import get_task
 
     with screen.stage("load") as stage:
@@ -211,7 +210,7 @@ def train(job: Job, where: Where | None, folder: RunFolder, screen: Screen, *, r
         _reset_peak_memory()
         began = time.monotonic()
         try:
-            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.train(resume_from_checkpoint=checkpoint, ignore_keys_for_eval=models.unread_outputs(model))
         except KeyboardInterrupt:
             if trimtab.last_checkpoint(folder.checkpoints):
                 screen.note(f"the last checkpoint is kept: `trimtab run {folder.path} --resume` goes on from it")
@@ -510,7 +509,7 @@ def score(job: Job, model: nn.Module, folder: RunFolder, screen: Screen, answers
             rows = job.ready[split]
             kept[split] = {"rows": len(rows), "fingerprint": fingerprint(job.rows[split])}
             trainer.compute_metrics = _keeping_rows(job, trainer, kept[split])
-            got = trainer.evaluate(rows, metric_key_prefix="eval")
+            got = trainer.evaluate(rows, metric_key_prefix="eval", ignore_keys=models.unread_outputs(model))
             skip = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
             scores = {k.removeprefix("eval_"): v for k, v in got.items() if k.startswith("eval_") and k not in skip}
             scores |= job.task.evaluate(model, job.tokenizer, job.rows, split, folder=answers, make_bar=stage.bar)

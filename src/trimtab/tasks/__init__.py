@@ -15,6 +15,7 @@ The whole interface, in the order in which a run uses it::
             data_collator=task.collator(tok),
             compute_metrics=task.compute_metrics,
             preprocess_logits_for_metrics=task.preprocess_logits_for_metrics)
+    # where images are read: trainer.train(ignore_keys_for_eval=models.unread_outputs(model)), evaluate(ignore_keys=…)
 
 A new head is initialised by `load_model`: set the seed before it. The data do not depend on the run's
 seed, so that runs over several seeds are scored on the same rows.

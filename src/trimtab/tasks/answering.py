@@ -587,10 +587,10 @@ def answer_scores(sums: np.ndarray) -> dict[str, float]:
 
 def context_length(tokenizer: Any, model: Any) -> int | None:
     """Tokens that tokenizer and model can take, if they say."""
+    from ..models import positions
+
     text = getattr(tokenizer, "tokenizer", tokenizer)
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    known = [text.model_max_length, getattr(config, "max_position_embeddings", None)]
+    known = [text.model_max_length, positions(model) if model is not None else None]
     return min((n for n in known if n and n < 10**9), default=None)  # "unlimited" is 1e30
 
 

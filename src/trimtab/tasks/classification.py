@@ -157,13 +157,14 @@ class SequenceClassification(Task):
 
     def _length(self, tokenizer: Any, model: Any) -> int | None:
         """Tokens a row is cut to: the setting, else what tokenizer and model can take, if they say."""
-        positions = getattr(model.config, "max_position_embeddings", None) if model is not None else None
-        known = [n for n in (tokenizer.model_max_length, positions) if n and n < 10**9]  # "unlimited" is 1e30
+        from ..models import positions
+
+        room = positions(model) if model is not None else None
+        usual = room or getattr(getattr(model, "config", None), "max_position_embeddings", None)
+        known = [n for n in (tokenizer.model_max_length, usual) if n and n < 10**9]  # "unlimited" is 1e30
         if self.max_length is None:
             return min(known, default=None)
-        # Relative positions reach further than the figure in the config; a learned table does not.
-        table = positions and not getattr(model.config, "relative_attention", False)
-        if table and self.max_length > min(known):
+        if room and self.max_length > min(known):
             raise ConfigError("task.max_length", self.max_length,
                               f"at most {min(known)}, the positions that this model has")
         return self.max_length
