@@ -283,20 +283,25 @@ def report(source: str, overrides: Sequence[str], as_json: bool) -> None:
 
 @cli.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option("--baseline", help="The row that the others are compared with: its name, or one of its run folders.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write the page to this HTML file.")
 @_common
-def compare(runs: Sequence[str], out: Path | None, as_json: bool) -> None:
-    """One table over runs: score, parameters, time."""
+def compare(runs: Sequence[str], baseline: str | None, out: Path | None, as_json: bool) -> None:
+    """One table over runs: score, parameters, time.
+
+    Runs that differ by seed alone are one row: mean ± standard error. Rows are compared in pairs, by seed and by
+    scored row, and none is called best that leads by no more than chance.
+    """
     from . import report as reports
 
-    found = reports.compare(runs, out)
+    found = reports.compare(runs, out, baseline)
     if as_json:
         _print_json(found.to_json())
         return
     from .screen import table
 
     _print(table(found.columns, found.cells, right=range(1, len(found.columns))), f"{found.finding}.", *found.notes,
-           *([f"[dim]{out}[/]"] if out else []))
+           *(f"[dim]{text}[/]" for text in (found.legend, out) if text))
 
 
 @cli.command()

@@ -467,6 +467,7 @@ def evaluate(job: Job, trained: Trained, folder: RunFolder, screen: Screen) -> d
     result = {
         "metrics": metrics,
         "metric": job.task.metric,
+        "greater_is_better": getattr(job.task, "greater_is_better", True),
         "params": dict(trained.plan.params),
         "seconds": round(trained.seconds, 3),
         "peak_memory_bytes": trained.peak_memory_bytes,

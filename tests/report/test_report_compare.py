@@ -6,12 +6,15 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import synthetic_runs as runs
 
-from trimtab.errors import DataError
-from trimtab.report import compare
+from trimtab.errors import ConfigError, DataError
+from trimtab.report import compare, pairing
+from trimtab.report.compare_page import pareto_front
 from trimtab.report.comparing import names_of
+from trimtab.tasks import classification
 
 CKA = {"method": "cka", "ratio": 0.5, "samples": 512}
 
@@ -22,8 +25,8 @@ def test_two_settings_are_named_by_the_axis_in_which_they_differ(tmp_path: Path)
     table = compare([lora, half])
     assert [row.name for row in table.rows] == ["where=all", "where=cka"]
     assert table.finding == (
-        "`where=all` scored best: matthews_correlation 0.91; `where=cka` is 0.01 behind "
-        "with 50 % of its final parameters and 75 % of its time"
+        "`where=all` has the highest matthews_correlation, 0.91, which one run alone cannot tell from chance; "
+        "`where=cka` is 0.01 behind with 50 % of its final parameters and 75 % of its time"
     )
     assert table.rows[1].settings == {"where.method": "cka"}
     assert table.cells[1] == ["where=cka", "0.9", "1", "500", "500", "500", "45.0 s", "768.0 MiB"]
@@ -35,8 +38,8 @@ def test_runs_that_differ_only_by_seed_are_one_row(tmp_path: Path) -> None:
         for s, v, t in ((0, 0.5, 10.0), (1, 0.6, 20.0), (2, 0.7, 30.0))
     ]
     [row] = compare(folders).rows
-    assert row.score == pytest.approx(0.6) and row.score_sd == pytest.approx(0.1)  # n − 1
-    assert row.score_text == "0.6 ± 0.1" and row.seeds == [0, 1, 2] and row.seconds == 20.0
+    assert row.score == pytest.approx(0.6) and row.score_se == pytest.approx(0.1 / 3**0.5)  # n − 1
+    assert row.score_text == "0.6 ± 0.058" and row.seeds == [0, 1, 2] and row.seconds == 20.0
 
 
 def test_settings_of_one_method_are_told_only_among_its_rows() -> None:
@@ -92,10 +95,159 @@ def test_a_seed_without_a_score_is_left_out_of_the_mean_and_said(tmp_path: Path)
     assert table.notes == ["`where=all`: no score from s1 (unfinished, or not a number)."]
 
 
-def test_a_gap_within_the_spread_of_the_seeds_is_called_so(tmp_path: Path) -> None:
-    a = [runs.plain_run(tmp_path / f"a{s}", seed=s, score=0.60 + 0.02 * s, params=1000) for s in range(3)]
-    b = [runs.plain_run(tmp_path / f"b{s}", seed=s, score=0.59 + 0.02 * s, params=500, where=CKA) for s in range(3)]
-    assert "is 0.01 behind (within one standard deviation) with 50 %" in compare([*a, *b]).finding
+def seeds(folder: Path, scores: list[float], **more: object) -> list[Path]:
+    return [runs.plain_run(folder / f"s{s}", seed=s, score=v, **more) for s, v in enumerate(scores)]
+
+
+def test_a_gap_that_is_the_same_with_every_seed_is_one_however_the_seeds_differ(tmp_path: Path) -> None:
+    a = seeds(tmp_path / "a", [0.60, 0.62, 0.64], params=1000)
+    b = seeds(tmp_path / "b", [0.59, 0.61, 0.63], params=500, where=CKA)
+    table = compare([*a, *b])
+    assert table.best == 0 and table.finding.startswith("`where=all` scored best: matthews_correlation 0.62 ± 0.012; ")
+    assert table.rows[1].difference_text == "−0.01 (−0.01 to −0.01)"
+
+
+def test_a_lead_within_its_interval_is_not_called_best(tmp_path: Path) -> None:
+    """Differences 0.01, 0.02, 0.03: mean 0.02, standard error 0.01/√3, Student's t(2) at 97.5 % is 4.303, so that
+    the interval is 0.02 ± 0.0248. (The bootstrap's alone would end at the smallest of the three.)"""
+    a = seeds(tmp_path / "a", [0.61, 0.62, 0.63], params=1000)
+    b = seeds(tmp_path / "b", [0.60, 0.60, 0.60], params=500, where=CKA)
+    table = compare([*a, *b])
+    assert table.best is None
+    found = table.rows[1].difference
+    assert (found.mean, found.low, found.high) == pytest.approx((-0.02, -0.04484, 0.00484), abs=1e-5)
+    assert (found.seeds, found.rows, found.to) == (3, None, "where=all")
+    assert table.finding.startswith(
+        "`where=all` has the highest matthews_correlation, 0.62 ± 0.0058, but no more than chance above `where=cka`; "
+        "`where=cka` is 0.02 behind (within chance) with 50 %"
+    )
+
+
+def test_two_seeds_have_no_interval_and_no_best(tmp_path: Path) -> None:
+    table = compare([*seeds(tmp_path / "a", [0.6, 0.7]), *seeds(tmp_path / "b", [0.5, 0.6], where=CKA)])
+    assert table.best is None and table.rows[1].difference.low is None
+    assert "which so few seeds cannot tell from chance" in table.finding
+
+
+def with_rows(folder: Path, label: list[int], predicted: list[int], fingerprint: str = "f", seed: int = 0,
+              metric: str = "accuracy", **axes: object) -> Path:
+    """A finished run that kept what each row was given."""
+    kept = {"rows": len(label), "fingerprint": fingerprint, "label": label, "predicted": predicted,
+            "classes": ["a", "b"]}
+    score = float(pairing._row_score(kept, metric)(np.arange(len(label))))
+    found = {**runs.metrics(seed), "metric": metric, "metrics": {metric: score}}
+    run = runs.write_run(folder, recipe=runs.recipe(seed, **axes), metrics=found)
+    (folder / "predictions.json").write_text(json.dumps({"validation": kept}))
+    return run
+
+
+def test_one_seed_is_compared_row_by_row(tmp_path: Path) -> None:
+    """Of 200 rows one run has 40 right that the other has wrong, and no row the other way: the difference is 0.2
+    with standard error √(0.2 · 0.8 / 200) = 0.0283, so that the interval is about 0.2 ± 0.055."""
+    label = [0, 1] * 100
+    better, worse = [*label], [1 - v if i < 40 else v for i, v in enumerate(label)]
+    table = compare([with_rows(tmp_path / "a", label, better), with_rows(tmp_path / "b", label, worse, where=CKA)])
+    found = table.rows[1].difference
+    assert (found.mean, found.seeds, found.rows) == (pytest.approx(-0.2), 1, 200)
+    assert (found.low, found.high) == pytest.approx((-0.255, -0.145), abs=0.01)
+    assert table.best == 0
+
+
+def test_a_few_rows_either_way_are_no_lead(tmp_path: Path) -> None:
+    label = [0, 1] * 100
+    a = [1 - v if i < 11 else v for i, v in enumerate(label)]
+    b = [1 - v if 100 <= i < 113 else v for i, v in enumerate(label)]
+    table = compare([with_rows(tmp_path / "a", label, a), with_rows(tmp_path / "b", label, b, where=CKA)])
+    assert table.best is None and table.rows[1].difference.low < 0 < table.rows[1].difference.high
+
+
+def test_runs_scored_on_other_rows_stand_apart(tmp_path: Path) -> None:
+    label = [0, 1] * 20
+    a = with_rows(tmp_path / "a", label, label)
+    b = with_rows(tmp_path / "b", label, [0] * 40, "other rows", where=CKA)
+    table = compare([a, b], tmp_path / "page.html")
+    assert [row.scored_on for row in table.rows] == [0, 1] and table.best is None
+    assert [row.difference for row in table.rows] == [None, None]
+    assert table.finding == "2 settings side by side"
+    assert "not ranked against each other. Apart stand: `where=all`; `where=cka`." in table.notes[0]
+
+
+def test_a_file_that_changed_between_two_seeds_keeps_them_out_of_one_mean(tmp_path: Path) -> None:
+    label = [0, 1] * 20
+    a = with_rows(tmp_path / "a", label, label, "before", 0)
+    b = with_rows(tmp_path / "b", label, label, "after", 1)
+    assert len(compare([a, b]).rows) == 2
+
+
+def test_without_kept_rows_the_recipes_tell_whether_data_are_the_same(tmp_path: Path) -> None:
+    recipes = [{**runs.recipe(), "data": {"train": "t", "validation": v}} for v in ("v", "w")]
+    folders = [runs.write_run(tmp_path / v["data"]["validation"], recipe=v, metrics=runs.metrics()) for v in recipes]
+    assert [row.scored_on for row in compare(folders).rows] == [0, 1]
+    more = {**recipes[0], "data": {**recipes[0]["data"], "train": "more"}}  # scored on the same rows
+    other = runs.write_run(tmp_path / "more", recipe=more, metrics=runs.metrics())
+    assert [row.scored_on for row in compare([folders[0], other]).rows] == [0, 0]
+
+
+def test_differences_are_to_a_baseline_named_by_its_row_or_its_folder(tmp_path: Path) -> None:
+    a = seeds(tmp_path / "a", [0.61, 0.62, 0.63])
+    b = seeds(tmp_path / "b", [0.50, 0.51, 0.52], where=CKA)
+    c = seeds(tmp_path / "c", [0.50, 0.52, 0.51], where={"method": "last", "ratio": 0.5})
+    table = compare([*a, *b, *c], baseline="where=cka")
+    assert table.baseline == "where=cka" and table.rows[1].difference is None
+    assert table.rows[0].difference.mean == pytest.approx(0.11)
+    assert table.finding == (
+        "`where=all` (+0.11, 0.11 to 0.11) is better than `where=cka`; "
+        "`where=last` (0, −0.025 to 0.025) is not told apart from `where=cka`"
+    )
+    assert compare([*a, *b, *c], baseline=str(b[1])).to_json() == table.to_json()
+    assert table.columns[2] == "difference" and table.cells[1][2] == "–"
+    with pytest.raises(ConfigError, match=r"baseline='where=ckaa': no such row. Did you mean 'where=cka'"):
+        compare([*a, *b], baseline="where=ckaa")
+
+
+def test_seeds_and_rows_are_drawn_together(tmp_path: Path) -> None:
+    """Two seeds of which one is right everywhere and one wrong everywhere: the rows alone would say that the mean is
+    certain, the seeds that it is anything between."""
+    label = [0, 1] * 50
+    wrong = [1 - v for v in label]
+    a = [with_rows(tmp_path / f"a{s}", label, p, seed=s) for s, p in enumerate((label, wrong))]
+    b = [with_rows(tmp_path / f"b{s}", label, wrong, seed=s, where=CKA) for s in range(2)]
+    found = compare([*a, *b]).rows[1].difference
+    assert (found.mean, found.low, found.high) == pytest.approx((-0.5, -1.0, 0.0))
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "f1", "f1_macro", "matthews_correlation"])
+def test_scores_of_drawn_rows_are_those_of_the_tasks(metric: str) -> None:
+    rng = np.random.default_rng(0)
+    for classes in (2,) if metric == "f1" else (2, 4):
+        label, predicted = rng.integers(classes, size=(2, 60))
+        kept = {"label": label, "predicted": predicted, "classes": list(range(classes))}
+        for rows in (np.arange(60), rng.integers(60, size=60), np.flatnonzero(predicted == 0)):
+            score = getattr(classification, metric)(predicted[rows], label[rows])
+            assert pairing._row_score(kept, metric)(rows) == pytest.approx(score)
+
+
+@pytest.mark.parametrize("metric", ["pearson", "spearmanr", "mse"])
+def test_scores_of_drawn_numbers_are_those_of_the_tasks(metric: str) -> None:
+    rng = np.random.default_rng(0)
+    label, predicted = rng.integers(5, size=60).astype(float), rng.normal(size=60)
+    rows = rng.integers(60, size=60)
+    kept = {"label": label, "predicted": predicted}
+    score = getattr(classification, metric)(predicted[rows], label[rows])
+    assert pairing._row_score(kept, metric)(rows) == pytest.approx(score)
+
+
+def test_written_answers_are_compared_by_their_tokens() -> None:
+    kept = {"answer_loss": [2.0, 1.0, 9.0], "tokens": [4, 2, 3], "right": [3, 1, 0]}
+    assert pairing._row_score(kept, "answer_loss")([0, 1]) == pytest.approx(3 / 6)
+    assert pairing._row_score(kept, "token_accuracy")([0, 1]) == pytest.approx(4 / 6)
+    assert pairing._row_score(kept, "rougeL") is None
+
+
+def test_the_front_has_the_rows_that_none_beats_with_as_few_parameters() -> None:
+    points = [(100, 0.8), (50, 0.7), (80, 0.6), (50, 0.65), (200, 0.8)]
+    assert pareto_front(points) == [1, 0]
+    assert pareto_front(points, lower_is_better=True) == [3, 2]
 
 
 def test_different_tasks_are_not_ranked(tmp_path: Path) -> None:
@@ -117,15 +269,17 @@ def test_lower_is_better_for_a_loss(tmp_path: Path) -> None:
         runs.write_run(tmp_path / "a", recipe=runs.recipe(), metrics=a),
         runs.write_run(tmp_path / "b", recipe=runs.recipe(where=CKA), metrics=b),
     ]
-    assert compare(folders).best == 1
+    assert compare(folders).finding.startswith("`where=cka` has the lowest perplexity, 7")
 
 
 def test_markdown_is_a_github_table_with_the_best_in_bold(tmp_path: Path) -> None:
-    a = runs.plain_run(tmp_path / "a", score=0.91)
-    b = runs.plain_run(tmp_path / "b", score=0.90, where=CKA)
-    lines = compare([a, b]).as_markdown().splitlines()
-    assert lines[0].startswith("| run | matthews_correlation | seeds |") and lines[1].startswith("| --- | ---: |")
-    assert lines[2].startswith("| where=all | **0.91** | 1 |") and lines[3].startswith("| where=cka | 0.9 | 1 |")
+    a = seeds(tmp_path / "a", [0.91, 0.91, 0.91])
+    b = seeds(tmp_path / "b", [0.90, 0.90, 0.90], where=CKA)
+    lines = compare([*a, *b]).as_markdown().splitlines()
+    assert lines[0].startswith("| run | matthews_correlation | difference | seeds |")
+    assert lines[1].startswith("| --- | ---: |")
+    assert lines[2].startswith("| where=all | **0.91 ± 0** | – | 3 |")
+    assert lines[3].startswith("| where=cka | 0.9 ± 0 | −0.01 (−0.01 to −0.01) | 3 |")
     assert lines[5].startswith("`where=all` scored best")
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import html
 import textwrap
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from .charts import Chart, Key, Section, Spec, Table, base_layout, keys, line, shortened, step_layout
+from .charts import LINES, Chart, Key, Section, Spec, Table, base_layout, keys, line, shortened, step_layout
 from .comparing import CompareRow, CompareTable
 from .data import Curve
 from .html import page
-from .words import NOTHING, byte_size, count, duration, number, plural, sentence, short_count
+from .words import NOTHING, byte_size, count, duration, listing, number, plural, sentence, short_count
 
 NAME_WIDTH = 44
 """Characters of a name in one line of a plot on a phone."""
@@ -43,7 +44,7 @@ def sections(table: CompareTable) -> list[Section]:
     """Score, parameters, time, memory, and the curves over steps; what no run has is left out."""
     rows = table.rows
     made = (
-        _score(table),
+        *(part for some in _sets(table) for part in (_score(some), _pareto(some))),
         _params(table),
         _cost(rows, "time", [row.seconds for row in rows], duration, "took the least time"),
         _cost(rows, "memory", [row.peak_memory_bytes for row in rows], byte_size, "had the lowest peak"),
@@ -51,6 +52,14 @@ def sections(table: CompareTable) -> list[Section]:
         _over_steps(rows, "params", "trainable parameters", [row.params_curve for row in rows]),
     )
     return [section for section in made if section]
+
+
+def _sets(table: CompareTable) -> list[CompareTable]:
+    """The rows that one axis can show: those scored on the same data by the same metric."""
+    scored = [row for row in table.rows if row.score is not None]
+    apart = sorted({row.scored_on for row in scored})
+    sets = [[row for row in scored if row.scored_on == one] for one in apart]
+    return [replace(table, rows=rows, metric=rows[0].metric) for rows in sets]
 
 
 def _score(table: CompareTable) -> Section | None:
@@ -86,14 +95,14 @@ def _score(table: CompareTable) -> Section | None:
     if dots:
         mean["error_x"] = {
             "type": "data",
-            "array": [row.score_sd or 0 for row in rows],
+            "array": [row.score_se or 0 for row in rows],
             "color": "--accent",
             "thickness": 2,
         }
     data.append(mean)
     layout = _named_layout(labels, at, table.metric)
     # A score has no natural zero; some room at both ends keeps the marks whole.
-    ends = [(row.score or 0) + sign * (row.score_sd or 0) for row in rows for sign in (-1, 1)] + [x for _, x in dots]
+    ends = [(row.score or 0) + sign * (row.score_se or 0) for row in rows for sign in (-1, 1)] + [x for _, x in dots]
     room = 0.08 * (max(ends) - min(ends)) or 0.01 * (abs(ends[0]) or 1)
     layout["xaxis"]["range"] = [min(ends) - room, max(ends) + room]
     means = [row.score or 0.0 for row in rows]
@@ -103,14 +112,86 @@ def _score(table: CompareTable) -> Section | None:
         else f"is {number(means[0])}" + (" for all" if len(means) > 1 else "")
     )
     cells = [[row.name, row.score_text, *([", ".join(map(number, row.scores))] if dots else [])] for row in rows]
-    legend = [Key("mean ± standard deviation", "--accent", "dot"), Key("one seed", "--third", "ring")] if dots else []
+    legend = [Key("mean ± standard error", "--accent", "dot"), Key("one seed", "--third", "ring")] if dots else []
+    apart = table.has_differences
+    cells = [[*cell, *([row.difference_text] if apart else [])] for cell, row in zip(cells, rows)]
+    columns = ["run", table.metric, *(["each seed"] if dots else []), *(["difference"] if apart else [])]
+    name = _numbered("score", table)
     return Section(
-        "score",
-        "score",
-        heading,
-        [Chart("score", heading, data, layout, height=_height(at), legend=legend)],
-        [Table(["run", table.metric, *(["each seed"] if dots else [])], cells)],
-    )
+        name, "score", heading, [Chart(name, heading, data, layout, height=_height(at), legend=legend)],
+        [Table(columns, cells)],
+    )  # fmt: skip
+
+
+def _numbered(name: str, table: CompareTable) -> str:
+    which = table.rows[0].scored_on
+    return f"{name}-{which}" if which else name
+
+
+def pareto_front(points: Sequence[tuple[float, float]], lower_is_better: bool = False) -> list[int]:
+    """Positions of the (parameters, score) that no other beats with as few parameters, the smallest first.
+
+    >>> pareto_front([(100, 0.8), (50, 0.7), (80, 0.6), (50, 0.65)])
+    [1, 0]
+    """
+    sign = -1 if lower_is_better else 1
+    front: list[int] = []
+    for i in sorted(range(len(points)), key=lambda i: (points[i][0], -sign * points[i][1])):
+        if not front or sign * points[i][1] > sign * points[front[-1]][1]:
+            front.append(i)
+    return front
+
+
+def _pareto(table: CompareTable) -> Section | None:
+    """Score against average trainable parameters; a number beside a mark stands for its name in the legend."""
+    rows = [row for row in table.rows if row.params["average"]]
+    if len(rows) < 2 or table.metric is None:
+        return None
+    points = [(row.params["average"] or 0.0, row.score or 0.0) for row in rows]
+    front = pareto_front(points, table.lower_is_better)
+    steps = [points[i] for i in front]
+    data: list[Spec] = [
+        {
+            "type": "scatter", "mode": "lines", "name": "front", "x": [x for x, _ in steps], "y": [y for _, y in steps],
+            "line": {"color": "--third", "width": 1.5, "dash": "dot", "shape": "hv"}, "hoverinfo": "skip",
+        }
+    ]  # fmt: skip
+    for i, (row, (x, y)) in enumerate(zip(rows, points)):
+        color = LINES[i % len(LINES)]
+        data.append(
+            {
+                "type": "scatter", "mode": "markers+text", "name": row.name, "x": [x], "y": [y], "text": [str(i + 1)],
+                "textposition": "top right", "textfont": {"color": "--ink", "size": 12}, "cliponaxis": False,
+                "marker": {"color": color, "size": 11, "symbol": "circle" if i in front else "circle-open",
+                           "line": {"color": color, "width": 2}},
+                "customdata": [[html.escape(row.name), row.score_text, count(x)]],
+                "hovertemplate": "%{customdata[0]}<br>%{customdata[1]}, %{customdata[2]} parameters<extra></extra>",
+                **({"error_y": {"type": "data", "array": [row.score_se], "color": color, "thickness": 1.5}}
+                   if row.score_se else {}),
+            }
+        )  # fmt: skip
+    layout = base_layout("trainable parameters, average over the run", table.metric)
+    least, most = min(x for x, _ in points), max(x for x, _ in points)
+    layout["xaxis"] |= {"tickformat": "~s", "nticks": 6}
+    if most > 8 * least:  # the small ones would lie on each other
+        layout["xaxis"] |= {"type": "log", "dtick": "D2" if most < 100 * least else 1}
+    else:
+        room = 0.1 * (most - least) or 0.1 * most
+        layout["xaxis"]["range"] = [least - room, most + room]
+    legend = [Key(f"{i + 1} {row.name}", LINES[i % len(LINES)], "dot" if i in front else "ring")
+              for i, row in enumerate(rows)]  # fmt: skip
+    on = [f"`{rows[i].name}`" for i in front]
+    who = listing(on) if len(on) < 4 else f"{len(on)} of {len(rows)} settings"
+    gives, its = ("gives", "its") if len(on) == 1 else ("give", "their")
+    heading = f"{who} {gives} the best mean {table.metric} for {its} average parameters"
+    cells = [[f"{i + 1} {row.name}", row.score_text, count(x), "on it" if i in front else ""]
+             for i, (row, (x, _)) in enumerate(zip(rows, points))]  # fmt: skip
+    name = _numbered("pareto", table)
+    caption = "Filled marks are on the Pareto front (dotted): no other has a better mean with as few parameters."
+    return Section(
+        name, "params", heading, [Chart(name, heading, data, layout, height=320, legend=legend, caption=caption)],
+        [Table(["run", table.metric, "average parameters", "Pareto front"], cells)],
+    )  # fmt: skip
 
 
 def _params(table: CompareTable) -> Section | None:
