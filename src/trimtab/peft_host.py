@@ -25,7 +25,9 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import ParamWrapper as PeftParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -41,8 +43,9 @@ DIAGONALS = ("lora_e", "lora_b")
 _PLAIN_INITS = (True, "gaussian")
 
 
-def _changes_base(init: bool | str) -> bool:
-    return isinstance(init, str) and init.startswith(("pissa", "corda", "olora", "lora_ga"))
+def changes_base(init: bool | str) -> bool:
+    """Whether a start takes from the base's weights what it puts into the adapter."""
+    return isinstance(init, str) and init.startswith(("pissa", "corda", "olora", "lora_ga", "loftq"))
 
 
 @dataclass
@@ -85,13 +88,11 @@ class TrimConfig(LoraConfig):
         if self.is_adaptive:
             self._refuse_what_cannot_adapt()
         if self.where is not None:
-            if self.target_parameters:  # exclude_modules does not reach them, so other layers would be adapted too
-                raise ConfigError(
-                    "target_parameters",
-                    self.target_parameters,
-                    "with where, use trimtab.restrict(config, where, model)",
-                )
+            if self.layer_replication:
+                raise ConfigError("layer_replication", self.layer_replication,
+                                  "the layers that it makes have other numbers than where was chosen for; drop one")
             self.exclude_modules = excluding(self.where, self.exclude_modules)
+            untie_targets(self)
         self._live = Live()
         self._register_custom_module(cast(Any, {nn.Module: host}))  # PEFT calls it; a class would do no more
 
@@ -154,8 +155,11 @@ class TrimConfig(LoraConfig):
         out = {k: (dataclasses.asdict(cast(Any, v)) if dataclasses.is_dataclass(v) else v) for k, v in out.items()}
         out.pop("runtime_config")  # as LoraConfig.to_dict does: it holds for one process only
         live = self.live_ranks()
-        if live and self.where is not None:
-            out.update(exclude_modules=None, target_modules=sorted(live))
+        if self.where is not None:  # PEFT applies the exclusion to modules, and not to parameters
+            out["exclude_modules"] = out["exclude_modules"].replace(_WHERE, "")
+            parameters = {layer.site_name for layer, _ in self._live.layers() if isinstance(layer, ParamWrapper)}
+            if live and self.target_parameters:
+                out["target_parameters"] = sorted(parameters) or None
         if live and self.is_adaptive:
             out.update(portable_fields(live))
         return out
@@ -257,6 +261,10 @@ def portable_fields(ranks: dict[str, tuple[int, float]]) -> dict[str, Any]:
     if not kept:
         raise ModelError("adapter: every site is at rank 0; stock PEFT cannot load an empty adapter")
     r, scale = max(kept.values())
+
+    def key(name: str) -> str:
+        return ("^" if any(other.endswith(f".{name}") for other in kept) else "") + re.escape(name)
+
     return {
         "r": r,
         "lora_alpha": scale * r,
@@ -266,8 +274,8 @@ def portable_fields(ranks: dict[str, tuple[int, float]]) -> dict[str, Any]:
         "layers_pattern": None,
         "exclude_modules": None,
         "target_modules": sorted(kept),
-        "rank_pattern": {re.escape(n): k for n, (k, _) in sorted(kept.items()) if k != r},
-        "alpha_pattern": {re.escape(n): s * k for n, (k, s) in sorted(kept.items()) if s * k != scale * r},
+        "rank_pattern": {key(n): k for n, (k, _) in sorted(kept.items()) if k != r},
+        "alpha_pattern": {key(n): s * k for n, (k, s) in sorted(kept.items()) if s * k != scale * r},
     }
 
 
@@ -282,6 +290,13 @@ def excluding(where: Where | str, user: str | Iterable[str] | None) -> str:
     elif flags := re.match(r"\(\?([aiLmsux]+)\)", user):  # global flags may stand at the start only: make them local
         user = f"(?{flags[1]}:{user[flags.end() :]})"
     return rf"(?:{user})|{outside}"
+
+
+def untie_targets(config: Any) -> None:
+    """With a selection of layers no adapter lies on the embedding, from which the head could have its own."""
+    saved = getattr(config, "modules_to_save", None) or ()
+    if hasattr(config, "ensure_weight_tying") and not any(m.split(".")[-1] in EMBEDDING_LAYER_NAMES for m in saved):
+        config.ensure_weight_tying = False
 
 
 _WHERE = "(?#where)"  # a comment, to the regex
@@ -342,7 +357,8 @@ class TrimLayer(_Mixed):
             return
         self.configs[adapter_name] = config
         config._live.add(self, adapter_name)
-        if _changes_base(config.init_lora_weights):  # export needs the start: the base is no longer the original
+        # Export needs the start: the base is no longer the original. LoftQ rounds it, and no factors undo that.
+        if changes_base(config.init_lora_weights) and config.init_lora_weights != "loftq":
             A, B = self.factors(adapter_name)
             self.initial_factors[adapter_name] = A.detach().clone(), B.detach().clone()
         if config.is_adaptive:
@@ -637,6 +653,26 @@ class TrimLinear(TrimLayer, PeftLinear):
     """Over `nn.Linear` and transformers' `Conv1D`."""
 
 
+class ParamWrapper(TrimLayer, PeftParamWrapper):  # type: ignore[misc]
+    """Over a parameter, such as a block's fused experts; PEFT knows its layer by this name. Never adaptive."""
+
+    forward = PeftParamWrapper.forward
+
+    def __init__(self, *args: Any, target_name: str = "", **kwargs: Any) -> None:
+        object.__setattr__(self, "site_name", target_name)
+        super().__init__(*args, **kwargs)
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
+        if not _is_outside(self.site_name, config):
+            super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
+
+
+def _is_outside(parameter: str, config: LoraConfig) -> bool:
+    """Whether a parameter lies outside of the chosen layers; `exclude_modules` has a say over modules only."""
+    where = getattr(config, "where", None)
+    return where is not None and re.fullmatch(where.outside, parameter) is not None
+
+
 def _quantized_classes() -> dict[type[nn.Module], type[nn.Module]]:
     """Exact bitsandbytes types -> hosted layers; empty where bitsandbytes is not installed."""
     try:
@@ -681,6 +717,10 @@ def host(target: nn.Module, adapter_name: str, config: TrimConfig, **kwargs: Any
     Raises `ModelError` where a rank or freeze method is asked for on a base that cannot carry it.
     """
     global _quantized
+    if kwargs.get("parameter_name") is not None and not config.is_adaptive:
+        if _is_outside(kwargs["target_name"], config):
+            return target  # PEFT puts it back where it was
+        return ParamWrapper(target, adapter_name, config=config, **kwargs)
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     kind: type[nn.Module] = type(base)
     plain_weight = type(getattr(base, "weight", None)) in (nn.Parameter, Tensor) or _is_dtensor(base)
@@ -760,7 +800,7 @@ def hosted_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, 
 def adapter_layers(model: nn.Module, adapter_name: str = "default") -> Iterator[tuple[str, LoraLayer]]:
     """Every LoRA layer that holds the adapter, adaptive or not, with its name in the base model."""
     for name, module in peft_model_of(model).get_base_model().named_modules():
-        if isinstance(module, LoraLayer) and adapter_name in module.lora_A:
+        if isinstance(module, LoraLayer) and (adapter_name in module.lora_A or adapter_name in module.lora_embedding_A):
             yield name, module
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from .errors import ExportError, ModelError, did_you_mean
+from .exporting import refuse_a_changed_base, refuse_what_cannot_merge
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -39,7 +40,7 @@ class AdapterSwitch:
             model: a `PeftModel` that holds the adapters (`PeftModel.from_pretrained`, then `load_adapter`).
         Raises:
             ModelError: it holds no adapter, one is merged already, or the base is quantised.
-            ExportError: adapters of this type cannot be merged.
+            ExportError: adapters of this type cannot be merged, or one has changed the base itself.
         """
         from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -57,10 +58,11 @@ class AdapterSwitch:
             raise ModelError("model: an adapter is merged already, and unmerging it would not give back the base bit "
                              "for bit; load the base anew")
         self._layers = layers
-        self._base = [(layer, list(layer.get_base_layer().parameters(recurse=False))) for layer in layers]
-        if any(not p.is_floating_point() for _, parameters in self._base for p in parameters):
+        if any(not p.is_floating_point() for layer in layers for p in layer.get_base_layer().parameters(recurse=False)):
             raise ModelError("model: merging into quantised weights loses digits; load the base in bf16 or f32")
-        self._kept: list[tuple[Tensor, Tensor]] = []
+        for name in self.names:
+            refuse_a_changed_base(self.model, name)
+        self._kept: list[tuple[Any, str, Any]] = []
         self.active: str | None = None
         """The adapter that is merged now."""
         self._restore()
@@ -83,10 +85,10 @@ class AdapterSwitch:
         self._restore()
         if name is None:
             return
+        refuse_what_cannot_merge(self.model, [name], f"adapter {name!r}")
         self._tuner.enable_adapter_layers()
         self.model.set_adapter(name, inference_mode=True)
-        parameters = {id(p): p for layer, found in self._base if _holds(layer, name) for p in found}
-        self._kept = [(p, p.detach().clone()) for p in parameters.values()]
+        self._set_aside(name)
         try:
             self._tuner.merge_adapter(adapter_names=[name])
         except BaseException:
@@ -94,10 +96,19 @@ class AdapterSwitch:
             raise
         self.active = name
 
+    def _set_aside(self, name: str) -> None:
+        """Give every module that the adapter merges into weights of its own: it may share them (tied, replicated)."""
+        for layer in self._layers:
+            module = layer.get_base_layer()
+            if _holds(layer, name) and not any(module is kept for kept, _, _ in self._kept):
+                for key, parameter in module.named_parameters(recurse=False):
+                    self._kept.append((module, key, parameter))
+                    module._parameters[key] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+
     def _restore(self) -> None:
-        with torch.no_grad():
-            for parameter, before in self._kept:
-                parameter.copy_(before)
+        for module, key, parameter in self._kept:
+            module.__dict__.pop(key, None)  # some layers put a tensor in its place
+            module._parameters[key] = parameter
         for layer in self._layers:
             if hasattr(layer, "merged_adapters"):
                 layer.merged_adapters.clear()

@@ -16,7 +16,7 @@ from peft import PeftConfig
 from torch import nn
 
 from ..errors import ConfigError, ModelError
-from ..peft_host import excluding
+from ..peft_host import excluding, untie_targets
 from ..plans import Where
 from ..sites import Stack, base_of, check_where, find_stacks, is_chosen, locate, matched_names, prepared
 from .controls import from_mask
@@ -67,6 +67,10 @@ def restrict(config: PeftConfig, where: Where | str | Mapping[str, str], model: 
         )
 
     out: Any = copy.deepcopy(config)
+    if getattr(out, "layer_replication", None):
+        raise ConfigError("layer_replication", out.layer_replication,
+                          "the layers that it makes have other numbers than where was chosen for; drop one")
+    untie_targets(out)
     if parameters:  # exclude_modules has no say over fused experts
         out = prepared(base, out)
         out.target_parameters = chosen_parameters
