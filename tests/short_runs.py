@@ -24,6 +24,11 @@ METHODS: dict[str, dict[str, Any]] = {
         "rank": SalientLoRA(target_r=2, warmup=4, allocation=24, initial_window=4, final_window=8),
         "freeze": AFLoRA(warmup=4, final=12, interval_steps=4),
     },
+    "adalora, svd": {"rank": AdaLoRA(target_r=2, start="svd", warmup=4, final=14, interval_steps=5)},
+    "salientlora+aflora, svd": {
+        "rank": SalientLoRA(target_r=2, start="svd", warmup=4, allocation=24, initial_window=4, final_window=8),
+        "freeze": AFLoRA(start="svd", warmup=4, final=12, interval_steps=4),
+    },
 }
 
 

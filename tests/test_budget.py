@@ -19,6 +19,7 @@ from trimtab.rank.adalora import AdaLoRA
 from trimtab.rank.salientlora import SalientLoRA
 from trimtab.rank.sora import SoRA
 
+PAPER = {"start": "svd", "warmup": "auto", "final": 0.7}
 FFN = ("intermediate.dense", r"layer\.\d+\.output.dense")
 
 
@@ -38,6 +39,7 @@ class Cubic:
     method: ClassVar[str] = "cubic"
     target_r: float = 2
     prune: bool = True
+    has_e: ClassVar[bool] = True
 
     def prune_curve(self, total_steps, steps_per_epoch, initial_total, modules, final_total=None):
         final = math.floor(self.target_r * modules) if final_total is None else final_total
@@ -54,7 +56,7 @@ class Cubic:
 @pytest.mark.parametrize("epochs, average", [(20, 124_704), (10, 138_528)])
 def test_closed_form_is_the_papers_average_for_deberta(epochs, average):
     steps = 134 * epochs  # CoLA
-    paper = AFLoRA(trainable_projections=FFN)
+    paper = AFLoRA(**PAPER, trainable_projections=FFN)
     found = figures(encoder(), 4, None, paper, steps, 134)
     vectors, projections = 83_232, 368_640
     assert found.initial == vectors + projections
@@ -67,7 +69,7 @@ def test_closed_form_is_the_papers_average_for_deberta(epochs, average):
 
 def test_average_with_attention_trainable_is_the_other_published_figure():
     for epochs, average in ((20, 157_882), (10, 182_765)):
-        assert round(figures(encoder(), 4, None, AFLoRA(), 100 * epochs, 100).average_closed_form) == average
+        assert round(figures(encoder(), 4, None, AFLoRA(**PAPER), 100 * epochs, 100).average_closed_form) == average
 
 
 def test_plain_lora_has_one_number():
@@ -103,7 +105,7 @@ def test_final_budget_sets_the_cost_of_the_ranks():
 
 
 def test_final_budget_pays_for_output_diagonals_first():
-    freeze = AFLoRA(rule="tensor_rank")
+    freeze = AFLoRA(**PAPER, rule="tensor_rank")
     choice = solve(Budget(final_params=300_000), encoder(), 8, rank=Cubic(), freeze=freeze, total_steps=1000)
     assert choice.rank_params == 300_000 - 82_944
     assert choice.freeze == freeze and choice.purse is None  # freezing saves work, not size
@@ -141,7 +143,7 @@ def test_two_stacks_share_one_ratio():
 
 
 def test_average_budget_moves_the_ranks_before_the_ramp():
-    freeze = AFLoRA(rule="tensor_rank", warmup=0.5, final=0.1)
+    freeze = AFLoRA(start="svd", rule="tensor_rank", warmup=0.5, final=0.1)
     choice = solve(Budget(average_params=700_000), encoder(), 8, rank=Cubic(), freeze=freeze, total_steps=1000,
                    steps_per_epoch=100)
     assert choice.freeze == freeze
@@ -149,7 +151,7 @@ def test_average_budget_moves_the_ranks_before_the_ramp():
     assert choice.purse == Purse(700_000_000)
 
 
-@pytest.mark.parametrize("rank", [SalientLoRA(target_r=2), AdaLoRA(target_r=2)])
+@pytest.mark.parametrize("rank", [SalientLoRA(start="svd", target_r=2), AdaLoRA(start="svd", target_r=2)])
 def test_average_budget_reckons_with_when_each_method_cuts(rank):
     choice = solve(Budget(average_params=900_000), encoder(), 8, rank=rank, total_steps=1000, steps_per_epoch=100)
     assert 0.9999 * 900_000 <= choice.figures.average <= 900_000
@@ -163,7 +165,7 @@ def test_average_budget_reckons_with_when_each_method_cuts(rank):
 
 
 def test_average_budget_moves_the_ramp_where_ranks_cannot():
-    freeze = AFLoRA(rule="tensor_rank")
+    freeze = AFLoRA(**PAPER, rule="tensor_rank")
     common = {"sites": encoder(), "r": 4, "freeze": freeze, "total_steps": 2000, "steps_per_epoch": 100}
     set_figure = solve(Budget(average_params=10**9), free=(), **common).figures.average
     for limit in (100_000, 130_000, 200_000, 400_000, 700_000):
@@ -183,8 +185,8 @@ def test_average_budget_moves_a_fixed_freeze():
 
 def test_settings_that_are_not_free_stay():
     choice = solve(Budget(average_params=10**6), encoder(), 8, rank=Cubic(target_r=3),
-                   freeze=AFLoRA(rule="tensor_rank"), total_steps=1000, steps_per_epoch=100, free=())
-    assert choice.rank.target_r == 3 and choice.freeze == AFLoRA(rule="tensor_rank")
+                   freeze=AFLoRA(**PAPER, rule="tensor_rank"), total_steps=1000, steps_per_epoch=100, free=())
+    assert choice.rank.target_r == 3 and choice.freeze == AFLoRA(**PAPER, rule="tensor_rank")
     assert choice.rank_params == 3 * (165_888 + 72)
     assert choice.purse.total == math.floor(choice.figures.average * 1000)  # far below: its own figure is held
 
@@ -205,9 +207,10 @@ def test_choosing_needs_no_torch():
     lambda n: solve(Budget(final_params=n), encoder(), 8, rank=Cubic(), total_steps=100),
     lambda n: solve(Budget(average_params=n), encoder(), 8, rank=Cubic(), total_steps=100),
     lambda n: solve(Budget(average_params=n), encoder(), 8, rank=Cubic(), ratio=(0.1, 0.9), total_steps=100),
-    lambda n: solve(Budget(average_params=n), encoder(), 4, freeze=AFLoRA(rule="tensor_rank"), total_steps=100),
+    lambda n: solve(Budget(average_params=n), encoder(), 4, freeze=AFLoRA(**PAPER, rule="tensor_rank"),
+                    total_steps=100),
     lambda n: solve(Budget(average_params=n), encoder(), 4, freeze=FreezeAt(at=5), total_steps=100),
-    lambda n: solve(Budget(average_params=n), encoder(), 8, rank=Cubic(), freeze=AFLoRA(rule="tensor_rank"),
+    lambda n: solve(Budget(average_params=n), encoder(), 8, rank=Cubic(), freeze=AFLoRA(**PAPER, rule="tensor_rank"),
                     total_steps=100, free=("rank.target_r",)),
 ])
 def test_an_infeasible_number_is_refused_with_the_smallest_feasible_one(make):
@@ -223,7 +226,7 @@ def test_an_infeasible_number_is_refused_with_the_smallest_feasible_one(make):
 @pytest.mark.parametrize("settings, key, cure", [
     ({"rank": SoRA(prox_threshold=1e-4)}, "rank.method", "salientlora or adalora"),
     ({"rank": Cubic(prune=False)}, "rank.prune", "true"),
-    ({"freeze": AFLoRA()}, "freeze.rule", "tensor_rank"),
+    ({"freeze": AFLoRA(**PAPER)}, "freeze.rule", "tensor_rank"),
 ])
 @pytest.mark.parametrize("budget", [Budget(final_params=500_000), Budget(average_params=500_000)])
 def test_methods_that_cannot_be_held_to_a_number_are_refused(settings, key, cure, budget):
@@ -296,7 +299,7 @@ def simulated_run(choice, sites, r, total_steps, steps_per_epoch=None, seed=0, s
     return history, size
 
 
-TENSOR = AFLoRA(rule="tensor_rank")
+TENSOR = AFLoRA(**PAPER, rule="tensor_rank")
 SMALL = encoder(384, 6)
 RUNS = {
     "freeze alone, MiniLM": (SMALL, 4, {"freeze": TENSOR, "total_steps": 300, "steps_per_epoch": 30}, 45_000),

@@ -61,7 +61,8 @@ def test_a_plan_goes_to_json_and_back():
 
 def test_aflora_s_average_in_closed_form_is_the_published_one():
     """DeBERTa-v3-base, r = 4, FFN projections only: methods.md, section 2."""
-    overrides = ["where=null", "adapter.r=4", "freeze=aflora", "freeze.warmup=1ep", "freeze.final=0.7",
+    overrides = ["where=null", "adapter.r=4", "freeze=aflora", "freeze.start=svd", "freeze.warmup=1ep",
+                 "freeze.final=0.7",
                  "freeze.trainable_projections=[intermediate.dense, '(?<!attention.)output.dense']"]
     path = RECIPES / "cka_deberta-v3-base_cola.yaml"
     made = trimtab.plan(path, overrides=overrides, total_steps=20 * 268, steps_per_epoch=268)

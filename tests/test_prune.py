@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 
 import peft
 import pytest
@@ -72,10 +73,15 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "method"), [*((kind, "salientlora") for kind in OPTIMIZERS), ("adamw", "halving"), ("sgd", "halving")]
+    ("kind", "method"),
+    [
+        *((kind, "salientlora") for kind in OPTIMIZERS),
+        *((kind, method) for kind in ("adamw", "sgd") for method in ("svd", "halving")),
+    ],
 )
 def test_a_pruned_model_trains_on_like_a_masked_one_restricted_to_the_kept_ranks(kind, method):
-    rank = {"halving": Halving(steps=(4, 7), orth_weight=0.0), "salientlora": SALIENT}[method]
+    svd = replace(SALIENT, start="svd")
+    rank = {"halving": Halving(steps=(4, 7), orth_weight=0.0), "salientlora": SALIENT, "svd": svd}[method]
     masked_rank = copy.copy(rank)
     object.__setattr__(masked_rank, "prune", False)
     models, optimizers, controllers = [], [], []
@@ -89,8 +95,8 @@ def test_a_pruned_model_trains_on_like_a_masked_one_restricted_to_the_kept_ranks
     assert 0 < sum(int(k.sum()) for k in keep.values()) <= 4
     for name, layer in pruned.items():
         sides = (
-            (*layer.factors("default"), layer.lora_e["default"]),
-            (*masked[name].factors("default"), masked[name].lora_e["default"]),
+            (*layer.factors("default"), *layer.lora_e.values()),
+            (*masked[name].factors("default"), *masked[name].lora_e.values()),
         )
         for ours, full, dim in zip(*sides, (0, 1, 0)):
             rows = keep[name].nonzero().squeeze(1)
@@ -292,7 +298,7 @@ def test_memory_falls_to_what_the_kept_ranks_cost(layers):
     ranks = {name: r for name, r in controller.ranks().items() if r}
     assert sum(ranks.values()) == 4 * 7 * layers
     sites = hosted_layers(model)
-    kept = sum(r * (sites[name].in_features + sites[name].out_features + 1) for name, r in ranks.items())
+    kept = sum(r * (sites[name].in_features + sites[name].out_features) for name, r in ranks.items())
     cost = 4 * 4 * kept  # float32: parameter, gradient and two moments
     assert sizes[-3] == sizes[-1]  # after the last prune and on
     assert abs(sizes[-1] / cost - 1) < 0.01

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -324,7 +325,13 @@ class Watch(TrainerCallback):
 
 
 @pytest.mark.parametrize(
-    "rank", [SALIENT, AdaLoRA(target_r=2, warmup=2, final=4), SoRA(prox_threshold=0.01, l1_loss_weight=0.5)]
+    "rank",
+    [
+        replace(SALIENT, orth_weight=0.1),
+        replace(SALIENT, start="svd"),
+        AdaLoRA(target_r=2, warmup=2, final=4, start="svd"),
+        SoRA(prox_threshold=0.01, l1_loss_weight=0.5),
+    ],
 )
 def test_the_penalty_reaches_the_gradient_once_a_step_and_before_clipping(tmp_path, rank):
     model = salient_model(rank=rank, double=True)

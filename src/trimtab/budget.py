@@ -2,7 +2,7 @@
 
 What counts: the adapter's parameters. A rank of a site costs ``in + out`` for its row of A and column of B,
 and 1 more where there is a rank diagonal ``e``; an output diagonal ``b`` costs ``out``. Heads and other
-saved modules do not count.
+saved modules do not count. Diagonals that are at rest until their site's first freeze count from then on.
 
 ``final_params``    what the adapter holds when training ends, before the diagonals are folded in. A frozen
                     projection is part of it: freezing saves work, not size.
@@ -17,7 +17,8 @@ when parameters are cut, ``R(s)``, in parameters (ranks under a budget are kept 
 fits, so R is met to within one rank); the freeze method says which share of the projections trains,
 ``φ(s)``. With τ and ε the shares of projections and of ``e`` in a rank's cost, step s trains
 ``R(s) · (τ φ(s) + ε) + Σ b``, and the average is the mean of that. The closed form, for a fixed rank, takes
-the integral of the smooth ramp instead.
+the integral of the smooth ramp instead. Of diagonals at rest the share ``1 − φ(s)²`` is taken to be at work: that
+of the sites with a frozen projection, if A and B freeze independently. There is no closed form then.
 
 How "measured ≤ budget" is kept. Cuts of ranks are certain: what remains never costs more than R(s). What
 freezes depends on gradients and comes in whole projections, so freezing follows what was really spent: a
@@ -85,7 +86,7 @@ class Purse:
 
         Args:
             spent: sum over the steps done of what was trainable in them.
-            diagonals: trainable adapter parameters outside the projections now; they train to the end.
+            diagonals: adapter parameters outside the projections that train to the end, those still at rest, too.
             steps_left: steps to come.
 
         >>> Purse(1000).allowance(spent=400, diagonals=10, steps_left=20)
@@ -142,7 +143,7 @@ class Layout:
 
     @property
     def has_e(self) -> bool:
-        return self.rank is not None or self.has_b
+        return (self.rank is not None and self.rank.has_e) or self.has_b
 
     @cached_property
     def costs(self) -> dict[str, int]:
@@ -169,6 +170,18 @@ class Layout:
     def diagonal_share(self) -> float:
         """ε: the rank diagonal's share of the ranks' cost."""
         return sum(self.ranks) / self.initial_rank_params if self.has_e else 0.0
+
+    @cached_property
+    def rests(self) -> tuple[float, float]:
+        """Shares of the sites' ``e`` and ``b`` that are at rest at the start."""
+        freeze = self.freeze
+        if freeze is None or not freeze.rests:
+            return 0.0, 0.0
+        waiting = [(r, site.out_features) for site, r in zip(self.sites, self.ranks)
+                   if not freeze.initially_frozen(site.name)]
+        e, b = (sum(column) for column in zip(*waiting)) if waiting else (0, 0)
+        has_own_e = self.rank is not None and self.rank.has_e
+        return 0.0 if has_own_e else e / sum(self.ranks), b / self.output_params
 
     @cached_property
     def trainable_share(self) -> float:
@@ -198,10 +211,15 @@ class Layout:
 
     def figures(self, rank_params: int | None = None) -> Figures:
         """What trains, when."""
-        rank, levels = self.rank_curve(rank_params), self.levels(rank_params)
-        curve = [(s, value + _at(rank, s) * self.diagonal_share + self.output_params) for s, value in levels]
+        rank, levels, shares = self.rank_curve(rank_params), self.levels(rank_params), self._shares()
+        e, b = self.rests
+        curve = []
+        for s, value in levels:
+            resting = _at(shares, s) ** 2
+            e_params, b_params = _at(rank, s) * self.diagonal_share, self.output_params
+            curve.append((s, value + e_params * (1 - e * resting) + b_params * (1 - b * resting)))
         closed = None
-        if len(rank) == 1:
+        if len(rank) == 1 and not (self.freeze is not None and self.freeze.rests):
             fraction = 1.0
             if self.freeze is not None:
                 fraction = self.freeze.average_fraction(self.total_steps, self.steps_per_epoch, closed_form=True)

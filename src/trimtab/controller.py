@@ -147,6 +147,7 @@ class Controller:
         """
         self._check_not_stale()
         self._average_gradients()
+        self._silence_dead_columns()
         self._add_penalty(loss_scale)
         if self.freezer is not None and self.freezer.reads_gradients:
             self._gradients = {
@@ -188,10 +189,10 @@ class Controller:
             self._apply(self.allocator.finish(self.step, self._factors()) or self._masked_for_good(), is_last=True)
         # Before the diagonals are folded in: they were trained, and are part of what the run held.
         self.final_params = self.trainable_params()
-        self.held_params = sum(p.numel() for p in self._parameters)
+        self.held_params = self._held_params()
         self._emit_params()
         for layer in self.layers.values():
-            if any(d is not None for d in layer.diagonals(self.adapter_name)):  # A and B change as they are folded in
+            if any(d is not None for d in layer.at_work(self.adapter_name)):  # A and B change as they are folded in
                 for p in self._named(layer).values():
                     drop_optimizer_state(p, self.optimizer)
         self._settle()
@@ -200,7 +201,19 @@ class Controller:
 
     def trainable_params(self) -> int:
         """Trainable adapter parameters now; heads and other saved modules are not counted."""
-        return sum(p.numel() for p in self._parameters if p.requires_grad)
+        at_rest = {id(p) for p in self._at_rest()}
+        return sum(p.numel() for p in self._parameters if p.requires_grad and id(p) not in at_rest)
+
+    def _held_params(self) -> int:
+        return sum(p.numel() for p in self._parameters) - sum(p.numel() for p in self._at_rest())
+
+    def _at_rest(self) -> list[nn.Parameter]:
+        return [
+            p
+            for layer in self.layers.values()
+            if layer.is_adaptive(self.adapter_name)
+            for p in layer.resting(self.adapter_name)
+        ]
 
     def average_params(self) -> float:
         """Mean over the steps so far of the parameters that were trainable in them (AFLoRA's figure)."""
@@ -209,7 +222,7 @@ class Controller:
     def figures(self) -> dict[str, float]:
         """Measured adapter parameters: ``initial``, ``final``, ``average`` trainable, and ``held`` at the end."""
         is_open = not self.is_finished
-        held = sum(p.numel() for p in self._parameters) if is_open else self.held_params
+        held = self._held_params() if is_open else self.held_params
         final = self.trainable_params() if is_open else self.final_params
         return {"initial": self.initial_params, "final": final, "average": self.average_params(), "held": held}
 
@@ -389,7 +402,7 @@ class Controller:
     def _allowance(self) -> int | None:
         if self.choice is None or self.choice.purse is None:
             return None
-        trainable = self.trainable_params()
+        trainable = self.trainable_params() + sum(p.numel() for p in self._at_rest())  # they will be at work
         projections = sum(p.numel() for p in self._projections().values() if p.requires_grad)
         return self.choice.purse.allowance(self.param_steps, trainable - projections, self.total_steps - self.step)
 
@@ -418,7 +431,9 @@ class Controller:
         found = {}
         for name, layer in self.layers.items():
             A, B = layer.factors(self.adapter_name)
-            found[name] = Factors(name=name, A=A, e=layer.rank_diagonal(self.adapter_name), B=B)
+            e, _ = layer.at_work(self.adapter_name)
+            ones_or_e = A.new_ones(A.shape[0]) if e is None else e
+            found[name] = Factors(name, A, ones_or_e, B, has_values=self.rank is None or self.rank.has_e)
         return found
 
     def _check_not_stale(self) -> None:
@@ -480,8 +495,8 @@ class Controller:
             raise ConfigError(
                 "freeze.method",
                 self.freeze.method,
-                "nothing would be left to train once all projections froze; use aflora, whose vectors train on, or "
-                "train a head (modules_to_save)",
+                "nothing would be left to train once all projections froze; use aflora, whose vectors train on, or a "
+                "rank method with start=svd, or train a head (modules_to_save)",
             )
         for name, layer in self.layers.items():
             A, B = layer.factors(self.adapter_name)
@@ -530,9 +545,10 @@ class Controller:
             return
         world = torch.distributed.get_world_size()
         by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
+        at_rest = {id(p) for p in self._at_rest()}
         for layer in self.layers.values():
             for p in self._named(layer).values():
-                if p.requires_grad and p.numel():
+                if p.requires_grad and p.numel() and id(p) not in at_rest:
                     by_dtype.setdefault(p.dtype, []).append(p)
         bits = self._mask_bits
         for dtype, parameters in by_dtype.items():  # one flat all-reduce: few, small tensors
@@ -552,6 +568,17 @@ class Controller:
                 if has_gradient[i] or bool(counts[i]):
                     p.grad = (piece / world).view_as(p)
         self._mask, self._mask_bits = {}, []
+
+    def _silence_dead_columns(self) -> None:
+        # A rank that is gone but could not be cut has a column of B at zero. Its gradient would weigh in the clipping
+        # norm and in freezing scores, as it does not where ranks are cut.
+        if self.allocator is None or self.rank is None or self.rank.has_e or not self.allocator.some_dead:
+            return
+        sizes = self.allocator.sizes
+        for name, alive in zip(self.allocator.names, self.allocator.alive.split(sizes)):
+            B = self.layers[name].factors(self.adapter_name)[1]
+            if B.grad is not None:
+                B.grad.mul_(alive.to(B.device))
 
     def broadcast(self) -> None:
         """Give every process the factors of process 0; DDP leaves the adapters alone."""
@@ -626,8 +653,11 @@ class Controller:
             for name, keep in decision.keep.items():
                 layer = self.layers[name]
                 if not cut:
-                    e = layer.rank_diagonal(self.adapter_name)
-                    e.data.mul_(keep.to(e.device))
+                    _, B = layer.factors(self.adapter_name)
+                    e, _ = layer.at_work(self.adapter_name)
+                    # A column of B takes gradients through A, so that it may come back; frozen, only e can.
+                    hidden = B if e is None or (B.requires_grad and not self.rank.has_e) else e
+                    hidden.data.mul_(keep.to(hidden.device))
                 elif not bool(keep.all()):
                     freed += prune_layer(layer, self.adapter_name, keep, self.optimizer if is_cuttable else None)
                     if not is_cuttable:
@@ -654,7 +684,7 @@ class Controller:
                 {
                     "event": "values",
                     "step": self.step,
-                    "values": {n: e.detach().abs().tolist() for n, e in self._e_parameters().items()},
+                    "values": {n: f.values().abs().tolist() for n, f in self._factors().items()},
                 }
             )
             if cut:

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
+import math
 import re
 import warnings
 import weakref
@@ -115,8 +117,10 @@ class TrimConfig(LoraConfig):
             raise ConfigError(
                 "adapter.init",
                 self.init_lora_weights,
-                f"{word} methods set their own start; use true, or drop {word}",
+                f"{word} methods start from LoRA's own factors or the paper's; use true, or drop {word}",
             )
+        if self.use_rslora and self.rank is None and self.freeze.has_no_scale:
+            raise ConfigError("use_rslora", True, "freeze.scaling=alpha/r or freeze.start=lora; 'none' has no scale")
         for name in (
             "use_dora",
             "lora_bias",
@@ -316,6 +320,8 @@ class Hosted:
     scale: float
     initial_r: int
     frozen: set[str] = field(default_factory=set)
+    resting: tuple[str, ...] = ()
+    """Diagonals that are at rest, at one, until a projection of the layer freezes."""
     is_stale: bool = False
     """Tensors from elsewhere were loaded: a running controller's state no longer describes them."""
     is_decided: bool = False
@@ -368,23 +374,29 @@ class TrimLayer(_Mixed):
         A, B = self.factors(adapter_name)
         rank, freeze = config.rank, config.freeze
         wants_b = freeze is not None and freeze.needs_output_diagonal
-        if rank is not None or wants_b:
+        has_e = rank is not None and rank.has_e
+        if has_e or wants_b:
             self.lora_e[adapter_name] = nn.Parameter(torch.ones(r, dtype=A.dtype, device=A.device))
         if wants_b:
             self.lora_b[adapter_name] = nn.Parameter(torch.ones(B.shape[0], dtype=B.dtype, device=B.device))
         e, b = self.diagonals(adapter_name)
         scale = self.scaling[adapter_name]
-        if rank is not None:  # where both meet, the rank method's start and scale win
+        never_trains = freeze is not None and freeze.initially_frozen(self.site_name)
+        alpha = alpha * math.sqrt(r) if config.use_rslora else alpha
+        is_real = A.device.type != "meta"
+        if rank is not None and rank.start == "svd":  # where both meet, the rank method's start and scale win
             scale = rank.scale(alpha, r)
-            if A.device.type != "meta":
+            if is_real:
                 rank.init_factors(A.data, self.rank_diagonal(adapter_name).data, B.data)
-        elif wants_b:
-            scale = freeze.scale(alpha, r)
-            if A.device.type != "meta":
-                freeze.init_factors(A.data, *(d.data for d in (e, b) if d is not None), B.data)
-        self.hosted[adapter_name] = Hosted(scale, r)
+        elif wants_b and (never_trains or (rank is None and freeze.start == "svd")):  # B = 0 would stay so
+            scale = freeze.scale(alpha, r) if rank is None and freeze.start == "svd" else scale
+            if is_real:
+                own_e = None if has_e or e is None else e.data
+                freeze.init_factors(A.data, own_e, None if b is None else b.data, B.data)
+        resting = () if freeze is None or not freeze.rests else DIAGONALS[has_e:]
+        self.hosted[adapter_name] = Hosted(scale, r, resting=resting)
         self._set_scale_and_rank(adapter_name, r)
-        if freeze is not None and freeze.initially_frozen(self.site_name):
+        if never_trains:
             for which in PROJECTIONS:
                 self.freeze(adapter_name, which)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -408,6 +420,18 @@ class TrimLayer(_Mixed):
         modules: Any = self._modules  # asked at every step; see `_fused`
         return modules["lora_e"]._parameters.get(adapter_name), modules["lora_b"]._parameters.get(adapter_name)
 
+    def at_work(self, adapter_name: str) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+        """The diagonals ``(e, b)`` that are part of the function now."""
+        e, b = self.diagonals(adapter_name)
+        if b is None or (hosted := self.hosted[adapter_name]).frozen or not hosted.resting:
+            return e, b
+        return (None if "lora_e" in hosted.resting else e), None
+
+    def resting(self, adapter_name: str) -> list[nn.Parameter]:
+        """The diagonals that wait for the first freeze: they hold ones and get no gradient."""
+        pairs = zip(self.diagonals(adapter_name), self.at_work(adapter_name))
+        return [p for p, working in pairs if p is not None and working is None]
+
     def rank_diagonal(self, adapter_name: str) -> nn.Parameter:
         """``e`` of shape (r,), where there must be one."""
         e, _ = self.diagonals(adapter_name)
@@ -428,19 +452,34 @@ class TrimLayer(_Mixed):
     def folded(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """The LoRA form ``(A', B')``, detached."""
         A, B = self.factors(adapter_name)
-        e, b = self.diagonals(adapter_name)
+        e, b = self.at_work(adapter_name)
         return fold(A.detach(), B.detach(), None if e is None else e.detach(), None if b is None else b.detach())
 
     # -- what controllers do ------------------------------------------------------------------------
 
     def freeze(self, adapter_name: str, which: str) -> nn.Parameter:
         """Stop training projection ``which`` ("lora_A" or "lora_B") for good; returns the parameter."""
+        if which == "lora_B":
+            self._keep_alive(adapter_name)
         self.hosted[adapter_name].frozen.add(which)
         self.frozen_peft_weight_names[adapter_name] = tuple(sorted(self.hosted[adapter_name].frozen))
         parameter = getattr(self, which)[adapter_name].weight
         parameter.requires_grad_(False)
         parameter.grad = None
         return parameter
+
+    @torch.no_grad()
+    def _keep_alive(self, adapter_name: str) -> None:
+        """Columns of B that are zero when it freezes (masked ranks, a first step at rate 0) could never be anything
+        else: they get AFLoRA's random start and ``e`` takes over the zero, so that the function stays the same."""
+        B, e = self.factors(adapter_name)[1], self.diagonals(adapter_name)[0]
+        if e is None or B.device.type == "meta" or not (dead := ~B.any(dim=0)).any():
+            return
+        seed = int(hashlib.sha256(self.site_name.encode()).hexdigest()[:8], 16)  # the same on every process
+        fresh = torch.empty(B.shape, dtype=torch.float32)
+        nn.init.kaiming_uniform_(fresh, a=0, generator=torch.Generator().manual_seed(seed))
+        B.copy_(torch.where(dead, fresh.to(B), B))
+        e.masked_fill_(dead.to(e.device), 0.0)
 
     def widen(self, adapter_name: str) -> bool:
         """Bring half-precision factors and diagonals to float32; whether there were any.
@@ -508,7 +547,7 @@ class TrimLayer(_Mixed):
         if not self.is_adaptive(adapter):
             return super().get_delta_weight(adapter)
         A, B = self.factors(adapter)
-        delta = delta_weight(A, B, self.scaling[adapter], *self.diagonals(adapter))
+        delta = delta_weight(A, B, self.scaling[adapter], *self.at_work(adapter))
         return delta.T if getattr(self, "fan_in_fan_out", False) else delta
 
     def _look_for_a_controller(self) -> None:
@@ -570,12 +609,12 @@ class TrimLayer(_Mixed):
         elif type(dropout) is not nn.Identity:
             return None
         (weight, bias), (A, _), (B, _) = _weights(base), _weights(down), _weights(up)
-        return fused.lowrank_linear(x, weight, bias, A, B, self.scaling[name], *self.diagonals(name), p)
+        return fused.lowrank_linear(x, weight, bias, A, B, self.scaling[name], *self.at_work(name), p)
 
     def _delta(self, name: str, x: Tensor) -> Tensor:
         A, B = self.factors(name)
         x = self.lora_dropout[name](self._cast_input_dtype(x, A.dtype))
-        return lowrank_delta(x, A, B, self.scaling[name], *self.diagonals(name))
+        return lowrank_delta(x, A, B, self.scaling[name], *self.at_work(name))
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         if not any(self.is_adaptive(n) for n in set(adapter_names)):

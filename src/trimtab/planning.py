@@ -219,10 +219,10 @@ def _adapted(model: nn.Module, config: PeftConfig) -> tuple[list[Site], dict[str
 
 
 def initial_params(site: Site, r: int, rank: Any, freeze: Any) -> int:
-    """Adapter parameters that train at a site in the first step: projections, and the diagonals if there are any."""
-    has_b = freeze is not None and freeze.needs_output_diagonal
-    has_e = rank is not None or has_b
+    """Adapter parameters that train at a site in the first step: projections, and the diagonals that are at work."""
     is_frozen = freeze is not None and freeze.initially_frozen(site.name)
+    has_b = freeze is not None and freeze.needs_output_diagonal and (is_frozen or not freeze.rests)
+    has_e = (rank is not None and rank.has_e) or has_b
     projections = 0 if is_frozen else r * (site.in_features + site.out_features)
     return projections + r * has_e + site.out_features * has_b
 
@@ -347,9 +347,10 @@ def _roles(model: nn.Module, config: PeftConfig) -> set[str]:
     found = {
         "VERA": {"vectors"}, "ADAPTION_PROMPT": {"vectors"}, "TRIMTAB_BOTTLENECK": {"A", "B"}, "LORA": {"A", "B"},
     }.get(str(getattr(config.peft_type, "value", config.peft_type)), set(ROLES))  # fmt: skip
-    freeze = getattr(config, "freeze", None)
-    with_vectors = ("rank", "use_dora", "trainable_token_indices", "monteclora_config", "kasa_config")
-    if any(getattr(config, key, None) for key in with_vectors) or (freeze is not None and freeze.needs_output_diagonal):
+    rank, freeze = getattr(config, "rank", None), getattr(config, "freeze", None)
+    with_vectors = ("use_dora", "trainable_token_indices", "monteclora_config", "kasa_config")
+    own = (rank is not None and rank.has_e) or (freeze is not None and freeze.needs_output_diagonal)
+    if own or any(getattr(config, key, None) for key in with_vectors):
         found = found | {"vectors"}
     return found | {"head"} if _head_params(model, config) else found - {"head"}
 

@@ -22,11 +22,12 @@ from trimtab.freeze.aflora import (
 
 DATA = Path(os.environ.get("TRIMTAB_DATA") or Path(__file__).parents[3] / "shared/data")
 PARITY = DATA / "parity/aflora"
+PAPER = {"start": "svd", "warmup": "auto", "final": 0.7}
 
 
 def freezer(gradients, total_steps=200, steps_per_epoch=10, **settings):
     sizes = {name: g[0].numel() for name, g in gradients.items()}
-    return AFLoRA(**settings).build(sizes, total_steps, steps_per_epoch)
+    return AFLoRA(**PAPER | settings).build(sizes, total_steps, steps_per_epoch)
 
 
 def run(rule, gradients, steps):
@@ -57,7 +58,7 @@ def test_delta_of_a_small_layer_is_the_one_worked_out_by_hand():
     A, B = torch.tensor([[1.0, 0, 2], [0, 1, -1]]), torch.tensor([[1.0, 0], [2, 1], [0, -3]])
     e, b, x = torch.tensor([0.1, 0.1]), torch.tensor([0.5, -1, 2]), torch.tensor([1.0, -2, 3])
     # A x = [7, -5]; e ⊙ = [.7, -.5]; B · = [.7, .9, 1.5]; b ⊙ = [.35, -.9, 3]
-    scale = AFLoRA().scale(alpha=16, r=2)
+    scale = AFLoRA(**PAPER).scale(alpha=16, r=2)
     torch.testing.assert_close(lowrank_delta(x, A, B, scale, e, b), torch.tensor([0.35, -0.9, 3]))
     expected = torch.tensor([[0.05, 0, 0.1], [-0.2, -0.1, -0.3], [0, -0.6, 0.6]])
     torch.testing.assert_close(delta_weight(A, B, scale, e, b), expected)
@@ -78,13 +79,13 @@ def test_quadratic_schedule(step, left):
 
 
 def test_defaults_are_the_phases_of_the_papers_runs():
-    assert AFLoRA().phases(200, 10) == (10, 140)  # 20 epochs: 1 and 14
-    assert AFLoRA().phases(100, 10) == (10, 70)  # 10 epochs: 1 and 7
+    assert AFLoRA(**PAPER).phases(200, 10) == (10, 140)  # 20 epochs: 1 and 14
+    assert AFLoRA(**PAPER).phases(100, 10) == (10, 70)  # 10 epochs: 1 and 7
 
 
 def test_score_of_one_scalar_over_three_windows():
     gradients = [1.0, -3, 2, 4, -4, 4, 0, 0, 0, 1]
-    rule = AFLoRA(interval_steps=3).build({"p": 1}, 100, 10)
+    rule = AFLoRA(**PAPER, interval_steps=3).build({"p": 1}, 100, 10)
     seen = {}
     for step, g in enumerate(gradients):
         rule.observe(step, {"p": torch.tensor([g], dtype=torch.float64)})
@@ -114,7 +115,7 @@ def test_tensor_rank_freezes_an_exact_number_of_tensors():
 
 def test_first_backward_reaches_only_the_output_vector():
     A, B, e, b = torch.empty(4, 12), torch.empty(8, 4), torch.empty(4), torch.empty(8)
-    AFLoRA().init_factors(A, e, b, B, torch.Generator().manual_seed(0))
+    AFLoRA(**PAPER).init_factors(A, e, b, B, torch.Generator().manual_seed(0))
     for p in (A, B, e, b):
         p.requires_grad_()
     y = b * (torch.randn(5, 12) @ A.T * e @ B.T)
@@ -126,15 +127,15 @@ def test_first_backward_reaches_only_the_output_vector():
 
 def test_start_values_have_the_papers_bounds():
     A, B, e, b = torch.empty(4, 768), torch.empty(768, 4), torch.empty(4), torch.empty(768)
-    AFLoRA().init_factors(A, e, b, B, torch.Generator().manual_seed(0))
+    AFLoRA(**PAPER).init_factors(A, e, b, B, torch.Generator().manual_seed(0))
     assert 0.087 < A.abs().max() <= 0.0883884
     assert 1.22 < B.abs().max() <= 1.2247449
     assert e.tolist() == pytest.approx([0.1] * 4) and not b.any()
 
 
 def test_scale_ignores_alpha_unless_asked():
-    assert AFLoRA().scale(64, 32) == 1
-    assert AFLoRA(scaling="alpha/r").scale(64, 32) == 2
+    assert AFLoRA(**PAPER).scale(64, 32) == 1
+    assert AFLoRA(**PAPER, scaling="alpha/r").scale(64, 32) == 2
 
 
 # -- the released code ---------------------------------------------------------------------------------
@@ -224,7 +225,7 @@ def test_a_projection_without_gradient_freezes_first():
     gradients = random_gradients()
     del gradients["layer.0.dense.lora_A"]
     sizes = {name: g[0].numel() for name, g in gradients.items()}
-    rule = AFLoRA(rule="tensor_rank").build({"layer.0.dense.lora_A": 24, **sizes}, 200, 10)
+    rule = AFLoRA(**PAPER, rule="tensor_rank").build({"layer.0.dense.lora_A": 24, **sizes}, 200, 10)
     frozen_at = run(rule, gradients, range(200))
     assert frozen_at.pop("layer.0.dense.lora_A") == 20  # the first event
     assert 20 in frozen_at.values()  # ⌊(1 - .512) 6⌋ = 2 of them
@@ -291,7 +292,7 @@ def test_only_named_projections_train():
     assert not AFLoRA(trainable_projections=["up_proj"]).initially_frozen("layers.0.mlp.up_proj")
     assert AFLoRA(trainable_projections=["up_proj"]).initially_frozen("layers.0.mlp.setup_proj")
     assert AFLoRA(trainable_projections=[]).initially_frozen("anything")
-    assert not AFLoRA().initially_frozen("anything")
+    assert not AFLoRA(**PAPER).initially_frozen("anything")
 
 
 def test_a_pattern_that_matches_no_site_is_refused():
@@ -316,26 +317,26 @@ def test_a_wrong_setting_is_refused_by_name(wrong, key):
 
 def test_phases_that_do_not_fit_are_refused_with_the_numbers():
     with pytest.raises(ConfigError, match=r"60 \+ final 140 .* 200"):
-        AFLoRA(warmup=60).build({}, 200, 10)
+        AFLoRA(**PAPER | {"warmup": 60}).build({}, 200, 10)
 
 
 def test_predicted_fractions_in_closed_form():
-    assert AFLoRA().average_fraction(2000, 100, closed_form=True) == pytest.approx(0.1125)  # 20 epochs
-    assert AFLoRA().average_fraction(2000, 200, closed_form=True) == pytest.approx(0.15)  # 10 epochs
+    assert AFLoRA(**PAPER).average_fraction(2000, 100, closed_form=True) == pytest.approx(0.1125)  # 20 epochs
+    assert AFLoRA(**PAPER).average_fraction(2000, 200, closed_form=True) == pytest.approx(0.15)  # 10 epochs
     gsm8k = AFLoRA(warmup=0.3, final=0.3, schedule="quadratic")
     assert gsm8k.average_fraction(1000, 333, closed_form=True) == pytest.approx(0.5667, abs=5e-5)
 
 
 def test_predicted_curve_counts_the_discrete_events():
     # events at 20, 30, 40, 50 and 60, each in force from the next step on
-    curve = AFLoRA().trainable_curve(200, 10)
+    curve = AFLoRA(**PAPER).trainable_curve(200, 10)
     assert curve == [(0, 1.0), *((step, pytest.approx(left)) for step, left in
                                  ((21, 0.512), (31, 0.216), (41, 0.064), (51, 0.008), (61, 0)))]
-    assert AFLoRA().average_fraction(200, 10) == pytest.approx((21 + 10 * 0.8) / 200)
+    assert AFLoRA(**PAPER).average_fraction(200, 10) == pytest.approx((21 + 10 * 0.8) / 200)
 
 
 def test_discrete_average_nears_the_closed_form_in_long_runs():
-    assert AFLoRA().average_fraction(100_000, 5_000) == pytest.approx(0.1125, abs=1e-4)
+    assert AFLoRA(**PAPER).average_fraction(100_000, 5_000) == pytest.approx(0.1125, abs=1e-4)
 
 
 # -- ranks, resume -------------------------------------------------------------------------------------
@@ -396,6 +397,6 @@ def test_frozen_tensors_hold_no_state():
 
 
 def test_low_precision_gradients_are_averaged_in_float32():
-    rule = AFLoRA().build({"p": 2}, 200, 10)
+    rule = AFLoRA(**PAPER).build({"p": 2}, 200, 10)
     rule.observe(0, {"p": torch.ones(2, dtype=torch.bfloat16)})
     assert rule._window["p"].dtype == torch.float32

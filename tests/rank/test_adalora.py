@@ -12,7 +12,7 @@ from trimtab.rank.base import CostLimit, Factors
 
 RANKS = {"a": 6, "b": 6, "c": 4, "d": 6}
 STEPS = 60
-SETTINGS = {"target_r": 2, "warmup": 5, "final": 15}
+SETTINGS = {"start": "svd", "target_r": 2, "warmup": 5, "final": 15}
 
 
 def build(**changes):
@@ -29,7 +29,7 @@ def test_oracle_a_budgets():
 
 def test_oracle_b_smoothed_scores_of_one_entry():
     site = Factors("a", nn.Parameter(torch.zeros(1, 1)), nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1, 1)))
-    allocator = AdaLoRA(target_r=1, warmup=0, final=0).build({"a": 1}, 100, None)
+    allocator = AdaLoRA(start="svd", target_r=1, warmup=0, final=0).build({"a": 1}, 100, None)
     seen = []
     for t, (g, w) in enumerate([(0.5, 0.2), (-1, 0.2), (0.25, -0.4)], 1):
         site.e.data.fill_(w)
@@ -82,9 +82,10 @@ def test_scores_masks_and_budgets_are_those_of_pefts_allocator_step_by_step(inte
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
     layers = {name: getattr(model.base_model.model, name) for name in names}
     theirs = model.base_model.rankallocator
-    ours = AdaLoRA(target_r=2, warmup=warmup, final=final, interval_steps=interval, beta1=0.8, beta2=0.9).build(
-        dict.fromkeys(names, 5), steps, None
+    settings = AdaLoRA(
+        start="svd", target_r=2, warmup=warmup, final=final, interval_steps=interval, beta1=0.8, beta2=0.9
     )
+    ours = settings.build(dict.fromkeys(names, 5), steps, None)
     x, y = torch.randn(64, 8, dtype=dtype), torch.randn(64, 4, dtype=dtype)
     ended = masked = 0
     for t in range(1, steps + 1):
@@ -137,7 +138,7 @@ def test_the_penalty_is_pefts():
         factors[name] = Factors(name, A, layer.lora_E["default"].view(-1), B)
         for gram in (A @ A.T, B.T @ B):
             total, count = total + torch.norm(gram - torch.eye(4), p="fro"), count + 1
-    found = AdaLoRA(target_r=2, orth_weight=0.5).build({"first": 4, "third": 4}, 10, None).penalty(factors)
+    found = AdaLoRA(start="svd", target_r=2, orth_weight=0.5).build({"first": 4, "third": 4}, 10, None).penalty(factors)
     torch.testing.assert_close(found, 0.5 * total / count)
 
 

@@ -15,8 +15,10 @@ from trimtab.rank.base import RankSettings
 RANKS = {"a": 6, "b": 6, "c": 4, "d": 6}
 STEPS = 48
 OPTIONS = {
-    "salientlora": {"target_r": 2, "warmup": 5, "allocation": 30, "initial_window": 3, "final_window": 12},
-    "adalora": {"target_r": 2, "warmup": 5, "final": 15, "interval_steps": 4},
+    "salientlora": {
+        "start": "svd", "target_r": 2, "warmup": 5, "allocation": 30, "initial_window": 3, "final_window": 12,
+    },
+    "adalora": {"start": "svd", "target_r": 2, "warmup": 5, "final": 15, "interval_steps": 4},
     "sora": {"prox_threshold": 0.2, "interval": 6},
     "sora sticky": {"prox_threshold": 0.2, "interval": 6, "sticky_zeros": True},
 }

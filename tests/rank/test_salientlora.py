@@ -14,7 +14,7 @@ from trimtab.rank.salientlora import SalientLoRA, Schedule, magnitude, released_
 
 RANKS = {"a": 6, "b": 6, "c": 4, "d": 6}
 STEPS = 60
-SETTINGS = {"target_r": 2, "warmup": 5, "allocation": 40, "initial_window": 3, "final_window": 12}
+SETTINGS = {"start": "svd", "target_r": 2, "warmup": 5, "allocation": 40, "initial_window": 3, "final_window": 12}
 
 
 def build(**changes):
@@ -151,7 +151,7 @@ def plain_defect(factors, norm, sides="AB"):
 
 @pytest.mark.parametrize("norm", ["fro", "fro2"])
 def test_the_penalty_and_its_gradient_are_those_of_the_plain_formula(norm):
-    settings = SalientLoRA(target_r=1, orth=norm, orth_weight=0.3)
+    settings = SalientLoRA(start="svd", target_r=1, orth=norm, orth_weight=0.3)
     factors = random_factors()
     parameters = [p for site in factors.values() for p in (site.A, site.B)]
     found = settings.build({"a": 3, "b": 2, "c": 4}, 100, None).penalty(factors)
@@ -283,7 +283,7 @@ def test_a_run_equals_a_plain_implementation(cuts, seed, changes):
 def test_15_to_2_over_72_sites_ends_at_144():
     ranks = {f"layer.{i}": 15 for i in range(72)}
     rails = Rails(ranks, 60, seed=3)
-    settings = SalientLoRA(target_r=2)
+    settings = SalientLoRA(start="svd", target_r=2, initial_window=10, final_window=200)
     host = Host(rails, settings.build(ranks, 60, None)).run()
     assert sum(site.e.numel() for site in host.factors.values()) == 144
     assert min(site.e.numel() for site in host.factors.values()) == 0  # sites without any rank take part to the end

@@ -51,6 +51,20 @@ def fold(A: Tensor, B: Tensor, e: Tensor | None = None, b: Tensor | None = None)
     return (A if e is None else A * e.unsqueeze(1)), (B if b is None else B * b.unsqueeze(1))
 
 
+def rank_sizes(A: Tensor, B: Tensor, e: Tensor | None = None) -> Tensor:
+    """``|e_i| · ‖B_i‖ · ‖A_i‖``, (r,) float64: the size of each rank's part of ΔW/s.
+
+    With p_i, q_i the unit vectors along B's columns and A's rows, ``ΔW/s = Σ ± size_i · p_i q_iᵀ`` always, and the
+    sizes are its singular values where rows of A and columns of B are orthogonal.
+
+    >>> rank_sizes(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0], [2.0]])).tolist()
+    [10.0]
+    """
+    sizes = torch.linalg.vector_norm(A, dim=1, dtype=torch.float64)
+    sizes = sizes * torch.linalg.vector_norm(B, dim=0, dtype=torch.float64).to(sizes.device)
+    return sizes if e is None else sizes * e.abs()
+
+
 def delta_weight(A: Tensor, B: Tensor, scale: float, e: Tensor | None = None, b: Tensor | None = None) -> Tensor:
     """ΔW, shape (out, in), computed in at least float32 and returned in the factors' dtype."""
     dtype = A.dtype

@@ -35,10 +35,13 @@ SCHEDULES = {"cubic": lambda u: (1 - u) ** 3, "quadratic": lambda u: 1 - u**2}
 MEANS = {"cubic": 1 / 4, "quadratic": 2 / 3}
 """Integral of each schedule over [0, 1]."""
 
+RAMP = 0.3, 0.3
+"""Default warm-up and final phase: the projections of a short run must have learnt something before they freeze."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AFLoRA(FreezeSettings):
-    """Settings. The defaults are those of the paper's GLUE runs, and fit any run length.
+    """Settings. The paper's GLUE runs have ``start="svd", warmup="1ep", final=0.7``.
 
     Phase lengths: optimizer steps (``100``), a share of the run (``0.7``, ``"70%"``), or epochs (``"1ep"``).
     """
@@ -47,9 +50,12 @@ class AFLoRA(FreezeSettings):
     paper: ClassVar[str] = "arXiv 2403.13269"
     needs_output_diagonal: ClassVar[bool] = True
 
-    warmup: StepLength = "auto"
+    start: Literal["lora", "svd"] = "lora"
+    """``lora``: plain LoRA until a site's first freeze, when its vectors start at one; sites whose projections never
+    train have the paper's start. ``svd``: the paper's start everywhere."""
+    warmup: StepLength = RAMP[0]
     """Before the first freeze (t_i). "auto": one epoch, or a tenth of the run if that is shorter."""
-    final: StepLength = 0.7
+    final: StepLength = RAMP[1]
     """At the end, with everything frozen (t_f)."""
     interval_steps: int = 10
     """Steps of one window, and between two freezing events (ΔT)."""
@@ -66,8 +72,9 @@ class AFLoRA(FreezeSettings):
     A pattern is a regular expression for the end of the site's name, from a dot on:
     ``["intermediate.dense", r"layer\\.\\d+\\.output.dense"]`` is BERT's feed-forward part, as in the paper.
     """
-    scaling: Literal["none", "alpha/r"] = "none"
-    """Factor before the path. Authors' GLUE code: none, alpha is ignored. Their GSM8K code: alpha/r."""
+    scaling: Literal["none", "alpha/r"] | None = None
+    """Factor before the path. Authors' GLUE code: none, alpha is ignored. Their GSM8K code: alpha/r. None: what
+    belongs to the start, none with ``svd`` and alpha/r with ``lora``."""
 
     def __post_init__(self) -> None:
         if self.warmup != "auto":
@@ -80,9 +87,12 @@ class AFLoRA(FreezeSettings):
                 raise ConfigError(f"freeze.{key}", beta, "at least 0 and below 1")
         for key, value, known in (("schedule", self.schedule, tuple(SCHEDULES)),
                                   ("rule", self.rule, ("element_quantile", "tensor_rank")),
-                                  ("scaling", self.scaling, ("none", "alpha/r"))):
+                                  ("start", self.start, ("lora", "svd")),
+                                  ("scaling", self.scaling, (None, "none", "alpha/r"))):
             if value not in known:
-                raise ConfigError(f"freeze.{key}", value, " or ".join(known))
+                raise ConfigError(f"freeze.{key}", value, " or ".join(filter(None, known)))
+        if self.start == "lora" and self.scaling == "none":
+            raise ConfigError("freeze.scaling", self.scaling, "freeze.start=svd; LoRA's start has LoRA's scale")
         if self.trainable_projections is None:
             return
         if isinstance(self.trainable_projections, str):
@@ -108,8 +118,12 @@ class AFLoRA(FreezeSettings):
             if b is not None:
                 b.zero_()
 
+    @property
+    def has_no_scale(self) -> bool:
+        return self.start == "svd" and self.scaling != "alpha/r"
+
     def scale(self, alpha: float, r: int) -> float:
-        return alpha / r if self.scaling == "alpha/r" else 1.0
+        return 1.0 if self.has_no_scale else alpha / r
 
     def initially_frozen(self, site_name: str) -> bool:
         if self.trainable_projections is None:

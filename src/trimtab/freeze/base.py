@@ -3,6 +3,9 @@
 Freezing acts on the projections ``lora_A (r, in)`` and ``lora_B (out, r)`` only; the vectors ``e (r,)``
 and ``b (out,)`` train to the end. A projection is named ``"<site>.lora_A"`` or ``"<site>.lora_B"``.
 
+From LoRA's start the vectors of a site are at rest, at one, until its first projection freezes: no part of
+the function, of what trains, or of its cost. Until then the run is that of a plain LoRA.
+
 Time: step t = 0, 1, 2, … is the optimizer step with t completed before it. The controller calls
 ``observe(t, gradients)`` with that step's unscaled, averaged, unclipped gradients, and once the step is
 done ``decide(t)``. What freezes in ``decide(t)`` has therefore trained in the t + 1 steps 0 … t.
@@ -14,7 +17,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..errors import ConfigError
 
@@ -35,12 +38,29 @@ class FreezeSettings:
     needs_output_diagonal: ClassVar[bool] = False
     """True if every adapted layer gets an output vector ``b`` (and ``e``, unless a rank method gives one)."""
 
+    start: Literal["lora", "svd"] = "svd"
+    """``lora``: PEFT's factors and scale, vectors at rest at first; ``svd``: the paper's own, as `init_factors` and
+    `scale` say. A method that takes LoRA's start has a field of this name."""
+
+    @property
+    def rests(self) -> bool:
+        """Whether the vectors of a site wait for its first freeze."""
+        return self.needs_output_diagonal and self.start == "lora"
+
+    @property
+    def has_no_scale(self) -> bool:
+        """Whether alpha, and what may be made of it, is ignored."""
+        return False
+
     def init_factors(self, A: Tensor, e: Tensor | None, b: Tensor | None, B: Tensor,
                      generator: torch.Generator | None = None) -> None:
-        """Fill the factors in place as the paper does; the base class leaves the layer's own start."""
+        """Fill the factors in place as the paper does; the base class leaves the layer's own start.
+
+        From LoRA's start only the sites whose projections never train are filled so.
+        """
 
     def scale(self, alpha: float, r: int) -> float:
-        """The factor before the low-rank path, where no rank method sets one."""
+        """The factor before the low-rank path with the start ``svd``, where no rank method sets one."""
         return alpha / r
 
     def initially_frozen(self, site_name: str) -> bool:

@@ -27,9 +27,11 @@ from .base import (
     Decision,
     Factors,
     RankSettings,
+    Start,
     check_choice,
     check_limit,
     check_number,
+    check_start,
     final_total,
 )
 from .orthogonality import Norm, Orthogonality
@@ -46,6 +48,7 @@ class AdaLoRA(RankSettings):
     method: ClassVar[str] = "adalora"
     paper: ClassVar[str] = "arXiv 2303.10512"
 
+    start: Start = "lora"
     target_r: float
     """Mean rank per site at the end; ``target_r · sites`` ranks remain in total, exactly. About two
     thirds of the initial rank is the authors' advice."""
@@ -59,8 +62,8 @@ class AdaLoRA(RankSettings):
     """Smoothing of the sensitivity."""
     beta2: float = 0.85
     """Smoothing of its uncertainty."""
-    orth_weight: float = 0.1
-    """Coefficient of the orthogonality penalty."""
+    orth_weight: float | None = None
+    """Coefficient of the orthogonality penalty; None: the papers' 0.1 with ``svd``, none with ``lora``."""
     orth: Norm = "fro"
     """Penalty per factor: the Frobenius norm (code, PEFT) or its square (paper)."""
 
@@ -71,7 +74,7 @@ class AdaLoRA(RankSettings):
         check_number("rank.interval_steps", self.interval_steps, at_least=1, whole=True)
         check_number("rank.beta1", self.beta1, above=0, below=1)
         check_number("rank.beta2", self.beta2, above=0, below=1)
-        check_number("rank.orth_weight", self.orth_weight, at_least=0)
+        check_start(self.start, self.orth_weight)
         check_choice("rank.orth", self.orth, ("fro", "fro2"))
 
     def build(
@@ -206,13 +209,14 @@ class AdaAllocator(Allocator):
         # "<site>.A" -> smoothed sensitivity and its smoothed uncertainty, each of the factor's shape
         self.sensitivity: dict[str, Tensor] = {}
         self.uncertainty: dict[str, Tensor] = {}
-        self._defects = Orthogonality(len(self.names), settings.orth)
+        self._defects = Orthogonality(len(self.names), settings.orth, only_angles=settings.start == "lora")
 
     def penalty(self, factors: Mapping[str, Factors]) -> Tensor | None:
-        if not self.settings.orth_weight:
+        weight = self.settings.penalty_weight
+        if not weight:
             return None
         moving, _ = self._defects(factors, self._living)
-        return None if moving is None else self.settings.orth_weight * moving
+        return None if moving is None else weight * moving
 
     def after_step(self, step: int, factors: Mapping[str, Factors]) -> Decision | None:
         self._check(factors)
@@ -250,18 +254,18 @@ class AdaAllocator(Allocator):
         """One update of the averages from ``|w · g|`` of every entry that has a gradient."""
         # A frozen factor has no gradient: its average keeps the last value.
         seen = [
-            (f"{name}.{side}", factor)
+            (f"{name}.{side}", factor, gradient)
             for name in self.names
-            for side, factor in _sides(factors[name])
-            if factor.grad is not None and factor.numel()
+            for side, factor, gradient in _with_gradients(factors[name])
+            if factor.numel()
         ]
         b1, b2 = self.settings.beta1, self.settings.beta2
         for start in range(0, len(seen), _GROUP):
             group = seen[start : start + _GROUP]
-            mean = [_held(self.sensitivity, key, factor) for key, factor in group]
-            spread = [_held(self.uncertainty, key, factor) for key, factor in group]
-            now = [factor.detach().to(m.dtype) for (_, factor), m in zip(group, mean)]
-            old = [factor.grad.to(m.dtype) for (_, factor), m in zip(group, mean)]  # type: ignore[union-attr]
+            mean = [_held(self.sensitivity, key, factor) for key, factor, _ in group]
+            spread = [_held(self.uncertainty, key, factor) for key, factor, _ in group]
+            now = [factor.to(m.dtype) for (_, factor, _), m in zip(group, mean)]
+            old = [gradient.to(m.dtype) for (_, _, gradient), m in zip(group, mean)]
             now = list(torch._foreach_mul(now, old))
             torch._foreach_abs_(now)
             torch._foreach_mul_(mean, b1)
@@ -310,6 +314,23 @@ class AdaAllocator(Allocator):
 
 def _sides(site: Factors) -> tuple[tuple[str, Tensor], ...]:
     return ("A", site.A), ("e", site.e), ("B", site.B)
+
+
+def _with_gradients(site: Factors) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(side, weight, gradient) of what has one, detached.
+
+    Without a diagonal of its own a rank's value is its scale, and ``Σ_out B_i ⊙ ∂B_i = ∂L/∂ log(scale of rank i)``;
+    the same is Σ_in A_i ⊙ ∂A_i, and e_i ∂e_i where AFLoRA's vector is at work.
+    """
+    for side, factor in _sides(site):
+        if factor.grad is not None:
+            yield side, factor.detach(), factor.grad
+    if not site.has_values and site.e.grad is None:
+        side, factor = next(((s, f) for s, f in (("B", site.B), ("A", site.A)) if f.grad is not None), ("", site.e))
+        if factor.grad is not None:
+            wide = torch.promote_types(factor.dtype, torch.float32)
+            value = (factor.detach().to(wide) * factor.grad).sum(dim=0 if side == "B" else 1)
+            yield "e", value, torch.ones_like(value)
 
 
 def _held(averages: dict[str, Tensor], key: str, factor: Tensor) -> Tensor:

@@ -3,6 +3,9 @@
 An allocator never changes a model's shapes and never searches names. It is handed the raw factors of
 every site, ``W x + s · B (e ⊙ (A x))``, and answers with a `Decision`: which ranks stay. Whoever owns
 the model carries it out, by a mask or by cutting, and tells `Allocator.pruned` after a cut.
+
+Two starts. ``svd``: the papers'; ``e`` holds the singular values. ``lora``: the layer trains A and B from
+LoRA's own start, at its rate and scale, without any ``e``; the singular values are read off the factors.
 """
 
 from __future__ import annotations
@@ -16,7 +19,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ..adapters.lowrank import rank_sizes
 from ..errors import BudgetError, CheckpointError, ConfigError, SelectionError, StaleAdapterError
+
+Start = Literal["lora", "svd"]
 
 
 @dataclass
@@ -25,8 +31,17 @@ class Factors:
 
     name: str
     A: Tensor  # (r, in)
-    e: Tensor  # (r,)
+    e: Tensor  # (r,); ones where the site trains none
     B: Tensor  # (out, r)
+    has_values: bool = True
+    """Whether ``e`` holds the values that ranks are judged by; else they are in the sizes of the factors."""
+
+    def values(self) -> Tensor:
+        """(r,) value of each rank: ``e`` with its signs, or ``|e_i| · ‖B_i‖ · ‖A_i‖`` in float64, what the singular
+        values of ΔW/s are where rows of A and columns of B are orthogonal."""
+        if self.has_values:
+            return self.e.detach()
+        return rank_sizes(self.A.detach(), self.B.detach(), self.e.detach())
 
 
 @dataclass(frozen=True)
@@ -35,7 +50,8 @@ class Decision:
 
     keep: dict[str, Tensor]  # bool (r,)
     kind: Literal["mask", "prune"]
-    """``mask``: ``e`` is set to 0 and may come back; ``prune``: gone for good, to be cut where possible."""
+    """``mask``: set to 0, in ``e`` or in the column of B, and may come back; ``prune``: gone for good, to be cut
+    where possible."""
     budget: int | None
     """What the schedule allowed: total rank, or total parameters under a parameter budget."""
     event: bool
@@ -52,18 +68,34 @@ class CostLimit:
 
 @dataclass(frozen=True, kw_only=True)
 class RankSettings:
-    """Base of every method's settings. Subclasses set `method` and `paper` and implement `build`."""
+    """Base of every method's settings. Subclasses set `method` and `paper` and implement `build`.
+
+    A method that takes LoRA's start by default redeclares the field: ``start: Start = "lora"``.
+    """
 
     method: ClassVar[str]
     paper: ClassVar[str]
     e_decays: ClassVar[bool] = True
     """False: the optimizer's weight decay on ``e`` is to be compensated."""
 
+    start: Start = "svd"
+    """``lora``: PEFT's factors, scale and rate; ``svd``: the paper's, as `init_factors` and `scale` say."""
     prune: bool = True
     """Cut shapes when ranks are gone for good; False keeps masks only."""
 
+    @property
+    def penalty_weight(self) -> float:
+        """Of the orthogonality penalty, for methods with a setting ``orth_weight``: only the SVD form needs one."""
+        weight: float | None = getattr(self, "orth_weight", None)
+        return weight if weight is not None else 0.1 if self.start == "svd" else 0.0
+
+    @property
+    def has_e(self) -> bool:
+        """Whether every site gets a trained diagonal ``e``, which holds the ranks' values."""
+        return self.start == "svd"
+
     def init_factors(self, A: Tensor, e: Tensor, B: Tensor, generator: torch.Generator | None = None) -> None:
-        """Starting values, in place. Here the SVD form: A, B ~ N(0, 0.02²), e = 0, so that ΔW = 0.
+        """Values of the start ``svd``, in place. Here the SVD form: A, B ~ N(0, 0.02²), e = 0, so that ΔW = 0.
 
         Args:
             A: (r, in). e: (r,). B: (out, r).
@@ -74,7 +106,7 @@ class RankSettings:
             e.zero_()
 
     def scale(self, alpha: float, r: int) -> float:
-        """The layer's constant ``s`` for initial rank ``r``; never changed when ranks fall."""
+        """The constant ``s`` of the start ``svd`` for initial rank ``r``; never changed when ranks fall."""
         return alpha / (r + 1e-5)
 
     def build(
@@ -219,13 +251,13 @@ class Allocator:
         if sizes != self.sizes:
             name, now, then = next((n, a, b) for n, a, b in zip(self.names, sizes, self.sizes) if a != b)
             raise StaleAdapterError(f"{name} holds {now} ranks where the allocator left {then}")
-        device = factors[self.names[0]].e.device
+        device = factors[self.names[0]].A.device
         if self.alive.device != device:
             self._place(device)
 
     def _values(self, factors: Mapping[str, Factors]) -> Tensor:
-        """Diagonal of all living ranks, sites one after the other, (n,) float64."""
-        values = torch.cat([factors[name].e.detach().to(self.alive.device) for name in self.names])
+        """Values of all living ranks, sites one after the other, (n,) float64."""
+        values = torch.cat([factors[name].values().to(self.alive.device) for name in self.names])
         return (values if self._index is None else values.index_select(0, self._index)).double()
 
     def _flat_mask(self, keep: Mapping[str, Tensor]) -> Tensor:
@@ -321,6 +353,13 @@ def check_number(
     )  # fmt: skip
     if not fits:
         raise ConfigError(key, value, f"a {'whole ' if whole else ''}number {' and '.join(bounds)}".strip())
+
+
+def check_start(start: object, orth_weight: object = None) -> None:
+    """Refuse another start than there is, and a penalty that is no weight."""
+    check_choice("rank.start", start, ("lora", "svd"))
+    if orth_weight is not None:
+        check_number("rank.orth_weight", orth_weight, at_least=0)
 
 
 def check_choice(key: str, value: object, choices: tuple[object, ...]) -> None:

@@ -3,6 +3,9 @@
 ``P diag(λ) Q`` is only like an SVD while the columns of P and the rows of Q stay orthonormal, so both
 SVD methods add ``weight · mean(‖AAᵀ − I‖_F, ‖BᵀB − I‖_F over all factors)`` to the loss. Papers: squared
 norms (``fro2``). Authors' code and PEFT: the norm itself (``fro``); we follow the code by default.
+
+From LoRA's start the factors' sizes are part of the values, so that only angles count: the same of the
+factors with their vectors at length 1, and zero vectors (all of B at first) left out.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ def defect(factor: Tensor, norm: Norm = "fro") -> Tensor:
     >>> defect(torch.tensor([[1.0, 1.0], [0.0, 1.0]]).T, "fro2").item()
     3.0
     """
-    return _Defects.apply(norm == "fro2", (False,), factor)
+    return _Defects.apply(norm == "fro2", False, (False,), factor)
 
 
 class Orthogonality:
@@ -34,8 +37,9 @@ class Orthogonality:
     factor does not raise the weight of the others.
     """
 
-    def __init__(self, sites: int, norm: Norm) -> None:
+    def __init__(self, sites: int, norm: Norm, only_angles: bool = False) -> None:
         self.factors = 2 * sites
+        self.only_angles = only_angles
         self.norm: Norm = norm
         self._frozen: dict[tuple[str, str], Tensor] = {}
 
@@ -71,36 +75,46 @@ class Orthogonality:
                     if (name, side) not in self._frozen:
                         part = factor.detach()
                         part = part if index is None else part.index_select(int(by_column), index)
-                        self._frozen[name, side] = defect(part.T if by_column else part, self.norm)
+                        self._frozen[name, side] = self._of(part, by_column)
                     still.append(self._frozen[name, side])
         moving = None
         if training:
-            moving = _Defects.apply(self.norm == "fro2", tuple(columns), *training) / self.factors
+            moving = self._sum(tuple(columns), *training) / self.factors
         total = None if moving is None else moving.detach()
         if still:
             rest = torch.stack([value.to(still[0].device) for value in still]).sum() / self.factors
             total = rest if total is None else total + rest.to(total.device)
         return moving, total
 
+    def _of(self, factor: Tensor, by_column: bool) -> Tensor:
+        return self._sum((by_column,), factor)
+
+    def _sum(self, columns: tuple[bool, ...], *factors: Tensor) -> Tensor:
+        return _Defects.apply(self.norm == "fro2", self.only_angles, columns, *factors)
+
 
 class _Defects(torch.autograd.Function):
     """Sum of the defects of many factors: one node instead of a graph of several per factor.
 
     d‖FFᵀ − I‖_F / dF = 2 (FFᵀ − I) F / ‖FFᵀ − I‖_F, taken as 0 where the norm is 0; without the division and
-    twice that for the square.
+    twice that for the square. Of angles alone, the gradient of the unit vectors less its part along them,
+    divided by the vector's length.
     """
 
     @staticmethod
-    def forward(ctx: Any, squared: bool, columns: tuple[bool, ...], *factors: Tensor) -> Tensor:
+    def forward(ctx: Any, squared: bool, only_angles: bool, columns: tuple[bool, ...], *factors: Tensor) -> Tensor:
         grams: list[Tensor] = []
         with torch.autocast(factors[0].device.type, enabled=False):
             for factor, by_column in zip(factors, columns):
-                wide = _wide(factor)
+                wide = _units(factor, by_column)[0] if only_angles else _wide(factor)
                 gram = wide.T @ wide if by_column else wide @ wide.T  # (r, r)
-                gram.diagonal().sub_(1)
+                if only_angles:
+                    gram.fill_diagonal_(0)
+                else:
+                    gram.diagonal().sub_(1)
                 grams.append(gram)
         norms = list(torch._foreach_norm(grams))
-        ctx.squared, ctx.columns, ctx.count = squared, columns, len(factors)
+        ctx.squared, ctx.only_angles, ctx.columns, ctx.count = squared, only_angles, columns, len(factors)
         ctx.save_for_backward(*factors, *grams, *norms)
         home = norms[0].device
         values = torch.stack([norm.to(home) for norm in norms])
@@ -116,9 +130,21 @@ class _Defects(torch.autograd.Function):
             for factor, gram, norm, by_column in zip(factors, grams, norms, ctx.columns):
                 slope = 4.0 if ctx.squared else torch.where(norm > 0, 2 / norm, 0)
                 gram = gram * (outer[0].to(gram) * slope)
-                wide = _wide(factor)
-                grads.append((wide @ gram if by_column else gram @ wide).to(factor.dtype))
-        return (None, None, *grads)
+                wide, inverse = _units(factor, by_column) if ctx.only_angles else (_wide(factor), None)
+                grad = wide @ gram if by_column else gram @ wide
+                if inverse is not None:
+                    along = (grad * wide).sum(dim=int(not by_column), keepdim=True)
+                    grad = (grad - along * wide) * inverse
+                grads.append(grad.to(factor.dtype))
+        return (None, None, None, *grads)
+
+
+def _units(factor: Tensor, by_column: bool) -> tuple[Tensor, Tensor]:
+    """The vectors at length 1, those of length 0 as they are, and 1 / length of each, 0 for those."""
+    wide = _wide(factor)
+    length = torch.linalg.vector_norm(wide, dim=int(not by_column), keepdim=True)
+    inverse = torch.where(length > 0, 1 / length, 0)
+    return wide * inverse, inverse
 
 
 def _wide(factor: Tensor) -> Tensor:

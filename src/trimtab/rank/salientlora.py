@@ -28,9 +28,11 @@ from .base import (
     Decision,
     Factors,
     RankSettings,
+    Start,
     check_choice,
     check_limit,
     check_number,
+    check_start,
     final_total,
 )
 from .influence import check_thresholds, influence, log_influence, one_thread
@@ -44,29 +46,31 @@ StepWeight = Literal["inverse", "minmax"]
 
 @dataclass(frozen=True, kw_only=True)
 class SalientLoRA(RankSettings):
-    """Settings of SalientLoRA. Defaults: the paper's where it has one."""
+    """Settings of SalientLoRA. Defaults: the paper's where it has one; its runs have ``start="svd"``."""
 
     method: ClassVar[str] = "salientlora"
     paper: ClassVar[str] = "NeurIPS 2024, Unveiling LoRA Intrinsic Ranks via Salience Analysis"
 
+    start: Start = "lora"
     target_r: float
     """Mean rank per site at the end; ``target_r · sites`` ranks remain in total, exactly."""
     warmup: StepLength = 0.1
     """Training before anything is recorded (the paper's n_i): steps, fraction, or ``"1ep"``."""
     allocation: StepLength = 0.5
     """Training during which the budget falls to the target (n_f); the pattern is fixed afterwards."""
-    initial_window: int = 10
-    """Steps of the first time window (T_i)."""
-    final_window: int = 200
-    """Steps of a time window at the end of the allocation (T_f)."""
+    initial_window: int | None = None
+    """Steps of the first time window (T_i). None: the paper's 10, less in a short run; see `windows`."""
+    final_window: int | None = None
+    """Steps of a time window at the end of the allocation (T_f). None: the paper's 200, or an eighth of the
+    allocation if that is less."""
     beta: float = 0.9
     """Correlation from which one value is said to follow another."""
     gamma: float = 2.0
     """Slope from which it is said to depend on it; above 1."""
     magnitude_weight: float = 0.7
     """Share of the magnitude in the salience, the paper's λ; the influence has the rest."""
-    orth_weight: float = 0.1
-    """Coefficient of the orthogonality penalty."""
+    orth_weight: float | None = None
+    """Coefficient of the orthogonality penalty; None: 0.1 with ``svd``, none with ``lora``."""
     orth: Norm = "fro"
     """Penalty per factor: the Frobenius norm (released code) or its square (AdaLoRA's paper)."""
     step_weight: StepWeight = "inverse"
@@ -80,17 +84,36 @@ class SalientLoRA(RankSettings):
         check_number("rank.target_r", self.target_r, above=0)
         check_length(self.warmup, "rank.warmup")
         check_length(self.allocation, "rank.allocation")
-        check_number("rank.initial_window", self.initial_window, at_least=2, whole=True)
-        check_number("rank.final_window", self.final_window, at_least=self.initial_window, whole=True)
+        if self.initial_window is not None:
+            check_number("rank.initial_window", self.initial_window, at_least=2, whole=True)
+        if self.final_window is not None:
+            check_number("rank.final_window", self.final_window, at_least=self.initial_window or 2, whole=True)
         check_number("rank.beta", self.beta, above=0, at_most=1)
         check_number("rank.gamma", self.gamma, above=1)
         check_number("rank.magnitude_weight", self.magnitude_weight, at_least=0, at_most=1)
-        check_number("rank.orth_weight", self.orth_weight, at_least=0)
+        check_start(self.start, self.orth_weight)
         check_choice("rank.orth", self.orth, ("fro", "fro2"))
         check_choice("rank.step_weight", self.step_weight, ("inverse", "minmax"))
         check_choice("rank.parity", self.parity, (None, "released"))
-        if self.anchored and self.final_window == self.initial_window:
+        if self.final_window is not None:
+            self._check_anchor(self.initial_window, self.final_window)
+
+    def _check_anchor(self, initial_window: int | None, final_window: int) -> None:
+        if self.anchored and final_window == initial_window:
             raise ConfigError("rank.anchored", True, "final_window above initial_window; otherwise nothing grows")
+
+    def windows(self, allocation: int) -> tuple[int, int]:
+        """Steps of the first and the last window, for an allocation of so many steps.
+
+        >>> [SalientLoRA(target_r=2).windows(n) for n in (50, 190, 50_000)]
+        [(3, 6), (10, 24), (10, 200)]
+        """
+        first, last = self.initial_window, self.final_window
+        if last is None:
+            last = max(min(200, round(allocation / 8)), first or 2)
+        if first is None:
+            first = max(2, min(10, last // 2))
+        return first, last
 
     def build(
         self,
@@ -124,7 +147,9 @@ class SalientLoRA(RankSettings):
                 f"warmup {n_i} + allocation {n_f} = {n_i + n_f} steps, but the run has {total_steps}; "
                 "shorten them or train longer",
             )
-        return Schedule(n_i, n_f, initial_total, final_total, self.initial_window, self.final_window, self.anchored)
+        first, last = self.windows(n_f)
+        self._check_anchor(first, last)
+        return Schedule(n_i, n_f, initial_total, final_total, first, last, self.anchored)
 
     def budget_curve(
         self,
@@ -306,14 +331,15 @@ class SalientAllocator(Allocator):
         self.series: Tensor | None = None  # (window, n): a step is one contiguous row
         self.orth: Tensor | None = None  # (window,)
         self.last: Tensor | None = None  # (n,) salience at the last event
-        self._defects = Orthogonality(len(self.names), settings.orth)
+        self._defects = Orthogonality(len(self.names), settings.orth, only_angles=settings.start == "lora")
         self._defect: Tensor | None = None  # of the step under way
 
     def penalty(self, factors: Mapping[str, Factors]) -> Tensor | None:
-        if not self.settings.orth_weight:
+        weight = self.settings.penalty_weight
+        if not weight:
             return None
         moving, self._defect = self._defects(factors, self._living)
-        return None if moving is None else self.settings.orth_weight * moving
+        return None if moving is None else weight * moving
 
     def after_step(self, step: int, factors: Mapping[str, Factors]) -> Decision | None:
         self._check(factors)

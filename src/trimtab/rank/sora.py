@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import BudgetError, ConfigError
 from ..schedule import StepLength, check_length, resolve_steps
-from .base import Allocator, CostLimit, Decision, Factors, RankSettings, check_choice, check_number
+from .base import Allocator, CostLimit, Decision, Factors, RankSettings, Start, check_choice, check_number, check_start
 
 Spacing = Literal["linear", "log_linear", "exp_linear"]
 
@@ -31,6 +31,8 @@ class SoRA(RankSettings):
     paper: ClassVar[str] = "arXiv 2311.11696"
     e_decays: ClassVar[bool] = False
 
+    start: Start = "lora"
+    """``lora``: PEFT's factors and scale, gates at 1; ``svd``: the paper's, gates drawn from N(0, 1)."""
     prox_threshold: float
     """What each optimizer step takes off every gate's magnitude (ξ). Gates start near 1 in size, so
     about ``1/ξ`` steps bring a useless one to zero; published runs use 3e-4."""
@@ -51,6 +53,7 @@ class SoRA(RankSettings):
     """How the stages are spaced; ``exp_linear`` is geometric."""
 
     def __post_init__(self) -> None:
+        check_start(self.start)
         check_number("rank.prox_threshold", self.prox_threshold, at_least=0)
         check_number("rank.l1_loss_weight", self.l1_loss_weight, at_least=0)
         check_length(self.interval, "rank.interval")
@@ -58,6 +61,10 @@ class SoRA(RankSettings):
         check_choice("rank.spacing", self.spacing, ("linear", "log_linear", "exp_linear"))
         if self.max_threshold is not None:
             threshold_values(self.prox_threshold, self.max_threshold, self.thresholds, self.spacing)
+
+    @property
+    def has_e(self) -> bool:
+        return True  # the gate is the method
 
     def init_factors(self, A: Tensor, e: Tensor, B: Tensor, generator: torch.Generator | None = None) -> None:
         """A ~ Kaiming-uniform(√5), e ~ N(0, 1), B = 0, in place."""
