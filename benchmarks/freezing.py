@@ -16,7 +16,7 @@ from .common import MINILM, Products, Row, Step, adapted, floor, lora, main, pai
 
 
 def aflora_step(shape, r: int, frozen: bool) -> Step:
-    model = adapted(shape, lora(True, r, freeze=trimtab.AFLoRA()))
+    model = adapted(shape, lora(True, r, freeze=trimtab.AFLoRA(start="svd")))
     if frozen:
         for layer in hosted_layers(model).values():
             for which in PROJECTIONS:

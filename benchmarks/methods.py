@@ -2,7 +2,8 @@
 
     python -m benchmarks.methods [--short]
 
-Every method's step alternates with a LoRA step at the mean rank that the method had over its schedule.
+Every method's step alternates with a LoRA step at the mean rank that the method had over its schedule. From the
+papers' start, where the diagonals are at work in every step.
 """
 
 from __future__ import annotations
@@ -20,12 +21,17 @@ def methods(total: int) -> dict[str, dict]:
     return {
         "SalientLoRA": {
             "rank": trimtab.SalientLoRA(
-                target_r=8, warmup=total // 10, allocation=total // 2, initial_window=4, final_window=total // 4
+                start="svd",
+                target_r=8,
+                warmup=total // 10,
+                allocation=total // 2,
+                initial_window=4,
+                final_window=total // 4,
             )
         },
-        "AdaLoRA": {"rank": trimtab.AdaLoRA(target_r=8)},
-        "SoRA": {"rank": trimtab.SoRA(prox_threshold=1e-3)},
-        "AFLoRA": {"freeze": trimtab.AFLoRA(interval_steps=max(2, total // 10))},
+        "AdaLoRA": {"rank": trimtab.AdaLoRA(start="svd", target_r=8)},
+        "SoRA": {"rank": trimtab.SoRA(start="svd", prox_threshold=1e-3)},
+        "AFLoRA": {"freeze": trimtab.AFLoRA(start="svd", warmup="auto", final=0.7, interval_steps=max(2, total // 10))},
     }
 
 
