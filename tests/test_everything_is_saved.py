@@ -178,8 +178,7 @@ OUTSIDE = {"head of an encoder-decoder": {}, "KaSA, ranks": dict(switch="kasa_co
 CASES |= {f"where: {name}": Case(case.base, case.settings | dict(where=last), OUTSIDE.get(name, case.refused))
           for name, case in CASES.items() if name not in BESIDE_BLOCKS}
 ADAPTIVE = ("plain", "rsLoRA", "a regex", "a head", "head tied", "saved head and norm", "saved tying ensured",
-            "new tokens", "new tokens tied", "where: new tokens", "a classifier", "all biases", "the adapted biases",
-            "Conv1D", "Conv1D and its tied head")
+            "new tokens", "new tokens tied", "where: new tokens", "a classifier", "Conv1D", "Conv1D and its tied head")
 CASES |= {f"adaptive: {name}": Case(CASES[name].base, CASES[name].settings | dict(rank=AdaLoRA(target_r=2)),
                                     CASES[name].refused) for name in ADAPTIVE}
 
@@ -262,6 +261,122 @@ def switched(model: peft.PeftModel) -> trimtab.AdapterSwitch:
     switch = trimtab.AdapterSwitch(model)
     switch.to("default")
     return switch
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_so_is_one_whose_ranks_are_final(name, form, tmp_path):
+    case = CASES[f"adaptive: {name}"]
+    model = adapter(case)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    controller = trimtab.Controller(model, optimizer, total_steps=12)
+    for _ in range(12):
+        model.train()(input_ids=IDS).logits.square().mean().backward()
+        controller.before_step()
+        optimizer.step()
+        controller.after_step()
+        optimizer.zero_grad()
+    controller.finish()
+    want = function(model)
+    if form == "switch":
+        close(switched(model).model, want)
+    else:
+        written(model, form, tmp_path)
+        close(reload(case, form, tmp_path), want)
+
+
+def test_biases_and_a_rank_method_do_not_go_together():
+    """The bias of a module at rank 0 has no place in a saved adapter."""
+    with pytest.raises(ConfigError, match="bias='lora_only'"):
+        TrimConfig(bias="lora_only", rank=AdaLoRA(target_r=2))
+
+
+TOGETHER = ("plain", "a head", "an embedding", "saved head and norm", "saved embedding tied", "new tokens",
+            "new tokens tied", "experts, named", "Conv1D", "DoRA", "LoRA biases", "a classifier",
+            "where: saved head and norm", "adaptive: saved head and norm")
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_the_named_adapter_is_written_whichever_is_active(name, tmp_path):
+    case = CASES[name]
+    model = adapter(case)
+    other = adapter(case).peft_config["default"]
+    model.add_adapter("other", type(other)(**{k: getattr(other, k) for k in other.__dataclass_fields__}))
+    model.set_adapter("other")
+    scramble(model, 2)
+    want = {}
+    for one in ("default", "other"):
+        model.set_adapter(one)
+        want[one] = function(model)
+    assert not torch.allclose(want["default"], want["other"])
+    for form in ("peft", "padded", "merged"):
+        for one in ("default", "other"):  # "other" is active
+            written(model, form, tmp_path / form / one, one)
+            close(reload(case, form, tmp_path / form / one), want[one])
+    close(model, want["other"])
+    switch = trimtab.AdapterSwitch(model)
+    for one in ("default", "other", "default"):
+        switch.to(one)
+        close(model, want[one])
+    switch.to(None)
+    close(model, function(case.build()))
+
+
+def test_two_active_adapters_are_merged_together_and_written_one_by_one(tmp_path):
+    case = CASES["a head"]
+    model = adapter(case)
+    model.add_adapter("second", TrimConfig(r=2, target_modules=["v_proj", "lm_head"]))
+    model.base_model.set_adapter(["default", "second"])
+    scramble(model, 2)
+    want = function(model)
+    written(model, "merged", tmp_path)
+    close(reload(case, "merged", tmp_path), want)
+    with pytest.raises(ExportError, match="default, second are active together"):
+        written(model, "peft", tmp_path / "peft")
+
+
+@pytest.mark.parametrize(("name", "settings"), [
+    ("tying ensured", dict(target_modules=["embed_tokens"])),
+    ("tying ensured", dict(target_modules=["q_proj", "lm_head"])),
+    ("saved tying ensured", dict(target_modules=QV, modules_to_save=["embed_tokens"]))], ids=str)
+@pytest.mark.parametrize("form", ["save", "peft"])
+def test_a_second_adapter_is_saved_as_it_is_where_peft_ties_the_first_only(name, settings, form, tmp_path):
+    case = CASES[name]
+    model = adapter(case)
+    model.add_adapter("second", TrimConfig(r=2, ensure_weight_tying=True, **settings))
+    model.set_adapter("second")
+    scramble(model, 2)
+    written(model, form, tmp_path / ("second" if form == "peft" else ""))
+    close(reload(case, form, tmp_path / "second"), function(model))
+
+
+RESIZED = {"plain": {}, "new tokens": dict(trainable_token_indices=[5, tiny.VOCAB + 1]),
+           "an embedding": dict(target_modules=["q_proj", "embed_tokens"]),
+           "a saved embedding": dict(modules_to_save=["embed_tokens", "lm_head"])}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("form", FORMS[1:])
+@pytest.mark.parametrize("name", RESIZED)
+def test_a_vocabulary_that_grew_is_written(name, form, tied, tmp_path):
+    llama(tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
+
+    def grown(seed: int) -> nn.Module:
+        base = tf.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+        torch.manual_seed(seed)
+        base.resize_token_embeddings(tiny.VOCAB + 3, mean_resizing=False)
+        return base.eval()
+
+    model = adapter(Case(settings=RESIZED[name]), base=grown(1))
+    want = function(model)
+    if form == "switch":
+        close(switched(model).model, want)
+        return
+    written(model, form, tmp_path / "out")
+    if form == "merged":
+        close(tf.LlamaForCausalLM.from_pretrained(tmp_path / "out"), want)
+    else:
+        close(peft.PeftModel.from_pretrained(grown(2), tmp_path / "out"), want)
 
 
 STOCK = """

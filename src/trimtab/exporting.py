@@ -120,6 +120,7 @@ def _write_adapter(peft_model: PeftModel, name: str, folder: Path, form: str) ->
             raise ExportError(f"export.format={form!r}: {key} makes the update more than a LoRA; "
                               "model.save_pretrained keeps it in PEFT's own form")
     tensors = dict(get_peft_model_state_dict(peft_model, adapter_name=name))
+    _add_the_head_of_a_saved_embedding(peft_model.get_base_model(), tensors)
     parts = list((_vera_parts if kind == "VERA" else _lora_parts)(peft_model, name, tensors, form))
     if not any(part.r for part in parts):
         raise ExportError(f"adapter {name!r}: every module is at rank 0; there is nothing to export")
@@ -142,6 +143,9 @@ def _write_adapter(peft_model: PeftModel, name: str, folder: Path, form: str) ->
         peft_type="LORA",
         inference_mode=True,
     ))
+    tied = [f"base_model.model.{module}.weight" for module in getattr(source, "modules_to_tie", None) or ()]
+    if not tied or any(key not in tensors for key in tied):  # then each module has what it holds
+        config.ensure_weight_tying = False
     folder.mkdir(parents=True, exist_ok=True)
     # Copies, since safetensors refuses tensors that share memory (tied weights).
     tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
@@ -155,6 +159,19 @@ def _write_adapter(peft_model: PeftModel, name: str, folder: Path, form: str) ->
         path.write_text(json.dumps(content, indent=2, sort_keys=True))
 
 
+def _add_the_head_of_a_saved_embedding(base: Any, tensors: dict[str, Any]) -> None:
+    """PEFT saves an adapted embedding's base weights, which may have been resized, and forgets the head beside it."""
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    names = {id(module): f"base_model.model.{name}." for name, module in base.named_modules()}
+    if head is None or id(head) not in names or not isinstance(getattr(head, "weight", None), nn.Parameter):
+        return
+    prefix = names[id(head)]
+    saved = tensors.get(f"{names.get(id(base.get_input_embeddings()))}base_layer.weight")
+    is_there = any(key.startswith(prefix) for key in tensors)
+    if saved is not None and saved.data_ptr() != head.weight.data_ptr() and not is_there:
+        tensors.update({prefix + key: value for key, value in head.state_dict().items()})
+
+
 def _lora_parts(peft_model: PeftModel, name: str, tensors: dict[str, Tensor], form: str) -> Iterator[_Part]:
     """Take what belongs to each LoRA layer out of ``tensors``, and put its scale into B."""
     from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
@@ -162,8 +179,6 @@ def _lora_parts(peft_model: PeftModel, name: str, tensors: dict[str, Tensor], fo
     from .peft_host import adapter_layers, changes_base
 
     source: Any = peft_model.peft_config[name]
-    embeddings = {layer.lora_embedding_B[name].data_ptr() for _, layer in adapter_layers(peft_model, name)
-                  if name in layer.lora_embedding_B}
     inside: set[str] = set()  # the projection inside of an attention has its rank from there
     for module, layer in adapter_layers(peft_model, name):
         prefix = f"base_model.model.{module}."
@@ -176,9 +191,7 @@ def _lora_parts(peft_model: PeftModel, name: str, tensors: dict[str, Tensor], fo
             what = "is no tensor of a LoRA" if key in own else "is not in the state dict"
             raise ExportError(f"export.format={form!r}: {module}.{key} {what}; model.save_pretrained keeps PEFT's own "
                               "form")
-        is_tied = not is_embedding and cast(Any, layer.lora_A[name]).weight.data_ptr() in embeddings
-        scaled = down if is_tied else up  # tied to an embedding's factors, transposed: A is its B
-        own[scaled] = own[scaled] * layer.scaling[name]
+        own[up] = own[up] * layer.scaling[name]
         if "lora_B.bias" in own:
             own["lora_B.bias"] = own["lora_B.bias"] * layer.scaling[name]
         start = getattr(layer, "initial_factors", {}).get(name)

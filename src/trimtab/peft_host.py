@@ -135,6 +135,9 @@ class TrimConfig(LoraConfig):
         ):
             if getattr(self, name, None):
                 raise ConfigError(name, getattr(self, name), f"does not go together with {word}; drop one of them")
+        if self.rank is not None and self.bias != "none":
+            raise ConfigError("bias", self.bias, "a module that is cut to rank 0 is not in the saved adapter, and its "
+                              "bias would be lost; use 'none', or drop rank")
 
     def live_ranks(self) -> dict[str, tuple[int, float]]:
         """Site name -> (rank, scale) of the live layers that carry this config's adapter; rank 0 where it was pruned.
@@ -158,7 +161,10 @@ class TrimConfig(LoraConfig):
         out = {f.name: getattr(self, f.name) for f in dataclasses.fields(LoraConfig)}
         out = {k: (dataclasses.asdict(cast(Any, v)) if dataclasses.is_dataclass(v) else v) for k, v in out.items()}
         out.pop("runtime_config")  # as LoraConfig.to_dict does: it holds for one process only
+        tied = {*(getattr(self, "target_modules_to_tie", None) or ()), *(getattr(self, "modules_to_tie", None) or ())}
         live = self.live_ranks()
+        if (live and not tied) or any(".base_layer" in name for name in tied):
+            out["ensure_weight_tying"] = False  # PEFT finds no head inside of another adapter's, and ties nothing
         if self.where is not None:  # PEFT applies the exclusion to modules, and not to parameters
             out["exclude_modules"] = out["exclude_modules"].replace(_WHERE, "")
             parameters = {layer.site_name for layer, _ in self._live.layers() if isinstance(layer, ParamWrapper)}
