@@ -62,8 +62,8 @@ def test_every_command_has_help_and_json(name):
 
 
 def test_the_commands_are_those_of_the_public_surface():
-    assert list(cli.commands) == ["run", "plan", "select", "train", "eval", "export", "report", "compare", "methods",
-                                  "bench", "demo"]
+    assert list(cli.commands) == ["run", "plan", "select", "train", "eval", "export", "report", "compare", "tune",
+                                  "methods", "bench", "demo"]
 
 
 @pytest.mark.parametrize(

@@ -305,6 +305,41 @@ def compare(runs: Sequence[str], baseline: str | None, out: Path | None, as_json
 
 
 @cli.command()
+@_recipe
+@click.argument("settings", nargs=-1, metavar="KEY=V1,V2,... [KEY=VALUE]...")
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True,
+              help="Trials at a time, one thread each when there are several.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder; default: the run's, with -tune.")
+@click.option("--overwrite", is_flag=True, help="Forget the trials of an earlier search in the folder.")
+@_common
+def tune(recipe: str, settings: Sequence[str], jobs: int, out: Path | None, overwrite: bool, as_json: bool) -> None:
+    """Try every combination of some settings; write the best as a recipe.
+
+    Trials are scored on a part of the training rows (data.held_out, a fifth unless set); validation and test are left
+    alone. With several seeds the mean over them counts. The same command goes on with a search that was stopped.
+    A value with commas stands in brackets or quotes: adapter.target_modules=[query,value],[query]
+    """
+    from . import recipe as recipes
+    from . import tune as tuning
+    from .runfolder import default_folder
+
+    if out is None:
+        folder = Path(recipe) if Path(recipe).is_dir() else default_folder(recipes.load(recipe), recipe)
+        out = folder.with_name(f"{folder.name}-tune")
+    with _screen(as_json) as screen:
+        try:
+            found = tuning.tune(recipe, settings, out, screen, jobs=jobs, overwrite=overwrite)
+        except tuning.SearchError as error:
+            _fail(str(error), 1)
+    if as_json:
+        _print_json(found.to_json())
+        return
+    from .tables import tune_tables
+
+    _print(*tune_tables(found))
+
+
+@cli.command()
 @click.argument("axis", required=False)
 @_common
 def methods(axis: str | None, as_json: bool) -> None:

@@ -7,7 +7,7 @@ Parameters are those of adapters; a new head, which every method trains alike, i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from .recipe import Recipe
 from .report.words import count
 
 if TYPE_CHECKING:
+    from datasets import DatasetDict
     from peft import PeftConfig
     from torch import nn
 
@@ -76,7 +77,7 @@ def plan_recipe(recipe: Recipe, horizon: Horizon | None = None, task: Task | Non
         task = get_task(recipe.task.model_dump())
         rows = _rows_on_the_hub(recipe, task)
         if recipe.data.train is not None:  # some tasks learn their labels here
-            rows = len(task.load_data(recipe.data.model_dump(exclude_none=True))["train"])
+            rows = len(load_rows(recipe, task)["train"])
     notes: list[str] = []
     horizon = horizon or horizon_of(recipe, rows)
     if horizon is None and task is not None:
@@ -304,12 +305,63 @@ def horizon_of(recipe: Recipe, rows: int | None) -> Horizon | None:
 
 def _rows_on_the_hub(recipe: Recipe, task: Task) -> int | None:
     """Training rows that the task will fetch, less what ``data.max_samples`` leaves out; None if that is unknown."""
-    if any(paths for key, paths in recipe.data if key not in ("max_samples", "sample_seed")):
+    if any(paths for key, paths in recipe.data if key not in recipes.NOT_FILES):
         return None
     rows = getattr(task, "train_rows", None)
     most = recipe.data.max_samples
     most = most.get("train") if isinstance(most, dict) else most
-    return rows if rows is None or most is None else min(rows, most)
+    rows = rows if rows is None or most is None else min(rows, most)
+    return rows if rows is None or recipe.data.held_out is None else rows - n_held(recipe.data.held_out, rows)
+
+
+def load_rows(recipe: Recipe, task: Task) -> DatasetDict:
+    """The task's raw rows; with ``data.held_out`` the training rows alone, a part of them to be scored."""
+    rows = task.load_data(recipe.data.to_load)
+    if recipe.data.held_out is None or "train" not in rows:
+        return rows
+    from datasets import DatasetDict
+
+    others = [split for split in rows if split != "train"]
+    name = "validation" if "validation" in others or not others else others[0]  # one that the task scores
+    train = rows["train"]
+    column = getattr(task, "label_column", None)
+    labels = train[column][:] if column in train.column_names else None
+    held = held_rows(recipe.data.held_out, len(train), labels, recipe.data.held_out_seed or 0)
+    rest = sorted(set(range(len(train))) - set(held))
+    of_others = (*(f"{split}:" for split in others), "no data.")
+    task.notes[:] = [note for note in task.notes if not note.startswith(of_others)]
+    task.notes.append(f"data.held_out: {len(held)} of {len(train)} training rows are scored, in place of validation "
+                      "and test")
+    return DatasetDict({"train": train.select(rest), name: train.select(held)})
+
+
+def n_held(held_out: float | int, n: int) -> int:
+    """How many of n training rows are held out."""
+    held = held_out if isinstance(held_out, int) else max(1, round(held_out * n))
+    if held >= n:
+        raise ConfigError("data.held_out", held_out, f"leaves none of {n} training rows to learn from")
+    return held
+
+
+def held_rows(held_out: float | int, n: int, labels: Sequence[float] | None, seed: int) -> list[int]:
+    """Which of n training rows are held out, in file order.
+
+    Rows are put in the order of their labels, cut into as many equal stretches as are to be held out, and one is drawn
+    from each: every class (or every range of numbers) has its share. A class of one row stays in training.
+    """
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(n)
+    if labels is not None:
+        known = np.asarray(labels)
+        order = order[np.argsort(known[order], kind="stable")]
+        _, index, counts = np.unique(known, return_inverse=True, return_counts=True)
+        several = order[counts[index[order]] > 1]
+        order = order if known.dtype.kind == "f" or not len(several) else several
+    k = min(n_held(held_out, n), len(order))
+    drawn = np.floor((np.arange(k) + rng.random(k)) * len(order) / k).astype(int)
+    return sorted(order[np.minimum(drawn, len(order) - 1)].tolist())
 
 
 def _where_without_data(recipe: Recipe, model: nn.Module, notes: list[str]) -> Where | None:

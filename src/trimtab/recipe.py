@@ -75,6 +75,26 @@ class Data(_Section):
     """Rows kept, in all splits or by split; for trials."""
     sample_seed: int | None = None
     """Draws those rows at random; without it they are the first ones."""
+    held_out: float | int | None = None
+    """A share of the training rows (0.2), or a number of them, scored in place of validation and test: for choices
+    that those may not see. `trimtab tune` sets it."""
+    held_out_seed: int | None = None
+    """Draws them; 0 when not given. Not the run's seed, so that runs over several seeds are scored on the same rows."""
+
+    @field_validator("held_out")
+    @classmethod
+    def _share_or_rows(cls, value: float | int | None) -> float | int | None:
+        if value is not None and not (0 < value < 1 or (value >= 1 and isinstance(value, int))):
+            raise ValueError("a share of the training rows (0.2), or a number of them (200)")
+        return value
+
+    @property
+    def to_load(self) -> dict[str, Any] | None:
+        """What a task's `load_data` takes."""
+        return self.model_dump(exclude_none=True, exclude={"held_out", "held_out_seed"}) or None
+
+
+NOT_FILES = ("max_samples", "sample_seed", "held_out", "held_out_seed")
 
 
 class Adapter(_Section):
@@ -396,7 +416,7 @@ def _resolve_paths(recipe: Recipe, folder: Path | None) -> dict[str, Any]:
     recipe's own folder; absolute afterwards, so that the run folder's recipe works from anywhere."""
     found: dict[str, Any] = {}
     for split, paths in recipe.data:
-        if split in ("max_samples", "sample_seed") or not paths:
+        if split in NOT_FILES or not paths:
             continue
         places = [find_file(f"data.{split}", path, folder) for path in ([paths] if isinstance(paths, str) else paths)]
         found[split] = places[0] if isinstance(paths, str) else places

@@ -21,7 +21,7 @@ from . import models, runfolder
 from . import recipe as recipes
 from .adapting import adapter_config, choose_own, choose_without_data, reads_rows
 from .errors import ConfigError, DataError
-from .planning import horizon_of, model_spec, plan_of_run, plan_recipe, with_layer_ratio
+from .planning import horizon_of, load_rows, model_spec, plan_of_run, plan_recipe, with_layer_ratio
 from .plans import Plan, SitePlan, Where
 from .recipe import Recipe
 from .report.words import byte_size, count, number
@@ -93,7 +93,7 @@ def load(recipe: Recipe, screen: Screen) -> Job:
         spec = model_spec(recipe)
         bar = stage.bar(None, "data")
         training_arguments(recipe, task, Path())
-        rows = task.load_data(recipe.data.model_dump(exclude_none=True) or None)
+        rows = load_rows(recipe, task)
         if "train" in rows:
             plan_recipe(recipe, horizon_of(recipe, len(rows["train"])), task)
         bar.say("model")

@@ -152,7 +152,7 @@ def begin(recipe: Recipe, path: Path, *, overwrite: bool = False, resume: bool =
     if overwrite:
         clear(folder)
     elif resume:
-        _same_recipe(recipe, folder)
+        same_recipe(recipe, folder)
         return folder
     elif folder.is_finished:
         raise ConfigError("output_dir", str(path), "holds a finished run; name another folder, or pass --overwrite")
@@ -193,12 +193,14 @@ def clear(folder: RunFolder) -> None:
             path.unlink(missing_ok=True)
 
 
-def _same_recipe(recipe: Recipe, folder: RunFolder) -> None:
+def same_recipe(recipe: Recipe, folder: RunFolder) -> None:
+    """Raise `ConfigError` where the run in a folder began with another recipe."""
     folder.need(folder.recipe, "train")
     began, goes_on = (_flat(r) for r in (recipes.load(folder.recipe), recipe))
     for key in sorted(began.keys() | goes_on.keys()):
         if began.get(key) != goes_on.get(key) and key.partition(".")[0] not in _FREE:
-            cure = f"the run in {str(folder.path)!r} began with {began.get(key)!r}; resume with that"
+            cure = (f"the run in {str(folder.path)!r} began with {began.get(key)!r}; resume with that, or start again "
+                    "with --overwrite")
             raise ConfigError(key, goes_on.get(key), cure)
 
 

@@ -15,6 +15,7 @@ from .screen import table
 
 if TYPE_CHECKING:
     from .latency import Latency
+    from .tune import Candidate, Search
 
 _MOST_SCHEDULE_ROWS = 12
 
@@ -75,6 +76,43 @@ def plan_tables(plan: Plan) -> list[Any]:
     return parts + [f"[yellow]note[/] {escape(note)}" for note in plan.notes]
 
 
+def tune_tables(search: Search) -> list[Any]:
+    """What was tried, what was chosen and by what, and how clear the choice is."""
+    best = search.best.settings if search.best else {}
+    told = escape(", ".join(f"{key}={_told(value)}" for key, value in best.items()))
+    equal = sum(one.score == search.ranked[0].score for one in search.ranked) - 1
+    tie = f", the lowest loss of {equal + 1} that are equal" if equal else ""
+    chosen = f"Chosen by {search.chosen_by} on {search.held_out_rows} training rows held out{tie}: [bold]{told}[/]"
+    return [tune_table(search), chosen, *map(escape, search.notes), f"[dim]trimtab run {search.recipe}[/]"]
+
+
+def tune_table(search: Search) -> Any:
+    """The candidates of a search, the best first, with how far each has come."""
+    rows = []
+    ranked = search.ranked
+    for one in sorted(ranked, key=lambda one: all(trial.state == "waiting" for trial in one.trials)):
+        found = [trial.found for trial in one.trials if trial.state == "done"]
+        params = [some["params"].get("final") for some in found]
+        seconds = [some["seconds"] for some in found]
+        rows.append([*(_told(one.settings.get(key)) for key in search.keys if key != "seed"), number(one.score),
+                     count(params[0]) if params else NOTHING, duration(sum(seconds)) if seconds else NOTHING,
+                     _progress(one)])
+    keys = short_labels([key for key in search.keys if key != "seed"])
+    return table([*keys, search.metric, "parameters", "time", "state"], rows,
+                 right=range(len(keys), len(keys) + 3))
+
+
+def _progress(one: Candidate) -> str:
+    told = []
+    for trial in one.trials:
+        is_known = trial.state == "running" and trial.total_steps
+        share = f" {100 * trial.step / trial.total_steps:.0f} %" if is_known else ""  # type: ignore[operator]
+        told.append(f"{trial.state}{share}")
+    if len(set(told)) == 1:
+        return told[0]
+    return ", ".join(f"seed {trial.recipe.seed} {text}" for trial, text in zip(one.trials, told))
+
+
 def where_tables(where: Where) -> list[Any]:
     """Scores and choice, layer by layer."""
     parts: list[Any] = []
@@ -125,6 +163,8 @@ def method_tables(entries: Sequence[Entry]) -> list[Any]:
 
 
 def _told(value: object) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_told, value))}]"
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
