@@ -76,7 +76,8 @@ def _never_fell(run: RunFolder) -> str | None:
     if fell > chance:
         return None
     means = " → ".join(number(statistics.fmean(some)) for some in (first, last))
-    return f"the training loss never fell ({means}): {_another_rate(run)}, or look whether the labels fit the rows"
+    return (f"the training loss never fell by more than chance ({means}): {_another_rate(run)}, or look whether the "
+            "labels fit the rows")
 
 
 # -- what to try ---------------------------------------------------------------------------------------
