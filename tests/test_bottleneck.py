@@ -463,7 +463,8 @@ def test_a_stock_trainer_resumes_to_the_same_weights(tmp_path):
                                  learning_rate=1e-2, report_to=[], use_cpu=True, disable_tqdm=True, seed=0)
         callback = trimtab.TrimCallback()
         Trainer(model, args, train_dataset=tiny.rows("roberta"), callbacks=[callback]).train(resume)
-        assert callback.events[0]["trainable"] == callback.controller.trainable_params() > 0
+        if resume is None:
+            assert callback.events[0]["trainable"] == callback.controller.trainable_params() > 0
         return tiny.logits(model, "roberta")
 
     whole = trained("a")
