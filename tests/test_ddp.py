@@ -110,3 +110,19 @@ def test_a_finished_adapter_that_trains_on_is_averaged_by_ddp(launched):
 
 def test_what_no_process_used_gets_no_gradient(launched):
     assert [process["unused"] for process in launched[1]] == [[True, False], [True, False]]
+
+
+@pytest.mark.parametrize("has_head", [True, False])
+@pytest.mark.parametrize("kind", ["ddp", "accelerate"])
+def test_a_bare_loop_in_two_processes_equals_one(launched, kind, has_head):
+    one = two_process.bare_loop("one", has_head)
+    assert sum(one["ranks"].values()) == 2 * len(one["ranks"])
+    for two in (process[f"{kind}, {has_head}"] for process in launched[1]):
+        assert two["ranks"] == one["ranks"] and two["traces"] == []
+        assert two["weights"].keys() == one["weights"].keys()
+        assert all(torch.allclose(two["weights"][n], w, rtol=0, atol=1e-9) for n, w in one["weights"].items())
+
+
+def test_a_model_that_ddp_already_holds_is_refused_with_what_to_do(launched):
+    for process in launched[1]:
+        assert "make the Controller before DistributedDataParallel or" in process["wrapped too early"]

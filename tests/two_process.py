@@ -10,6 +10,7 @@ from typing import Any
 
 import peft
 import torch
+from accelerate import Accelerator
 from torch import distributed as dist
 from transformers import Trainer, TrainingArguments
 
@@ -17,7 +18,7 @@ import tiny
 import trimtab
 from fakes import Halving
 from trimtab import AdaLoRA, AFLoRA, Controller, SalientLoRA, SoRA, TrimCallback, TrimConfig
-from trimtab.errors import DisagreementError
+from trimtab.errors import DisagreementError, ModelError
 from trimtab.rank.base import Decision
 
 STEPS = 20
@@ -131,6 +132,43 @@ def _unused() -> list[bool]:
     return [first.grad is not None and bool((first.grad == 0.5).all()), second.grad is not None]
 
 
+def bare_loop(kind: str, has_head: bool) -> dict[str, Any]:
+    """A loop without Trainer over half a batch each ("ddp", "accelerate"), or over the whole one ("one")."""
+    base = tiny.build("bert").double()
+    torch.manual_seed(0 if kind == "one" else dist.get_rank())  # DDP starts all from process 0
+    options = METHODS["adalora"] | dict(r=4, target_modules=["query"], task_type="SEQ_CLS" if has_head else None)
+    model = peft.get_peft_model(base, TrimConfig(**options)).double()
+    wrapped: Any = model
+    optimizer: Any = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    controller = Controller(model, optimizer, total_steps=STEPS)
+    if kind == "accelerate":
+        wrapped, optimizer = Accelerator(cpu=True).prepare(model, optimizer)
+    elif kind == "ddp":
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    for step in range(STEPS):
+        batch = tiny.batch("bert", seed=step)
+        if kind != "one":
+            batch = {key: value.chunk(2)[dist.get_rank()] for key, value in batch.items()}
+        wrapped(**batch).loss.backward()
+        controller.before_step()
+        optimizer.step()
+        controller.after_step()
+        optimizer.zero_grad()
+    controller.finish()
+    weights = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n or "modules_to_save" in n}
+    traces = [name for name in ("trim_anchor", "_ddp_params_and_buffers_to_ignore") if hasattr(model, name)]
+    return {"weights": weights, "ranks": controller.ranks(), "traces": traces}
+
+
+def _wrapped_too_early() -> str:
+    model = torch.nn.parallel.DistributedDataParallel(_fake_model(rank=Halving()))
+    try:
+        Controller(model, None, total_steps=4)
+    except ModelError as error:
+        return str(error)
+    return "nothing was said"
+
+
 def _trained_on(folder: Path) -> dict[str, torch.Tensor]:
     """A second run on what the first has finished: plain LoRA, whose gradients DDP averages again."""
     model = _fake_model(rank=Halving(steps=(1,)))
@@ -159,6 +197,10 @@ def main(out: Path) -> None:
     for kind in ("prune", "mask", "freeze"):
         results[f"disagree: {kind}"] = _disagree(kind)
     results["unused"] = _unused()
+    for kind in ("ddp", "accelerate"):
+        for has_head in (True, False):
+            results[f"{kind}, {has_head}"] = bare_loop(kind, has_head)
+    results["wrapped too early"] = _wrapped_too_early()
     results["trained on"] = _trained_on(out / "runs" / "again")
     torch.save(results, out / f"process-{dist.get_rank()}.pt")
     dist.destroy_process_group()

@@ -16,10 +16,9 @@ import time
 import uuid
 import warnings
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from accelerate.state import GradientState
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -28,7 +27,9 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from .checkpoint import COMPLETE, checkpoints, last_checkpoint, read_facts, read_state, what_is_wrong, write_state
 from .controller import Controller, Event, is_distributed, what_differs
 from .errors import CheckpointError, ConfigError, StaleAdapterError
+from .parallel import give_back_to_ddp, leave_out_of_ddp
 from .peft_host import TrimConfig, adapter_config, hosted_layers, peft_model_of
+from .steps import Weakly, is_accumulating
 
 logger = logging.getLogger("trimtab")
 
@@ -62,6 +63,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         self._hook: Any = None
         self._is_queued = False
         self._was_reached = False
+        self._has_loop = False  # Trainer's own loop runs; an exception or Ctrl-C ends it without an event
         self._is_training = False
         self._penalties: list[Tensor] = []
         self._optimizer: Any = None
@@ -112,6 +114,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         self._is_queued = self._was_reached = False  # a first attempt may have run out of memory in mid-backward
         if self._hook is not None:
             self._hook.remove()
+        self._has_loop = _is_in_training()
         self.controller = Controller(
             model,
             self._optimizer,
@@ -135,7 +138,7 @@ class TrimCallback(TrainerCallback, ExportableState):
             logger.warning("these are plain LoRA layers: they train on at their ranks, and nothing is decided")
         self.controller.broadcast()
         if self.controller.layers and not self.controller.is_finished:
-            self._hook = peft_model_of(model).register_forward_hook(self._watch_output)
+            self._hook = peft_model_of(model).register_forward_hook(Weakly(self._watch_output))
         self._began = time.perf_counter()
 
     def on_pre_optimizer_step(
@@ -210,7 +213,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         self._finish(args, state)
         self._is_training = False
         if self.controller is not None and self.controller.layers:
-            self._give_back_to_ddp(kw["model"])
+            give_back_to_ddp(kw["model"])
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -292,13 +295,17 @@ class TrimCallback(TrainerCallback, ExportableState):
     def _watch_output(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if not torch.is_grad_enabled():
             return
+        if self._has_loop and not torch.compiler.is_compiling() and not _is_in_training():
+            if self._hook is not None:
+                self._hook.remove()
+            return
         for tensor in _tensors(output):
             if tensor.requires_grad:
                 tensor.register_hook(self._on_backward)
 
     def _on_backward(self, gradient: Tensor) -> None:
         # Runs at the start of the outermost backward, also under gradient checkpointing.
-        if self._is_queued or not GradientState().sync_gradients:
+        if self._is_queued or is_accumulating():
             return
         self._is_queued = True
         torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
@@ -306,8 +313,7 @@ class TrimCallback(TrainerCallback, ExportableState):
     def _after_backward(self) -> None:
         self._is_queued = False
         assert self.controller is not None
-        scaler = getattr(self._optimizer, "scaler", None)
-        self.controller.before_step(float(scaler.get_scale()) if scaler is not None else 1.0)
+        self.controller.before_step()
         self._was_reached = True
 
     def _finish(self, args: TrainingArguments, state: TrainerState) -> None:
@@ -337,25 +343,14 @@ class TrimCallback(TrainerCallback, ExportableState):
         if args.world_size < 2 or getattr(args, "fsdp", None):
             return
         name = self._name(model)
-        ours = {id(p) for la in self._layers(model).values() for p in (*la.factors(name), *la.diagonals(name))}
-        names = [n for n, p in model.named_parameters() if id(p) in ours]
-        model._ddp_params_and_buffers_to_ignore = cast(Any, names)  # what DDP reads on the module it wraps
-        if not any(p.requires_grad and n not in set(names) for n, p in model.named_parameters()):
-            # DDP refuses a module in which every trainable parameter is ignored: give it one that nothing uses.
-            device = next(model.parameters()).device
-            model.register_parameter("trim_anchor", nn.Parameter(torch.zeros(1, device=device)))
-        if args.ddp_find_unused_parameters is False and hasattr(model, "trim_anchor"):
+        ours = [
+            p for la in self._layers(model).values() for p in (*la.factors(name), *la.diagonals(name)) if p is not None
+        ]
+        leave_out_of_ddp(model, ours)
+        if args.ddp_find_unused_parameters is False and hasattr(peft_model_of(model), "trim_anchor"):
             raise ConfigError("ddp_find_unused_parameters", False, "must be unset or true when only adapters train")
-        if hasattr(model, "trim_anchor"):
+        if hasattr(peft_model_of(model), "trim_anchor"):
             args.ddp_find_unused_parameters = True
-
-    @staticmethod
-    def _give_back_to_ddp(model: nn.Module) -> None:
-        # What is left is a plain LoRA, whose gradients DDP has to average if it is trained on.
-        if hasattr(model, "_ddp_params_and_buffers_to_ignore"):
-            del model._ddp_params_and_buffers_to_ignore
-        if hasattr(model, "trim_anchor"):
-            del model.trim_anchor
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         assert self.controller is not None
@@ -432,6 +427,17 @@ def _trainers_folder() -> Path | None:
             return Path(folder)
         frame = frame.f_back
     return None
+
+
+def _is_in_training() -> bool:
+    """Whether a Trainer's training loop is among the callers."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        is_loop = frame.f_code.co_name in ("_inner_training_loop", "train")
+        if is_loop and isinstance(frame.f_locals.get("self"), Trainer):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -12,6 +12,7 @@ both. The controller knows no method by name: it calls settings objects through 
 from __future__ import annotations
 
 import hashlib
+import operator
 import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from .adapters.lowrank import fold
 from .budget import Choice, solve
 from .errors import CheckpointError, ConfigError, DisagreementError, ModelError, StaleAdapterError
+from .parallel import give_back_to_ddp, leave_out_of_ddp, refuse_if_in_ddp
 from .peft_host import (
     PROJECTIONS,
     TrimConfig,
@@ -41,6 +43,13 @@ from .prune import (
     prune_layer,
     unwrap_optimizer,
     why_not_cuttable,
+)
+from .steps import (
+    NOT_FINITE_LIMIT,
+    StepWatch,
+    is_accumulating,
+    refuse_second_copies,
+    refuse_what_cannot_be_followed,
 )
 
 if TYPE_CHECKING:
@@ -62,6 +71,9 @@ class Controller:
             ctl.after_step()
             optimizer.zero_grad()
         ctl.finish()
+
+    The same inside ``with accelerator.accumulate(model)``: only micro-batches that end in a step count. With several
+    processes, make it before `DistributedDataParallel` or `accelerator.prepare` wraps the model.
 
     Args:
         model: a `PeftModel` (possibly wrapped) whose adapter came from `TrimConfig`; any other adapter is
@@ -86,16 +98,30 @@ class Controller:
         adapter_name: str = "default",
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
-        if not isinstance(total_steps, int) or total_steps < 1:
+        if not is_count(total_steps):
             raise ConfigError("total_steps", total_steps, "the number of optimizer steps of the run, at least 1")
+        if steps_per_epoch is not None and not is_count(steps_per_epoch):
+            raise ConfigError("steps_per_epoch", steps_per_epoch, "optimizer steps of one epoch, at least 1")
         self.model, self.adapter_name = model, adapter_name
         self.optimizer = unwrap_optimizer(optimizer)
-        self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
+        self.total_steps = operator.index(total_steps)
+        self.steps_per_epoch = steps_per_epoch = None if steps_per_epoch is None else operator.index(steps_per_epoch)
         self.on_event = on_event
         self.step = 0
         self.layers: dict[str, TrimLayer] = hosted_layers(model, adapter_name)
         self._parameters = adapter_parameters(model, adapter_name)  # pruning keeps their identity
         self._refuse_groups_that_leave_out()
+        if self.layers:
+            refuse_what_cannot_be_followed(self.optimizer)
+            if is_distributed():
+                refuse_if_in_ddp(model, self._parameters)
+                leave_out_of_ddp(model, self._parameters)
+                self.broadcast()  # nobody else does
+            was_narrow = [layer.widen(adapter_name) for layer in self.layers.values()]
+            if any(was_narrow):
+                warnings.warn(
+                    "adapters in half precision are brought to float32: smaller steps would be lost in it", stacklevel=2
+                )
         self.param_steps = 0  # sum over steps of what was trainable in them: the time-average's numerator
         self.initial_params = self.trainable_params()
         self.last_penalty: Tensor | None = None
@@ -103,6 +129,9 @@ class Controller:
         self.is_finished = False
         self._finished: dict[str, Any] | None = None  # state of the finished run that trains on
         self._is_ready = False
+        self._norms: list[Tensor] = []  # of the adapters' gradients, as before_step saw them
+        self._seen: tuple[nn.Parameter, Tensor] | None = None  # a gradient that the penalty was added to
+        self._not_finite = 0  # steps in a row without finite gradients
         self._gradients: dict[str, Tensor] = {}
         self._e_before: dict[str, Tensor] = {}
         self._mask: dict[str, Tensor] = {}  # the last mask that processes have not compared yet, and its hash
@@ -133,22 +162,43 @@ class Controller:
                 self.freezer.follow(list(self.choice.levels))
         self._why_masks_only = self._masks_only_reason()
         self._refuse_dead_start()
+        self._watch = StepWatch(self.optimizer if self.layers else None, optimizer)
         if never := self.frozen():
             self._emit_freeze(never)
         self._emit_params()
 
     # -- the protocol -------------------------------------------------------------------------------
 
-    def before_step(self, loss_scale: float = 1.0) -> None:
+    def before_step(self, loss_scale: float | None = None) -> None:
         """After the step's last backward and before clipping.
 
+        While accelerate accumulates, it does nothing. Called again in the same step (a second loss), it takes in what
+        was added to the gradients since.
+
         Args:
-            loss_scale: factor that the gradients still carry (fp16 scaler); 1 without one.
+            loss_scale: factor that the gradients still carry (a bare fp16 scaler's ``get_scale()``); None asks
+                accelerate's optimizer, and is 1 without one.
         """
+        if is_accumulating():
+            return
         self._check_not_stale()
-        self._average_gradients()
+        if self._watch.has_stepped:
+            raise StaleAdapterError(
+                "before_step: the optimizer has stepped since the last call of "
+                + ("before_step, and after_step was not called" if self._is_ready else "after_step without before_step")
+                + "; the order is before_step, optimizer.step, after_step, zero_grad"
+            )
+        if loss_scale is None:
+            loss_scale = self._watch.loss_scale()
+        has_penalty = self._is_ready and not self._was_zeroed()
+        self._average_gradients()  # what was averaged before is the same everywhere, so that it stays as it is
         self._silence_dead_columns()
-        self._add_penalty(loss_scale)
+        if not has_penalty:
+            self._add_penalty(loss_scale)
+        with_gradient = [p for p in self._adapted() if p.grad is not None]
+        gradients = [p.grad for p in with_gradient if p.grad is not None]
+        self._seen = (with_gradient[0], gradients[0]) if gradients else None
+        self._norms = list(torch._foreach_norm(gradients)) if gradients else []
         if self.freezer is not None and self.freezer.reads_gradients:
             self._gradients = {
                 name: p.grad.detach() / loss_scale if loss_scale != 1.0 else p.grad.detach().clone()
@@ -157,20 +207,43 @@ class Controller:
             }
         if self.rank is not None and not self.rank.e_decays:
             self._e_before = {n: e.detach().clone() for n, e in self._e_parameters().items()}
-        self._is_ready = True
+        self._is_ready = self._watch.is_ready = True
 
     def after_step(self, skipped: bool = False) -> None:
-        """After `optimizer.step`, while gradients are still there.
+        """After `optimizer.step`, while gradients are still there. While accelerate accumulates, it does nothing.
+
+        A step without finite gradients counts, but scores nothing.
 
         Args:
-            skipped: the scaler skipped this step (overflow): it counts, but scores nothing.
+            skipped: the optimizer was not stepped, for a reason that cannot be seen from here.
         """
         if not self._is_ready:
-            raise StaleAdapterError("after_step: call before_step first, after backward and before clipping")
-        self._is_ready = False
+            if is_accumulating() and not self._watch.has_stepped:
+                return
+            raise StaleAdapterError(
+                "after_step: call before_step first, after backward and before clipping"
+                + (" (accelerate says that gradients are still accumulating)" if is_accumulating() else "")
+            )
+        skipped = self._tell_not_finite() or skipped
+        if not skipped:
+            self._refuse_lost_gradients()
+            if self.step == 0:
+                refuse_second_copies(self._adapted(), self.optimizer, self._watch.given)
+        self._is_ready = self._watch.is_ready = False
+        self._watch.forget()
         self.param_steps += self.trainable_params()
         self.step += 1
-        if not skipped:
+        if skipped:
+            self._emit({"event": "skipped", "step": self.step})
+            self._not_finite += 1
+            if self._not_finite >= NOT_FINITE_LIMIT:
+                raise ModelError(
+                    f"gradients were not finite, or the optimizer was not stepped, for {self._not_finite} steps in a "
+                    f"row, up to step {self.step}: lower the learning rate, train in bf16 or fp32 instead of fp16, "
+                    "and look for NaN in the data and the loss"
+                )
+        else:
+            self._not_finite = 0
             self._undo_decay_of_e()
             if self.freezer is not None:
                 self.freezer.observe(self.step - 1, self._gradients)
@@ -179,7 +252,7 @@ class Controller:
         if self.freezer is not None and (not skipped or self._has_purse()):
             is_due = self.freezer.is_due(self.step - 1)
             self._freeze(self.freezer.decide(self.step - 1, self._allowance()), is_due)
-        self._gradients, self._e_before = {}, {}
+        self._gradients, self._e_before, self._norms, self._seen = {}, {}, [], None
 
     def finish(self) -> None:
         """Cut to the target, fold the diagonals, leave plain LoRA factors. Safe to call twice."""
@@ -196,6 +269,8 @@ class Controller:
                 for p in self._named(layer).values():
                     drop_optimizer_state(p, self.optimizer)
         self._settle()
+        self._watch.close()
+        give_back_to_ddp(self.model)
 
     # -- figures ------------------------------------------------------------------------------------
 
@@ -540,6 +615,47 @@ class Controller:
             )
         return reason
 
+    def _why_state_is_not_cuttable(self) -> str | None:
+        if self.optimizer is None or not (reason := why_not_cuttable(self.optimizer)):
+            return None
+        warnings.warn(f"ranks are masked, not pruned: {reason}. Memory stays as it is", stacklevel=4)
+        return reason
+
+    def _adapted(self) -> list[nn.Parameter]:
+        return [p for la in self.layers.values() for p in self._named(la).values() if p.requires_grad and p.numel()]
+
+    def _was_zeroed(self) -> bool:
+        # Another backward adds to the gradients that are there; only after zero_grad are they new tensors. (Those of
+        # create_graph are new as well, and remember what they were added up from.)
+        if self._seen is None:
+            return False
+        p, gradient = self._seen
+        return p.grad is not gradient and (p.grad is None or p.grad.grad_fn is None)
+
+    def _tell_not_finite(self) -> bool:
+        """Whether the step must not be scored: its gradients overflowed or are NaN, or a scaler left it out."""
+        watch, found = self._watch, self._watch.found_inf
+        if watch.can_tell and watch.has_scaler and not watch.has_stepped:
+            return True
+        if not self._norms:
+            return found is not None and bool(found)
+        total = torch.stack([n.float() for n in self._norms]).sum()
+        if found is not None:
+            total = torch.where(found.to(total.device).bool().reshape(()), torch.inf, total)
+        return not bool(torch.isfinite(total))
+
+    def _refuse_lost_gradients(self) -> None:
+        if self.allocator is None or not self._norms:
+            return
+        left = [p.grad for p in self._adapted() if p.grad is not None]
+        # A loop has the same order in all its steps, so that a look at the values is needed in the first ones only.
+        if len(left) < len(self._norms) or (
+            self.step < 3 and bool(torch.stack(self._norms).any()) and not any(bool(g.any()) for g in left)
+        ):
+            raise StaleAdapterError(
+                "after_step: the gradients that scores need are gone; call optimizer.zero_grad after after_step"
+            )
+
     def _average_gradients(self) -> None:
         if not is_distributed() or not self.layers:
             return
@@ -597,9 +713,7 @@ class Controller:
         if penalty is None:
             return
         self.last_penalty = penalty.detach()
-        parameters = [
-            p for la in self.layers.values() for p in self._named(la).values() if p.requires_grad and p.numel()
-        ]
+        parameters = self._adapted()
         gradients = torch.autograd.grad(penalty, parameters, allow_unused=True)
         with torch.no_grad():
             for p, g in zip(parameters, gradients):
@@ -644,6 +758,8 @@ class Controller:
             # A mask that is not worth a row changes no shape: it is compared with the next gradients, at no cost.
             self._mask, self._mask_bits = decision.keep, _bits(_plain(decision.keep))
         assert self.rank is not None
+        if decision.kind == "prune" and self._why_masks_only is None:
+            self._why_masks_only = self._why_state_is_not_cuttable()
         # Moments that cannot be cut are needed no more once training is over.
         is_cuttable = self._why_masks_only is None
         own_config(self.model, self.adapter_name)  # another adapter may have been made from it since the start
@@ -745,6 +861,14 @@ class Controller:
         if ranks:
             row["total_rank"] = sum(ranks)
         self._emit(row)
+
+
+def is_count(value: Any) -> bool:
+    """Whether it is an integer of at least 1, numpy's and torch's included."""
+    try:
+        return not isinstance(value, bool) and operator.index(value) >= 1
+    except TypeError:
+        return False
 
 
 def what_differs(meta: dict[str, Any], settings: dict[str, str], sites: dict[str, tuple[int, float]]) -> str | None:

@@ -37,6 +37,7 @@ from .adapters import fused
 from .adapters.lowrank import delta_weight, fold, lowrank_delta
 from .errors import ConfigError, ModelError
 from .plans import Budget, Where
+from .schedule import plain_numbers
 
 PROJECTIONS = ("lora_A", "lora_B")
 DIAGONALS = ("lora_e", "lora_b")
@@ -81,6 +82,7 @@ class TrimConfig(LoraConfig):
         self.exclude_modules = without_where(self.exclude_modules)  # of the config that this one was copied from
         if isinstance(self.where, str):
             raise ConfigError("where", self.where, "a bare mask needs the model: trimtab.where.from_mask(model, mask)")
+        plain_numbers(self)
         if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
             raise ConfigError("adapter.r", self.r, "a whole number of at least 1")
         if not 0 < self.lora_alpha < float("inf"):

@@ -42,12 +42,15 @@ class Freed:
 
 
 def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer | None:
-    """The torch optimizer inside accelerate's wrapper (or any wrapper with ``.optimizer``)."""
-    while (optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer)) or (
-        type(optimizer).__name__ == "AcceleratedOptimizer"
-    ):
-        optimizer = getattr(optimizer, "optimizer", None)
-    return optimizer
+    """The torch optimizer inside accelerate's, Lightning's or Fabric's wrapper (or any with ``.optimizer``)."""
+    while optimizer is not None:
+        inner = getattr(optimizer, "optimizer", None)
+        # Lightning's and Fabric's wrappers are made subclasses of what they wrap, and hold copies of its attributes.
+        is_wrapper = isinstance(inner, torch.optim.Optimizer) or type(optimizer).__name__ == "AcceleratedOptimizer"
+        if isinstance(optimizer, torch.optim.Optimizer) and not is_wrapper:
+            return optimizer
+        optimizer = inner
+    return None
 
 
 def why_not_cuttable(optimizer: torch.optim.Optimizer | None) -> str | None:
@@ -55,6 +58,12 @@ def why_not_cuttable(optimizer: torch.optim.Optimizer | None) -> str | None:
     if optimizer is None:
         return "there is no torch optimizer to cut moments in"
     if type(optimizer) in _ELEMENTWISE:
+        return None
+    if isinstance(optimizer, _ELEMENTWISE) and all(  # a subclass may keep something else
+        isinstance(p, Tensor) and (not isinstance(value, Tensor) or value.dim() == 0 or value.shape == p.shape)
+        for p, state in optimizer.state.items()
+        for value in state.values()
+    ):
         return None
     return f"the state of {type(optimizer).__name__} is not element-wise in the parameter, or not known to be"
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import fields
 from numbers import Integral, Real
+from typing import Any, cast
 
 from .errors import ConfigError
 
@@ -37,6 +39,14 @@ def check_length(value: object, key: str) -> None:
             raise ConfigError(key, value, _FORMS)
     else:
         raise ConfigError(key, value, _FORMS)
+
+
+def plain_numbers(settings: Any) -> None:
+    """Make numpy's numbers in a dataclass Python's own, so that they are checked, shown and saved like those."""
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        if isinstance(value, Real) and type(value).__module__ == "numpy":
+            object.__setattr__(settings, item.name, cast(Any, value).item())
 
 
 def resolve_steps(value: StepLength, total_steps: int, steps_per_epoch: int | None, key: str) -> int:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, TrimtabError
-from ..schedule import StepLength, check_length, resolve_steps
+from ..schedule import StepLength, check_length, plain_numbers, resolve_steps
 from .base import Curve, Freezer, FreezeSettings, check_curve
 
 SCHEDULES = {"cubic": lambda u: (1 - u) ** 3, "quadratic": lambda u: 1 - u**2}
@@ -77,6 +77,7 @@ class AFLoRA(FreezeSettings):
     belongs to the start, none with ``svd`` and alpha/r with ``lora``."""
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if self.warmup != "auto":
             check_length(self.warmup, "freeze.warmup")
         check_length(self.final, "freeze.final")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from ..errors import ConfigError
-from ..schedule import StepLength, check_length, resolve_steps
+from ..schedule import StepLength, check_length, plain_numbers, resolve_steps
 from .base import Curve, Freezer, FreezeSettings
 
 
@@ -22,6 +22,7 @@ class FreezeAt(FreezeSettings):
     """When: optimizer steps (``100``), a share of the run (``0.3``) or epochs (``"2ep"``)."""
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_length(self.at, "freeze.at")
 
     def resolve(self, total_steps: int, steps_per_epoch: int | None) -> int:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
-from ..schedule import StepLength, check_length, resolve_steps
+from ..schedule import StepLength, check_length, plain_numbers, resolve_steps
 from .base import (
     Allocator,
     CostLimit,
@@ -68,6 +68,7 @@ class AdaLoRA(RankSettings):
     """Penalty per factor: the Frobenius norm (code, PEFT) or its square (paper)."""
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_number("rank.target_r", self.target_r, above=0)
         check_length(self.warmup, "rank.warmup")
         check_length(self.final, "rank.final")

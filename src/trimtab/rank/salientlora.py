@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, SelectionError
-from ..schedule import StepLength, check_length, resolve_steps
+from ..schedule import StepLength, check_length, plain_numbers, resolve_steps
 from .base import (
     Allocator,
     CostLimit,
@@ -81,6 +81,7 @@ class SalientLoRA(RankSettings):
     """``"released"``: the salience of the released code, see `released_salience`."""
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_number("rank.target_r", self.target_r, above=0)
         check_length(self.warmup, "rank.warmup")
         check_length(self.allocation, "rank.allocation")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BudgetError, ConfigError
-from ..schedule import StepLength, check_length, resolve_steps
+from ..schedule import StepLength, check_length, plain_numbers, resolve_steps
 from .base import Allocator, CostLimit, Decision, Factors, RankSettings, Start, check_choice, check_number, check_start
 
 Spacing = Literal["linear", "log_linear", "exp_linear"]
@@ -53,6 +53,7 @@ class SoRA(RankSettings):
     """How the stages are spaced; ``exp_linear`` is geometric."""
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_start(self.start)
         check_number("rank.prox_threshold", self.prox_threshold, at_least=0)
         check_number("rank.l1_loss_weight", self.l1_loss_weight, at_least=0)

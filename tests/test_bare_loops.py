@@ -1,0 +1,363 @@
+"""A step is an optimizer step, whatever loop it is in, and the optimizer holds what trains."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import warnings
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.amp import GradScaler
+from transformers import Trainer, TrainingArguments
+
+import short_runs as runs
+import tiny
+from trimtab import AdaLoRA, AFLoRA, Controller, TrimCallback, TrimConfig
+from trimtab.errors import ConfigError, ModelError, StaleAdapterError
+from trimtab.steps import NOT_FINITE_LIMIT
+
+ADALORA = AdaLoRA(target_r=2, warmup=2, final=6, interval_steps=1)
+
+
+def made(optimizer: Any = torch.optim.AdamW, steps: int = 12, **options: Any):
+    """Model, optimizer, controller, and the controller's events."""
+    more = {k: options.pop(k) for k in ("fused",) if k in options}
+    method = options.pop("method", {"rank": ADALORA})
+    model = runs.model_for("bert", "adalora", lora_dropout=0.0, **({"rank": None} | method), **options).eval()
+    optimizer = optimizer([p for p in model.parameters() if p.requires_grad], lr=1e-2, **more)
+    events: list[dict] = []
+    return model, optimizer, Controller(model, optimizer, steps, on_event=events.append), events
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
+
+
+def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor], atol: float = 1e-6) -> bool:
+    return one.keys() == two.keys() and all(
+        one[n].shape == two[n].shape and torch.allclose(one[n], two[n], atol=atol) for n in one
+    )
+
+
+def plain_run(losses: int = 1, steps: int = 12) -> dict[str, torch.Tensor]:
+    model, optimizer, controller, _ = made(torch.optim.SGD, steps)
+    for step in range(steps):
+        sum(model(**tiny.batch("bert", seed=step * losses + i)).loss for i in range(losses)).backward()
+        controller.before_step()
+        optimizer.step()
+        controller.after_step()
+        optimizer.zero_grad()
+    controller.finish()
+    return weights(model)
+
+
+# -- a step is an optimizer step ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_made_first", [True, False])
+def test_accelerates_accumulated_micro_batches_are_one_step(is_made_first):
+    model, optimizer, controller, _ = made(torch.optim.SGD)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    if not is_made_first:
+        model = runs.model_for("bert", "adalora", lora_dropout=0.0, rank=ADALORA).eval()
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    if not is_made_first:
+        controller = Controller(wrapped, optimizer, 12)
+    for micro in range(24):
+        with accelerator.accumulate(wrapped):
+            accelerator.backward(2 * wrapped(**tiny.batch("bert", seed=micro)).loss)  # accelerate divides by 2
+            controller.before_step()
+            optimizer.step()
+            controller.after_step()
+            optimizer.zero_grad()
+    controller.finish()
+    assert controller.step == 12
+    assert same(weights(model), plain_run(losses=2))
+
+
+@pytest.mark.parametrize("calls", ["after the last", "after each"])
+def test_two_backward_passes_are_one_step(calls):
+    model, optimizer, controller, _ = made(torch.optim.SGD)
+    for step in range(12):
+        for i in range(2):
+            model(**tiny.batch("bert", seed=2 * step + i)).loss.backward(retain_graph=True)
+            if calls == "after each" or i == 1:
+                controller.before_step()
+        optimizer.step()
+        controller.after_step()
+        optimizer.zero_grad()
+    controller.finish()
+    assert controller.step == 12
+    assert same(weights(model), plain_run(losses=2))
+
+
+@pytest.mark.parametrize("zeroed", [False, True])
+def test_the_trainer_penalises_once_in_a_step_of_two_backward_passes(tmp_path, zeroed):
+    seen: list[dict[str, torch.Tensor]] = []
+
+    class Twice(Trainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            if zeroed:  # as sharpness-aware minimisation does: the first gradients are thrown away
+                model(**inputs).loss.backward()
+                model.zero_grad()
+            else:
+                (0.5 * model(**inputs).loss).backward()
+            loss = (1.0 if zeroed else 0.5) * model(**inputs).loss
+            loss.backward()
+            seen.append({n: p.grad.clone() for n, p in model.named_parameters() if "lora_" in n})
+            return loss.detach()
+
+    class Once(Trainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = super().training_step(model, inputs)
+            seen.append({n: p.grad.clone() for n, p in model.named_parameters() if "lora_" in n})
+            return loss
+
+    for kind in (Once, Twice):
+        model = runs.model_for("bert", "adalora", lora_dropout=0.0, rank=ADALORA)
+        model.config.hidden_dropout_prob = 0.0
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        args = TrainingArguments(str(tmp_path), max_steps=12, report_to=[], use_cpu=True, disable_tqdm=True, seed=0)
+        kind(model, args, train_dataset=tiny.rows("bert"), callbacks=[TrimCallback()]).train()
+    assert len(seen) == 24 and same(seen[0], seen[12]) and seen[0]
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad_before_after_step_is_refused(set_to_none):
+    model, optimizer, controller, _ = made()
+    model(**tiny.batch("bert")).loss.backward()
+    controller.before_step()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=set_to_none)
+    with pytest.raises(StaleAdapterError, match=r"call optimizer.zero_grad after after_step"):
+        controller.after_step()
+
+
+def test_a_forgotten_call_is_refused_by_name():
+    model, optimizer, controller, _ = made()
+    with pytest.raises(StaleAdapterError, match="after_step: call before_step first"):
+        controller.after_step()
+    model(**tiny.batch("bert")).loss.backward()
+    controller.before_step()
+    optimizer.step()
+    with pytest.raises(StaleAdapterError, match="after_step was not called"):
+        controller.before_step()
+    controller.after_step()
+    optimizer.step()
+    with pytest.raises(StaleAdapterError, match="without before_step"):
+        controller.before_step()
+
+
+def test_a_closure_that_makes_the_gradients_anew_is_refused():
+    model, optimizer, controller, _ = made()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(**tiny.batch("bert")).loss
+        loss.backward()
+        return loss
+
+    closure()
+    controller.before_step()
+    with pytest.raises(StaleAdapterError, match="before_step at the end of the closure"):
+        optimizer.step(closure)
+    with pytest.raises(ConfigError, match="LBFGS"):
+        Controller(model, torch.optim.LBFGS([p for p in model.parameters() if p.requires_grad]), 12)
+
+
+# -- overflow -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["adalora", "aflora"])
+@pytest.mark.parametrize("where", ["everywhere", "in the head"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_that_overflowed_counts_scores_nothing_and_is_recorded(fused, where, method):
+    options = {"rank": ADALORA} if method == "adalora" else {"freeze": AFLoRA(warmup=2, final=4, interval_steps=2)}
+    model, optimizer, controller, events = made(fused=fused, method=options)
+    scaler = GradScaler("cpu", init_scale=8.0)
+    for step in range(12):
+        loss = model(**tiny.batch("bert", seed=step)).loss
+        scaler.scale(loss * (float("inf") if step == 5 and where == "everywhere" else 1.0)).backward()
+        if step == 5 and where == "in the head":
+            next(p for n, p in model.named_parameters() if "modules_to_save" in n and p.grad is not None).grad.fill_(
+                float("inf")
+            )
+        controller.before_step(scaler.get_scale())
+        scaler.step(optimizer)
+        scaler.update()
+        controller.after_step()
+        optimizer.zero_grad()
+    controller.finish()
+    assert [e for e in events if e["event"] == "skipped"] == [{"event": "skipped", "step": 6}]
+    assert controller.step == 12
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("is_scaled", [True, False])
+def test_a_run_whose_gradients_stay_nan_ends_with_advice(is_scaled):
+    model, optimizer, controller, events = made(steps=80)
+    scaler = GradScaler("cpu", enabled=is_scaled)
+    with pytest.raises(ModelError, match=f"for {NOT_FINITE_LIMIT} steps in a row.*lower the learning rate"):
+        for _ in range(80):
+            scaler.scale(model(**tiny.batch("bert")).loss * float("nan")).backward()
+            controller.before_step()
+            scaler.step(optimizer)
+            scaler.update()
+            controller.after_step()
+            optimizer.zero_grad()
+    assert controller.step == NOT_FINITE_LIMIT == sum(e["event"] == "skipped" for e in events)
+    assert all(torch.isfinite(t).all() for t in controller.state_dict()[0].values()) or not is_scaled
+
+
+# -- nothing is left hanging ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_run_that_died_leaves_no_hook_that_acts(tmp_path, error):
+    class Dies(Trainer):
+        def training_step(self, *args, **kw):
+            if self.state.global_step == 3:
+                raise error
+            return super().training_step(*args, **kw)
+
+    model = runs.model_for("bert", "adalora", rank=ADALORA)
+    args = TrainingArguments(str(tmp_path), max_steps=12, report_to=[], use_cpu=True, disable_tqdm=True)
+    trainer = Dies(model, args, train_dataset=tiny.rows("bert"), callbacks=[TrimCallback()])
+    with pytest.raises(error):
+        trainer.train()
+    trainer.optimizer.zero_grad()
+    for held in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
+        held.eval()
+        held(**tiny.batch("bert")).loss.backward()
+        gradients = {n: p.grad.clone() for n, p in held.named_parameters() if "lora_" in n}
+        held._forward_hooks.clear()
+        held.zero_grad()
+        held(**tiny.batch("bert")).loss.backward()
+        assert same(gradients, {n: p.grad for n, p in held.named_parameters() if "lora_" in n}, atol=0)
+    del trainer
+    gc.collect()
+    assert not model._forward_hooks
+
+
+# -- the optimizer holds what trains --------------------------------------------------------------------------------
+
+
+class Mine(torch.optim.AdamW):
+    """Somebody's subclass, with the original's state."""
+
+
+class Statistics(torch.optim.AdamW):
+    """Keeps a row of column statistics, which no cut can follow."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.dim() == 2 and p in self.state:
+                    self.state[p]["columns"] = p.detach().abs().sum(0)
+
+
+class SlowWeights(torch.optim.AdamW):
+    """Lookahead's kind: the state holds the weights once more."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p].setdefault("slow", p.detach().clone())
+
+
+def train(model: Any, optimizer: Any, controller: Controller, steps: int = 12) -> None:
+    for step in range(steps):
+        model(**tiny.batch("bert", seed=step)).loss.backward()
+        controller.before_step()
+        optimizer.step()
+        controller.after_step()
+        optimizer.zero_grad()
+    controller.finish()
+
+
+def test_a_subclass_of_adamw_is_cut_like_the_original():
+    models = []
+    for kind in (torch.optim.AdamW, Mine):
+        model, optimizer, controller, events = made(kind)
+        train(model, optimizer, controller)
+        assert any(e.get("kind") == "prune" and e["freed"]["moments"] for e in events)
+        models.append(weights(model))
+    assert same(*models, atol=0)
+
+
+def test_an_optimizer_with_a_state_of_another_shape_masks_and_says_so_once():
+    model, optimizer, controller, _ = made(Statistics)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        train(model, optimizer, controller)
+    assert len([w for w in said if "masked, not pruned" in str(w.message)]) == 1
+    assert sum(controller.ranks().values()) == 2 * len(controller.ranks())
+
+
+def test_a_second_copy_of_the_weights_is_refused_by_name():
+    model = runs.model_for("bert", "adalora", rank=ADALORA)
+    optimizer = SlowWeights([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    with pytest.raises(ConfigError, match=r"SlowWeights.*second copy of the weights"):
+        optimizer.zero_grad()
+        train(model, optimizer, Controller(model, optimizer, 12))
+
+
+def test_schedule_free_is_refused_by_name():
+    schedulefree = pytest.importorskip("schedulefree")
+    model = runs.model_for("bert", "adalora", rank=ADALORA)
+    optimizer = schedulefree.AdamWScheduleFree([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    with pytest.raises(ConfigError, match=r"AdamWScheduleFree.*second copy"):
+        Controller(model, optimizer, 12)
+    with pytest.raises(ConfigError, match=r"AdamWScheduleFree.*second copy"):
+        Controller(model, Accelerator(cpu=True).prepare(optimizer), 12)
+
+
+@pytest.mark.parametrize("kind", ["fabric", "lightning"])
+def test_lightnings_wrappers_are_cut_like_what_they_wrap(kind):
+    pytest.importorskip("lightning")
+    from lightning.fabric.wrappers import _FabricOptimizer
+    from lightning.pytorch.core.optimizer import LightningOptimizer
+
+    model = runs.model_for("bert", "adalora", rank=ADALORA)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    wrapped = LightningOptimizer(optimizer) if kind == "lightning" else _FabricOptimizer(optimizer, None)
+    controller = Controller(model, wrapped, 12)
+    assert controller.optimizer is optimizer
+    train(model, optimizer, controller)
+    assert all(v.shape == p.shape for p, s in optimizer.state.items() for v in s.values() if v.dim() > 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_adapters_in_half_precision_are_widened_in_a_bare_loop(dtype):
+    model = runs.model_for("bert", "adalora", rank=ADALORA).to(dtype)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    with pytest.warns(UserWarning, match="brought to float32"):
+        Controller(model, optimizer, 12)
+    assert {p.dtype for n, p in model.named_parameters() if "lora_" in n} == {torch.float32}
+
+
+def test_numpys_integers_are_integers():
+    i = np.int64
+    rank = AdaLoRA(target_r=i(2), warmup=i(2), final=i(6), interval_steps=i(1))
+    assert rank == ADALORA and repr(rank) == repr(ADALORA)
+    assert repr(AFLoRA(interval_steps=i(2))) == repr(AFLoRA(interval_steps=2))
+    config = TrimConfig(r=i(4), target_modules=["query"], rank=rank)
+    assert type(config.r) is int
+    model = peft.get_peft_model(tiny.build("bert"), config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    controller = Controller(model, optimizer, i(12), steps_per_epoch=i(4))
+    assert (type(controller.total_steps), type(controller.steps_per_epoch)) == (int, int)
+    for wrong in (0, True, 2.0, np.float64(3)):
+        with pytest.raises(ConfigError, match="total_steps"):
+            Controller(model, optimizer, wrong)
