@@ -35,8 +35,8 @@ help:
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml Makefile $(LOCKED)
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
-		|| { echo "make: Python 3.10 or later is needed; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "make: Python 3.11 or later is needed; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@echo "setting up $(VENV) (once; some minutes, most of them for torch)"
 	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) \
 		|| { echo "make: Python's venv module is needed (on Debian: apt install python3-venv)"; exit 1; }
@@ -54,7 +54,7 @@ test: $(STAMP)
 
 # Python 3.10 where there is one, since that is the oldest, too.
 test-oldest:
-	@oldest=$$(for p in python3.10 $(PYTHON); do $$p -c 'import sys; print(sys.executable)' 2>/dev/null && break; done); \
+	@oldest=$$(for p in python3.10 $(HOME)/.pyenv/versions/3.10.*/bin/python $(PYTHON); do $$p -c 'import sys; print(sys.executable)' 2>/dev/null && break; done); \
 		echo "setting up .venv-oldest with $$oldest" && $$oldest -m venv --clear .venv-oldest
 	@.venv-oldest/bin/$(PIP) -c $(OLDEST) -e $(EXTRAS) $(TESTING) && .venv-oldest/bin/$(PIP) --no-deps $(MODELS)
 	OMP_NUM_THREADS=1 .venv-oldest/bin/$(PYTEST) $(CONTRACT)

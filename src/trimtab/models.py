@@ -293,10 +293,11 @@ def positions(model: PreTrainedModel) -> int | None:
         for name, table in base.named_modules()
         if isinstance(table, nn.Embedding) and _POSITIONS.search(name) and not _NOT_TEXT.search(name)
     ]
-    if rooms:
-        return min(rooms)
     config = base.config.get_text_config()
-    return None if getattr(config, "relative_attention", False) else getattr(config, "max_position_embeddings", None)
+    figure = getattr(config, "max_position_embeddings", None)
+    if rooms:
+        return min(*rooms, figure or rooms[0])
+    return None if getattr(config, "relative_attention", False) else figure
 
 
 _POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|positions?_embed(ding)?s?|embed_position)$")
@@ -312,8 +313,10 @@ def _first_position(table: nn.Embedding) -> int:
 
 
 def unread_outputs(model: nn.Module) -> list[str]:
-    """Outputs of the model beside loss and logits, for Trainer's ``ignore_keys``: no score reads them, and some hold
-    None inside (LLaVA's images), over which Trainer's gathering trips."""
+    """Outputs of the model beside loss and logits of any kind, for Trainer's ``ignore_keys``.
+
+    No score reads them, and some hold None inside (LLaVA's images), over which Trainer's gathering trips.
+    """
     try:
         kinds = get_type_hints(inspect.unwrap(type(_base(model)).forward)).get("return")
     except (NameError, TypeError):  # a model whose annotations are not to be had
@@ -321,7 +324,8 @@ def unread_outputs(model: nn.Module) -> list[str]:
     kinds = [k for k in (kinds, *get_args(kinds)) if isinstance(k, type) and is_dataclass(k)]
     names = {f.name for kind in kinds for f in fields(kind)}
     names |= set(getattr(getattr(model, "config", None), "keys_to_ignore_at_inference", ()))
-    return sorted(names - {"loss", "logits"})
+    read = {name for name in names if name == "loss" or name.endswith("logits")}
+    return sorted(names - read) if read - {"loss"} else []
 
 
 def _base(model: Any) -> Any:
