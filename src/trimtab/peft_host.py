@@ -655,6 +655,10 @@ def _accept_plain_lora(layer: TrimLayer, state_dict: dict[str, Any], prefix: str
         if key_a not in state_dict or key_b not in state_dict:
             if A.shape[0] == 0:
                 state_dict.update({key_a: A.data, key_b: B.data})
+            elif any(key.startswith(f"{prefix}base_layer.") for key in state_dict):
+                # A whole model was saved with this site at rank 0: it adds nothing, until `trim_state` cuts it.
+                hosted.is_stale = True
+                state_dict.update({key_a: A.data, key_b: torch.zeros_like(B.data)})
             state_dict.update({key: p.data for key, p in own.items()})
             continue
         new_a, new_b = state_dict[key_a], state_dict[key_b]
