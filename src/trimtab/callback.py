@@ -7,7 +7,6 @@ the synchronising micro-batch only. `after_step` sits at `on_optimizer_step`.
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import math
@@ -29,7 +28,7 @@ from .controller import Controller, Event, is_distributed, what_differs
 from .errors import CheckpointError, ConfigError, StaleAdapterError
 from .parallel import give_back_to_ddp, leave_out_of_ddp
 from .peft_host import TrimConfig, adapter_config, hosted_layers, peft_model_of
-from .steps import Weakly, is_accumulating
+from .steps import Weakly, callers, is_accumulating
 
 logger = logging.getLogger("trimtab")
 
@@ -109,7 +108,6 @@ class TrimCallback(TrainerCallback, ExportableState):
                 "after its first steps, or a second train()); build the model anew, or load it "
                 "with PeftModel.from_pretrained(checkpoint, is_trainable=True)"
             )
-        self._widen(model)  # the model is another one where Trainer makes it anew (model_init)
         self.events, self._penalties, self._run = [], [], ""
         self._is_queued = self._was_reached = False  # a first attempt may have run out of memory in mid-backward
         if self._hook is not None:
@@ -136,7 +134,6 @@ class TrimCallback(TrainerCallback, ExportableState):
         is_plain = config.peft_type == "LORA" and not isinstance(config, TrimConfig)
         if not self.controller.layers and is_plain:
             logger.warning("these are plain LoRA layers: they train on at their ranks, and nothing is decided")
-        self.controller.broadcast()
         if self.controller.layers and not self.controller.is_finished:
             self._hook = peft_model_of(model).register_forward_hook(Weakly(self._watch_output))
         self._began = time.perf_counter()
@@ -372,6 +369,11 @@ class TrimCallback(TrainerCallback, ExportableState):
                 f"checkpoint {str(folder)!r}: it is of step {facts['step']}, Trainer resumes step "
                 f"{state.global_step}; pass TrimCallback(resume_from=…) the folder you resume from"
             )
+        if facts["is_finished"] and self.controller.layers and is_distributed():
+            raise CheckpointError(  # DDP wrapped the model before it was known that nobody would average them
+                f"checkpoint {str(folder)!r}: its run is finished, and DDP would not average the gradients of a model "
+                "that is made to adapt; load it with PeftModel.from_pretrained(checkpoint, is_trainable=True)"
+            )
         self._cut_history(facts.get("history_rows", 0))
         self.controller.load_state_dict(tensors, facts)
         self._penalties = [torch.tensor(p) for p in facts.get("penalties", [])]
@@ -420,24 +422,19 @@ def _being_saved(output_dir: Path, step: int) -> Path | None:
 
 def _trainers_folder() -> Path | None:
     """The folder that the Trainer which is calling resumes from: it tells no callback, so its own variable is read."""
-    frame = inspect.currentframe()
-    while frame is not None:
+    for frame in callers():
         folder = frame.f_locals.get("resume_from_checkpoint")
         if isinstance(frame.f_locals.get("self"), Trainer) and isinstance(folder, (str, os.PathLike)):
             return Path(folder)
-        frame = frame.f_back
     return None
 
 
 def _is_in_training() -> bool:
     """Whether a Trainer's training loop is among the callers."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        is_loop = frame.f_code.co_name in ("_inner_training_loop", "train")
-        if is_loop and isinstance(frame.f_locals.get("self"), Trainer):
-            return True
-        frame = frame.f_back
-    return False
+    return any(
+        frame.f_code.co_name in ("_inner_training_loop", "train") and isinstance(frame.f_locals.get("self"), Trainer)
+        for frame in callers()
+    )
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -309,14 +309,14 @@ class Controller:
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that training needs beyond the checkpoint: tensors, and JSON-able facts."""
+        if self._finished is not None:  # a finished run that trains on: what was decided stands
+            return {}, {**self._finished, "step": self.step, "param_steps": self.param_steps}
         tensors: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
             if self.is_finished:
                 continue
             for key, p in self._named(layer).items():
                 tensors[f"factors/{name}/{key}"] = p.detach()
-        if self._finished is not None:  # a finished run that trains on: what was decided stands
-            return {}, {**self._finished, "step": self.step, "param_steps": self.param_steps}
         meta: dict[str, Any] = {
             "step": self.step,
             "total_steps": self.total_steps,
@@ -762,7 +762,6 @@ class Controller:
             self._why_masks_only = self._why_state_is_not_cuttable()
         # Moments that cannot be cut are needed no more once training is over.
         is_cuttable = self._why_masks_only is None
-        own_config(self.model, self.adapter_name)  # another adapter may have been made from it since the start
         cut = decision.kind == "prune" and (is_cuttable or (is_last and self.rank.prune))
         freed = Freed()
         with torch.no_grad():
@@ -780,6 +779,7 @@ class Controller:
                         dropped = [drop_optimizer_state(p, self.optimizer) for p in self._named(layer).values()]
                         freed += Freed(moments=sum(dropped))
         if cut:
+            own_config(self.model, self.adapter_name)  # another adapter may have been made from it since the start
             assert self.allocator is not None
             self.allocator.pruned(decision.keep)
             if self.freezer is not None:

@@ -293,8 +293,7 @@ def portable_fields(ranks: dict[str, tuple[int, float]]) -> dict[str, Any]:
 
 def excluding(where: Where | str, user: str | Iterable[str] | None) -> str:
     """The ``exclude_modules`` regex for a selection, joined with what the user already excludes."""
-    outside = where if isinstance(where, str) else where.outside
-    outside = f"{_WHERE}{outside}"
+    outside = _WHERE + (where if isinstance(where, str) else where.outside)
     if not user:
         return outside
     if not isinstance(user, str):

@@ -6,9 +6,11 @@ none. So the optimizer itself is watched, through torch's own step hooks.
 
 from __future__ import annotations
 
+import itertools
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import FrameType
 from typing import Any
 
 import torch
@@ -112,15 +114,19 @@ class StepWatch:
             self.found_inf = found
 
 
+def callers() -> Iterator[FrameType]:
+    """Who is calling, nearest first. Only for what no event and no argument tells."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
 def _scaler_above() -> Any:
     """The `GradScaler` whose `step` is calling, if one is."""
-    frame: Any = sys._getframe(1)
-    for _ in range(12):
-        if frame is None:
-            return None
+    for frame in itertools.islice(callers(), 12):
         if isinstance(scaler := frame.f_locals.get("self"), torch.amp.GradScaler) and scaler.is_enabled():
             return scaler
-        frame = frame.f_back
     return None
 
 
