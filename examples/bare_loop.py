@@ -18,10 +18,19 @@ STEPS = 60
 out = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/bare_loop")
 
 torch.manual_seed(0)
-base = LlamaForCausalLM(LlamaConfig(vocab_size=40, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
-                                    num_attention_heads=4, max_position_embeddings=32))
-config = trimtab.TrimConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear",
-                            rank=trimtab.AdaLoRA(target_r=4))
+base = LlamaForCausalLM(
+    LlamaConfig(
+        vocab_size=40,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+    )
+)
+config = trimtab.TrimConfig(
+    task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear", rank=trimtab.AdaLoRA(target_r=4)
+)
 model = peft.get_peft_model(base, config)
 optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
 
@@ -42,5 +51,7 @@ for step in range(STEPS):
 controller.finish()
 
 model.save_pretrained(out / "adapter")
-print(f"{held:,} trainable parameters at the start, {controller.figures()['final']:,} at the end; "
-      f"a plain LoRA adapter in {out / 'adapter'}")
+print(
+    f"{held:,} trainable parameters at the start, {controller.figures()['final']:,} at the end; "
+    f"a plain LoRA adapter in {out / 'adapter'}"
+)

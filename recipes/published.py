@@ -20,17 +20,23 @@ HEADER = ("recipes", "at the start", "at the end", "mean over the run", "publish
 # Beginning of a recipe's name -> what its paper prints, and which of the planned figures that is. The longest
 # beginning counts.
 PUBLISHED: dict[str, tuple[str, str]] = {
-    "adalora_": (".32M", "its smaller budget, near mean rank 2 (331,920); the released settings, followed here, go on "
-                         "to mean rank 1"),
+    "adalora_": (
+        ".32M",
+        "its smaller budget, near mean rank 2 (331,920); the released settings, followed here, go on to mean rank 1",
+    ),
     "aflora_deberta": (".14M", "mean over the run, one figure for all tasks"),
     "aflora_llama": ("17.8M", "mean over the run: 3.15 times fewer than LoRA's 56.1M"),
     "cka_": ("up to 50 % fewer", "than LoRA on all layers, which trains {all_layers}"),
     "cka-pissa_": ("up to 50 % fewer", "than PiSSA on all layers, which trains {all_layers}"),
-    "houlsby_": ("2.1 %", "of BERT-large's 335 million, at width 64 for all tasks; the plan, LayerNorms of the layers "
-                          "included, is 1.9 %"),
+    "houlsby_": (
+        "2.1 %",
+        "of BERT-large's 335 million, at width 64 for all tasks; the plan, LayerNorms of the layers included, is 1.9 %",
+    ),
     "llama-adapter_": ("1.2M", "with a gate for each head, 1,229,760; PEFT has one for a layer"),
-    "sora_": (".47M", "at the end, in AFLoRA's paper, as rank 4; where gates end is not foreseen, so the plan is that "
-                      "of the start"),
+    "sora_": (
+        ".47M",
+        "at the end, in AFLoRA's paper, as rank 4; where gates end is not foreseen, so the plan is that of the start",
+    ),
 }
 
 

@@ -126,10 +126,18 @@ def test_a_run_trains_saves_resumes_and_is_read_by_stock_peft(tmp_path):
     ("model.config.head_dim=16", "PEFT's needs heads that fill the hidden width"),
 ])  # fmt: skip
 def test_what_does_not_go_with_it_is_refused_in_one_line(override, message, tmp_path):
-    config = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-              "num_key_value_heads": 1, "intermediate_size": 32}
-    recipe = {"model": {"config": config},
-              "adapter": {"type": "adaption_prompt", "adapter_len": 3, "adapter_layers": 1}}
+    config = {
+        "model_type": "llama",
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 32,
+    }
+    recipe = {
+        "model": {"config": config},
+        "adapter": {"type": "adaption_prompt", "adapter_len": 3, "adapter_layers": 1},
+    }
     (tmp_path / "r.yaml").write_text(json.dumps(recipe))
     said = command("plan", tmp_path / "r.yaml", override, code=2).stderr
     assert message in said and said.count("\n") == 1
@@ -144,9 +152,18 @@ def test_a_model_in_half_precision_is_refused():
 
 
 def test_a_task_with_a_new_head_is_refused(tmp_path):
-    config = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-              "intermediate_size": 32, "pad_token_id": 0}
-    recipe = {"model": {"config": config}, "task": "glue/cola",
-              "adapter": {"type": "adaption_prompt", "adapter_len": 3, "adapter_layers": 1}}
+    config = {
+        "model_type": "llama",
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "pad_token_id": 0,
+    }
+    recipe = {
+        "model": {"config": config},
+        "task": "glue/cola",
+        "adapter": {"type": "adaption_prompt", "adapter_len": 3, "adapter_layers": 1},
+    }
     (tmp_path / "r.yaml").write_text(json.dumps(recipe))
     assert "PEFT saves no head beside it, as SEQ_CLS needs" in command("plan", tmp_path / "r.yaml", code=2).stderr

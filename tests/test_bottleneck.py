@@ -38,8 +38,9 @@ def adapted(family, base=None, **settings):
 
 
 def layers(model):
-    return {name: m for name, m in peft_model_of(model).get_base_model().named_modules()
-            if isinstance(m, BottleneckLayer)}
+    return {
+        name: m for name, m in peft_model_of(model).get_base_model().named_modules() if isinstance(m, BottleneckLayer)
+    }
 
 
 def stir(model, scale=0.3):
@@ -99,16 +100,19 @@ def test_no_other_one_folds():
         fold(D.T, None, D, B1, U, B2, "gelu")
 
 
-@pytest.mark.parametrize("size, blocks, m, adapters, norms", [(768, 12, 64, 2_379_264, 36_864),
-                                                             (1024, 24, 64, 6_343_680, 98_304)])
+@pytest.mark.parametrize(
+    "size, blocks, m, adapters, norms", [(768, 12, 64, 2_379_264, 36_864), (1024, 24, 64, 6_343_680, 98_304)]
+)
 def test_published_counts(size, blocks, m, adapters, norms):
-    config = AutoConfig.for_model("bert", hidden_size=size, num_hidden_layers=blocks, intermediate_size=4 * size,
-                                  num_attention_heads=size // 64)
+    config = AutoConfig.for_model(
+        "bert", hidden_size=size, num_hidden_layers=blocks, intermediate_size=4 * size, num_attention_heads=size // 64
+    )
     model = meta_model(config, "AutoModel")
     made = trimtab.plan(model, BottleneckConfig(bottleneck_size=m))
     assert made.params["initial"] == adapters + norms
-    assert trimtab.plan(model, BottleneckConfig(bottleneck_size=m, train_layer_norms=False)).params[
-        "initial"] == adapters
+    assert (
+        trimtab.plan(model, BottleneckConfig(bottleneck_size=m, train_layer_norms=False)).params["initial"] == adapters
+    )
 
 
 def activation(variant):
@@ -121,29 +125,44 @@ def plain_block(family, block):
     For post-LN the norms are those of the sums. Built from the plain model's modules, adapters nowhere.
     """
     if family == "bert":
+
         def attention(x, kw):
             return block.attention.output.dense(block.attention.self(x, kw["attention_mask"])[0])
+
         def feed(h):
             return block.output.dense(block.intermediate(h))
+
         return "post", block.attention.output.LayerNorm, attention, block.output.LayerNorm, feed
     if family == "bart":
+
         def attention(x, kw):
             return block.self_attn(x, attention_mask=kw["attention_mask"])[0]
+
         def feed(h):
             return block.fc2(block.activation_fn(block.fc1(h)))
+
         return "post", block.self_attn_layer_norm, attention, block.final_layer_norm, feed
     if family == "t5":
         inner = block.layer[1]
+
         def attention(x, kw):
             return block.layer[0].SelfAttention(x, mask=kw["attention_mask"])[0]
+
         return "pre", block.layer[0].layer_norm, attention, inner.layer_norm, inner.DenseReluDense
     if family == "gpt2":
         return "pre", block.ln_1, lambda x, kw: block.attn(x, **kw)[0], block.ln_2, block.mlp
+
     def attention(x, kw):
         return block.self_attn(hidden_states=x, **kw)[0]
+
     if family == "gemma2":
-        return ("pre", block.input_layernorm, lambda x, kw: block.post_attention_layernorm(attention(x, kw)),
-                block.pre_feedforward_layernorm, lambda h: block.post_feedforward_layernorm(block.mlp(h)))
+        return (
+            "pre",
+            block.input_layernorm,
+            lambda x, kw: block.post_attention_layernorm(attention(x, kw)),
+            block.pre_feedforward_layernorm,
+            lambda h: block.post_feedforward_layernorm(block.mlp(h)),
+        )
     return "pre", block.input_layernorm, attention, block.post_attention_layernorm, block.mlp
 
 
@@ -191,10 +210,15 @@ def test_a_block_computes_the_formula_of_the_paper(family, variant):
     if family == "gpt2":
         kw.pop("position_ids", None)
     phi = activation(variant)
-    pairs = [(la.bottleneck_down["default"], la.bottleneck_up["default"]) for la in block.modules()
-             if isinstance(la, BottleneckLayer) and "default" in la.bottleneck_down]
-    adapters = [lambda h, down=down, up=up: F.linear(phi(F.linear(h, down.weight, down.bias)), up.weight, up.bias)
-                for down, up in pairs]
+    pairs = [
+        (la.bottleneck_down["default"], la.bottleneck_up["default"])
+        for la in block.modules()
+        if isinstance(la, BottleneckLayer) and "default" in la.bottleneck_down
+    ]
+    adapters = [
+        lambda h, down=down, up=up: F.linear(phi(F.linear(h, down.weight, down.bias)), up.weight, up.bias)
+        for down, up in pairs
+    ]
     assert len(adapters) == (2 if variant == "houlsby" else 1)
     with torch.no_grad():
         expected = by_the_book(family, plain.get_submodule(f"{stack.name}.0"), x, kw, variant, adapters)
@@ -231,8 +255,13 @@ def test_houlsby_covers_cross_attention():
 
 def test_starts_are_those_of_the_papers():
     def weights(**settings):
-        model = adapted("bert", meta := AutoModel.from_config(tiny.build("bert").config), task_type=None,
-                        bottleneck_size=300, **settings)
+        model = adapted(
+            "bert",
+            meta := AutoModel.from_config(tiny.build("bert").config),
+            task_type=None,
+            bottleneck_size=300,
+            **settings,
+        )
         assert meta is model.get_base_model()
         layer = next(la for la in layers(model).values() if "default" in la.bottleneck_down)
         down, up = layer.bottleneck_down["default"], layer.bottleneck_up["default"]
@@ -351,8 +380,14 @@ def test_unloading_gives_the_base_back_and_merging_says_why_not():
     assert not any(module._forward_pre_hooks for module in plain.modules())
 
 
-@pytest.mark.parametrize("variant, reason", [("houlsby", "changes biases too"), ("pfeiffer", "a norm stands between"),
-                                             ("parallel", "goes round the feed-forward")])
+@pytest.mark.parametrize(
+    "variant, reason",
+    [
+        ("houlsby", "changes biases too"),
+        ("pfeiffer", "a norm stands between"),
+        ("parallel", "goes round the feed-forward"),
+    ],
+)
 def test_no_form_of_export_pretends(variant, reason, tmp_path):
     model = adapted("bert", variant=variant, non_linearity="identity")
     for form in ("peft", "padded", "merged"):
@@ -459,8 +494,17 @@ def test_a_trimtab_that_was_loaded_twice_leaves_peft_importable(monkeypatch):
 def test_a_stock_trainer_resumes_to_the_same_weights(tmp_path):
     def trained(folder, resume=None):
         model = adapted("roberta", variant="pfeiffer")
-        args = TrainingArguments(str(tmp_path / folder), max_steps=6, save_steps=3, per_device_train_batch_size=8,
-                                 learning_rate=1e-2, report_to=[], use_cpu=True, disable_tqdm=True, seed=0)
+        args = TrainingArguments(
+            str(tmp_path / folder),
+            max_steps=6,
+            save_steps=3,
+            per_device_train_batch_size=8,
+            learning_rate=1e-2,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            seed=0,
+        )
         callback = trimtab.TrimCallback()
         Trainer(model, args, train_dataset=tiny.rows("roberta"), callbacks=[callback]).train(resume)
         if resume is None:
@@ -472,8 +516,11 @@ def test_a_stock_trainer_resumes_to_the_same_weights(tmp_path):
 
 
 def test_a_run_trains_saves_resumes_and_says_what_cannot_be_exported(tmp_path):
-    recipe = write_recipe(tmp_path, adapter={"type": "bottleneck", "variant": "parallel", "bottleneck_size": 4},
-                          where={"method": "last", "count": 2})
+    recipe = write_recipe(
+        tmp_path,
+        adapter={"type": "bottleneck", "variant": "parallel", "bottleneck_size": 4},
+        where={"method": "last", "count": 2},
+    )
     said = command("run", recipe).output
     run = tmp_path / "run"
     assert "its relu is not linear" in said
@@ -505,9 +552,18 @@ def test_a_run_trains_saves_resumes_and_says_what_cannot_be_exported(tmp_path):
     ("adapter.botleneck_size=8", "Did you mean 'bottleneck_size'"),
 ])  # fmt: skip
 def test_what_does_not_go_with_it_is_refused_in_one_line(override, message, tmp_path):
-    recipe = {"model": {"config": {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 2,
-                                   "num_attention_heads": 2, "intermediate_size": 32}},
-              "adapter": {"type": "bottleneck"}}
+    recipe = {
+        "model": {
+            "config": {
+                "model_type": "bert",
+                "hidden_size": 16,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "intermediate_size": 32,
+            }
+        },
+        "adapter": {"type": "bottleneck"},
+    }
     (tmp_path / "r.yaml").write_text(json.dumps(recipe))
     said = command("plan", tmp_path / "r.yaml", override, code=2).stderr
     assert message in said and said.count("\n") == 1

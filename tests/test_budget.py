@@ -25,11 +25,24 @@ FFN = ("intermediate.dense", r"layer\.\d+\.output.dense")
 
 def encoder(width=768, layers=12, wide=4):
     """The linears of a BERT-like encoder."""
-    kinds = {**dict.fromkeys(("attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj",
-                              "attention.output.dense"), (width, width)),
-             "intermediate.dense": (width, wide * width), "output.dense": (wide * width, width)}
-    return [Site(f"bert.encoder.layer.{i}.{kind}", n_in, n_out, "encoder.layer", i, kind)
-            for i in range(layers) for kind, (n_in, n_out) in kinds.items()]
+    kinds = {
+        **dict.fromkeys(
+            (
+                "attention.self.query_proj",
+                "attention.self.key_proj",
+                "attention.self.value_proj",
+                "attention.output.dense",
+            ),
+            (width, width),
+        ),
+        "intermediate.dense": (width, wide * width),
+        "output.dense": (wide * width, width),
+    }
+    return [
+        Site(f"bert.encoder.layer.{i}.{kind}", n_in, n_out, "encoder.layer", i, kind)
+        for i in range(layers)
+        for kind, (n_in, n_out) in kinds.items()
+    ]
 
 
 @dataclass(frozen=True)
@@ -144,8 +157,9 @@ def test_two_stacks_share_one_ratio():
 
 def test_average_budget_moves_the_ranks_before_the_ramp():
     freeze = AFLoRA(start="svd", rule="tensor_rank", warmup=0.5, final=0.1)
-    choice = solve(Budget(average_params=700_000), encoder(), 8, rank=Cubic(), freeze=freeze, total_steps=1000,
-                   steps_per_epoch=100)
+    choice = solve(
+        Budget(average_params=700_000), encoder(), 8, rank=Cubic(), freeze=freeze, total_steps=1000, steps_per_epoch=100
+    )
     assert choice.freeze == freeze
     assert 0.999 * 700_000 <= choice.figures.average <= 700_000
     assert choice.purse == Purse(700_000_000)
@@ -184,35 +198,56 @@ def test_average_budget_moves_a_fixed_freeze():
 
 
 def test_settings_that_are_not_free_stay():
-    choice = solve(Budget(average_params=10**6), encoder(), 8, rank=Cubic(target_r=3),
-                   freeze=AFLoRA(**PAPER, rule="tensor_rank"), total_steps=1000, steps_per_epoch=100, free=())
+    choice = solve(
+        Budget(average_params=10**6),
+        encoder(),
+        8,
+        rank=Cubic(target_r=3),
+        freeze=AFLoRA(**PAPER, rule="tensor_rank"),
+        total_steps=1000,
+        steps_per_epoch=100,
+        free=(),
+    )
     assert choice.rank.target_r == 3 and choice.freeze == AFLoRA(**PAPER, rule="tensor_rank")
     assert choice.rank_params == 3 * (165_888 + 72)
     assert choice.purse.total == math.floor(choice.figures.average * 1000)  # far below: its own figure is held
 
 
 def test_choosing_needs_no_torch():
-    code = ("import sys, trimtab.budget as b, trimtab.plans as p;"
-            "b.solve(p.Budget(final_params=99), [p.Site('a', 4, 4)], 2, total_steps=9);"
-            "sys.exit('torch' in sys.modules)")
+    code = (
+        "import sys, trimtab.budget as b, trimtab.plans as p;"
+        "b.solve(p.Budget(final_params=99), [p.Site('a', 4, 4)], 2, total_steps=9);"
+        "sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 # -- what is refused -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [
-    lambda n: solve(Budget(final_params=n), encoder(), 8, total_steps=100),
-    lambda n: solve(Budget(final_params=n), encoder(), 8, ratio=(0.5, 0.5), total_steps=100),
-    lambda n: solve(Budget(final_params=n), encoder(), 8, rank=Cubic(), total_steps=100),
-    lambda n: solve(Budget(average_params=n), encoder(), 8, rank=Cubic(), total_steps=100),
-    lambda n: solve(Budget(average_params=n), encoder(), 8, rank=Cubic(), ratio=(0.1, 0.9), total_steps=100),
-    lambda n: solve(Budget(average_params=n), encoder(), 4, freeze=AFLoRA(**PAPER, rule="tensor_rank"),
-                    total_steps=100),
-    lambda n: solve(Budget(average_params=n), encoder(), 4, freeze=FreezeAt(at=5), total_steps=100),
-    lambda n: solve(Budget(average_params=n), encoder(), 8, rank=Cubic(), freeze=AFLoRA(**PAPER, rule="tensor_rank"),
-                    total_steps=100, free=("rank.target_r",)),
-])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: solve(Budget(final_params=n), encoder(), 8, total_steps=100),
+        lambda n: solve(Budget(final_params=n), encoder(), 8, ratio=(0.5, 0.5), total_steps=100),
+        lambda n: solve(Budget(final_params=n), encoder(), 8, rank=Cubic(), total_steps=100),
+        lambda n: solve(Budget(average_params=n), encoder(), 8, rank=Cubic(), total_steps=100),
+        lambda n: solve(Budget(average_params=n), encoder(), 8, rank=Cubic(), ratio=(0.1, 0.9), total_steps=100),
+        lambda n: solve(
+            Budget(average_params=n), encoder(), 4, freeze=AFLoRA(**PAPER, rule="tensor_rank"), total_steps=100
+        ),
+        lambda n: solve(Budget(average_params=n), encoder(), 4, freeze=FreezeAt(at=5), total_steps=100),
+        lambda n: solve(
+            Budget(average_params=n),
+            encoder(),
+            8,
+            rank=Cubic(),
+            freeze=AFLoRA(**PAPER, rule="tensor_rank"),
+            total_steps=100,
+            free=("rank.target_r",),
+        ),
+    ],
+)
 def test_an_infeasible_number_is_refused_with_the_smallest_feasible_one(make):
     with pytest.raises(BudgetError) as error:
         make(1)
@@ -223,11 +258,14 @@ def test_an_infeasible_number_is_refused_with_the_smallest_feasible_one(make):
         make(smallest - 1)
 
 
-@pytest.mark.parametrize("settings, key, cure", [
-    ({"rank": SoRA(prox_threshold=1e-4)}, "rank.method", "salientlora or adalora"),
-    ({"rank": Cubic(prune=False)}, "rank.prune", "true"),
-    ({"freeze": AFLoRA(**PAPER)}, "freeze.rule", "tensor_rank"),
-])
+@pytest.mark.parametrize(
+    "settings, key, cure",
+    [
+        ({"rank": SoRA(prox_threshold=1e-4)}, "rank.method", "salientlora or adalora"),
+        ({"rank": Cubic(prune=False)}, "rank.prune", "true"),
+        ({"freeze": AFLoRA(**PAPER)}, "freeze.rule", "tensor_rank"),
+    ],
+)
 @pytest.mark.parametrize("budget", [Budget(final_params=500_000), Budget(average_params=500_000)])
 def test_methods_that_cannot_be_held_to_a_number_are_refused(settings, key, cure, budget):
     with pytest.raises(ConfigError, match=cure) as error:
@@ -255,8 +293,11 @@ def simulated_run(choice, sites, r, total_steps, steps_per_epoch=None, seed=0, s
     has_b = choice.freeze is not None and choice.freeze.needs_output_diagonal
     has_e = choice.rank is not None or has_b
     sizes = {f"{s.name}.lora_{m}": r * n for s in sites for m, n in (("A", s.in_features), ("B", s.out_features))}
-    trains = {n: k for n, k in sizes.items() if choice.freeze is None
-              or not choice.freeze.initially_frozen(n.rpartition(".")[0])}
+    trains = {
+        n: k
+        for n, k in sizes.items()
+        if choice.freeze is None or not choice.freeze.initially_frozen(n.rpartition(".")[0])
+    }
     freezer = None
     if choice.freeze is not None:
         freezer = choice.freeze.build(trains, total_steps, steps_per_epoch)
@@ -268,23 +309,33 @@ def simulated_run(choice, sites, r, total_steps, steps_per_epoch=None, seed=0, s
     spent, history = 0, []
     for step in range(total_steps):
         live = sum(n for n in freezer.numels.values()) if freezer else None
-        projections = sum(freezer.numels[n] for n in freezer.trainable) if freezer else sum(
-            ranks[s.name] * (s.in_features + s.out_features) for s in sites)
+        projections = (
+            sum(freezer.numels[n] for n in freezer.trainable)
+            if freezer
+            else sum(ranks[s.name] * (s.in_features + s.out_features) for s in sites)
+        )
         diagonals = sum(ranks.values()) * has_e + sum(s.out_features for s in sites) * has_b
         history.append(projections + diagonals)
         spent += history[-1]
         if torch.rand((), generator=generator) < skipped:
             continue
         if freezer is not None and freezer.reads_gradients:
-            freezer.observe(step, {n: torch.randn(4, generator=generator) * (1 + i) for i, n in
-                                   enumerate(freezer.trainable)} if live else {})
+            freezer.observe(
+                step,
+                {n: torch.randn(4, generator=generator) * (1 + i) for i, n in enumerate(freezer.trainable)}
+                if live
+                else {},
+            )
         if step + 1 in cuts:
             entries = [(site.name, choice.rank_costs[site.name]) for site in sites for _ in range(ranks[site.name])]
             scores = torch.rand(len(entries), generator=generator) * importance.repeat_interleave(
-                torch.tensor([ranks[site.name] for site in sites]))
+                torch.tensor([ranks[site.name] for site in sites])
+            )
             kept = keep_by_cost(scores.tolist(), [cost for _, cost in entries], cuts[step + 1])
-            masks = {site.name: torch.tensor([k for (n, _), k in zip(entries, kept) if n == site.name],
-                                             dtype=torch.bool) for site in sites}
+            masks = {
+                site.name: torch.tensor([k for (n, _), k in zip(entries, kept) if n == site.name], dtype=torch.bool)
+                for site in sites
+            }
             ranks = {name: int(mask.sum()) for name, mask in masks.items()}
             if freezer is not None:
                 freezer._window.clear(), freezer._mean.clear(), freezer._uncertainty.clear()
@@ -305,18 +356,44 @@ RUNS = {
     "freeze alone, MiniLM": (SMALL, 4, {"freeze": TENSOR, "total_steps": 300, "steps_per_epoch": 30}, 45_000),
     "freeze alone, few steps": (SMALL, 4, {"freeze": TENSOR, "total_steps": 60, "steps_per_epoch": 20}, 60_000),
     "freeze late": (SMALL, 8, {"freeze": TENSOR, "total_steps": 300, "steps_per_epoch": 30}, 250_000),
-    "feed-forward only": (SMALL, 4, {"freeze": replace(TENSOR, trainable_projections=FFN), "total_steps": 300,
-                                     "steps_per_epoch": 30}, 35_000),
+    "feed-forward only": (
+        SMALL,
+        4,
+        {"freeze": replace(TENSOR, trainable_projections=FFN), "total_steps": 300, "steps_per_epoch": 30},
+        35_000,
+    ),
     "fixed step": (SMALL, 4, {"freeze": FreezeAt(at=0.5), "total_steps": 100}, 30_000),
     "ranks alone": (SMALL, 8, {"rank": Cubic(), "total_steps": 300}, 150_000),
-    "ranks and freezing": (SMALL, 12, {"rank": Cubic(), "freeze": TENSOR, "total_steps": 300,
-                                       "steps_per_epoch": 30}, 100_000),
-    "ranks as set, freezing chosen": (SMALL, 12, {"rank": Cubic(target_r=3), "freeze": TENSOR, "total_steps": 400,
-                                                  "steps_per_epoch": 40, "free": ("freeze.ramp",)}, 90_000),
-    "layers, ranks and freezing": (SMALL, 12, {"rank": Cubic(), "freeze": TENSOR, "total_steps": 300,
-                                               "steps_per_epoch": 30, "ratio": (0.5, 0.5)}, 60_000),
-    "quadratic, base size": (encoder(), 6, {"rank": Cubic(), "total_steps": 200, "steps_per_epoch": 40,
-                                            "freeze": replace(TENSOR, schedule="quadratic")}, 400_000),
+    "ranks and freezing": (
+        SMALL,
+        12,
+        {"rank": Cubic(), "freeze": TENSOR, "total_steps": 300, "steps_per_epoch": 30},
+        100_000,
+    ),
+    "ranks as set, freezing chosen": (
+        SMALL,
+        12,
+        {
+            "rank": Cubic(target_r=3),
+            "freeze": TENSOR,
+            "total_steps": 400,
+            "steps_per_epoch": 40,
+            "free": ("freeze.ramp",),
+        },
+        90_000,
+    ),
+    "layers, ranks and freezing": (
+        SMALL,
+        12,
+        {"rank": Cubic(), "freeze": TENSOR, "total_steps": 300, "steps_per_epoch": 30, "ratio": (0.5, 0.5)},
+        60_000,
+    ),
+    "quadratic, base size": (
+        encoder(),
+        6,
+        {"rank": Cubic(), "total_steps": 200, "steps_per_epoch": 40, "freeze": replace(TENSOR, schedule="quadratic")},
+        400_000,
+    ),
 }
 
 
@@ -328,8 +405,15 @@ def test_measured_average_is_below_the_budget_by_less_than_one_percent(case, see
     assert choice.figures.average <= limit
     if "ratio" in settings:
         sites = [site for site in sites if site.block in (1, 3, 4)]
-    history, _ = simulated_run(choice, sites, r, settings["total_steps"], settings.get("steps_per_epoch"), seed,
-                               skipped if "freeze" in settings else 0)
+    history, _ = simulated_run(
+        choice,
+        sites,
+        r,
+        settings["total_steps"],
+        settings.get("steps_per_epoch"),
+        seed,
+        skipped if "freeze" in settings else 0,
+    )
     measured = sum(history) / len(history)
     assert 0.99 * limit <= measured <= limit
     assert history == sorted(history, reverse=True)

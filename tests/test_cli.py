@@ -47,9 +47,11 @@ def test_help_answers_at_once():
 
 
 def test_help_imports_nothing_heavy():
-    code = ("import sys, trimtab.cli as c; from click.testing import CliRunner; "
-            "assert CliRunner().invoke(c.cli, ['run', '--help']).exit_code == 0; "
-            "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'pydantic', 'rich')))")
+    code = (
+        "import sys, trimtab.cli as c; from click.testing import CliRunner; "
+        "assert CliRunner().invoke(c.cli, ['run', '--help']).exit_code == 0; "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'pydantic', 'rich')))"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -62,8 +64,20 @@ def test_every_command_has_help_and_json(name):
 
 
 def test_the_commands_are_those_of_the_public_surface():
-    assert list(cli.commands) == ["run", "plan", "select", "train", "eval", "export", "report", "compare", "tune",
-                                  "methods", "bench", "demo"]
+    assert list(cli.commands) == [
+        "run",
+        "plan",
+        "select",
+        "train",
+        "eval",
+        "export",
+        "report",
+        "compare",
+        "tune",
+        "methods",
+        "bench",
+        "demo",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +122,8 @@ def test_nan_representations_are_refused_with_the_layer_that_made_them(recipe, t
     model.save_pretrained(tmp_path / "broken")
     (tmp_path / "broken" / "tokenizer.json").write_bytes((recipe.parent / "model" / "tokenizer.json").read_bytes())
     (tmp_path / "broken" / "tokenizer_config.json").write_bytes(
-        (recipe.parent / "model" / "tokenizer_config.json").read_bytes())
+        (recipe.parent / "model" / "tokenizer_config.json").read_bytes()
+    )
     message = one_line_error("select", recipe, f"output_dir={tmp_path}/run", f"model={tmp_path}/broken")
     assert "layer 2 has NaN" in message
 

@@ -81,9 +81,7 @@ def test_what_one_library_took_another_does_not_repeat(library: Path) -> None:
 
 
 def test_a_module_gives_few_rows(library: Path) -> None:
-    texts = "\n".join(
-        f'def f{c}{d}():\n    """{c}{d} {PARAGRAPH}"""' for c in "abcdef" for d in "abcdef"
-    )
+    texts = "\n".join(f'def f{c}{d}():\n    """{c}{d} {PARAGRAPH}"""' for c in "abcdef" for d in "abcdef")
     for path in library.rglob("*.py"):
         path.unlink()
     (library / "big.py").write_text(texts, encoding="utf-8")

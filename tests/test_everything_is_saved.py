@@ -25,8 +25,15 @@ from trimtab.where import last
 
 IDS = torch.randint(3, tiny.VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
 IDS[0, 2], IDS[1, 1], IDS[1, 3] = 5, 5, 6  # the new tokens, and aLoRA's
-SIZES = dict(vocab_size=tiny.VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-             num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1)
+SIZES = dict(
+    vocab_size=tiny.VOCAB,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    initializer_range=0.1,
+)
 
 
 def llama(**more: Any) -> nn.Module:
@@ -38,13 +45,26 @@ def mixtral() -> nn.Module:
 
 
 def qwen2_moe() -> nn.Module:
-    return tf.Qwen2MoeForCausalLM(tf.Qwen2MoeConfig(
-        **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=24))
+    return tf.Qwen2MoeForCausalLM(
+        tf.Qwen2MoeConfig(
+            **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=24
+        )
+    )
 
 
 def gpt2() -> nn.Module:
-    return tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=tiny.VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=64,
-                                            initializer_range=0.1, bos_token_id=1, eos_token_id=2))
+    return tf.GPT2LMHeadModel(
+        tf.GPT2Config(
+            vocab_size=tiny.VOCAB,
+            n_embd=32,
+            n_layer=3,
+            n_head=4,
+            n_positions=64,
+            initializer_range=0.1,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
 
 
 def t5() -> nn.Module:
@@ -56,15 +76,33 @@ def bert() -> nn.Module:
 
 
 def convbert() -> nn.Module:
-    return tf.ConvBertForSequenceClassification(tf.ConvBertConfig(
-        vocab_size=tiny.VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-        embedding_size=16, head_ratio=2, conv_kernel_size=3, initializer_range=0.1))
+    return tf.ConvBertForSequenceClassification(
+        tf.ConvBertConfig(
+            vocab_size=tiny.VOCAB,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=48,
+            embedding_size=16,
+            head_ratio=2,
+            conv_kernel_size=3,
+            initializer_range=0.1,
+        )
+    )
 
 
 def vit() -> nn.Module:
-    return tf.ViTForImageClassification(tf.ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=8, patch_size=4,
-        initializer_range=0.1))
+    return tf.ViTForImageClassification(
+        tf.ViTConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=48,
+            image_size=8,
+            patch_size=4,
+            initializer_range=0.1,
+        )
+    )
 
 
 class Attentive(nn.Module):
@@ -109,22 +147,25 @@ CASES = {
     "gaussian": Case(settings=dict(init_lora_weights="gaussian")),
     "orthogonal": Case(settings=dict(init_lora_weights="orthogonal")),
     "mica": Case(settings=dict(init_lora_weights="mica")),
-    "pissa": Case(settings=dict(init_lora_weights="pissa"),
-        refused=dict(switch="init_lora_weights=")),
-    "olora": Case(settings=dict(init_lora_weights="olora"),
-        refused=dict(switch="init_lora_weights=")),
+    "pissa": Case(settings=dict(init_lora_weights="pissa"), refused=dict(switch="init_lora_weights=")),
+    "olora": Case(settings=dict(init_lora_weights="olora"), refused=dict(switch="init_lora_weights=")),
     "an embedding": Case(settings=dict(target_modules=["q_proj", "embed_tokens"])),
-    "an embedding, ranks": Case(settings=dict(target_modules=["q_proj", "embed_tokens"],
-                                              rank_pattern={"embed_tokens": 3})),
+    "an embedding, ranks": Case(
+        settings=dict(target_modules=["q_proj", "embed_tokens"], rank_pattern={"embed_tokens": 3})
+    ),
     "a head": Case(settings=dict(target_modules=["q_proj", "lm_head"])),
     "embedding tied": Case(lambda: llama(tie_word_embeddings=True), dict(target_modules=["q_proj", "embed_tokens"])),
     "head tied": Case(lambda: llama(tie_word_embeddings=True), dict(target_modules=["q_proj", "lm_head"])),
-    "tying ensured": Case(lambda: llama(tie_word_embeddings=True),
-                          dict(target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True)),
-    "tying ensured by the head": Case(lambda: llama(tie_word_embeddings=True),
-                                      dict(target_modules=["q_proj", "lm_head"], ensure_weight_tying=True)),
-    "saved tying ensured": Case(lambda: llama(tie_word_embeddings=True),
-                                dict(modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
+    "tying ensured": Case(
+        lambda: llama(tie_word_embeddings=True),
+        dict(target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True),
+    ),
+    "tying ensured by the head": Case(
+        lambda: llama(tie_word_embeddings=True), dict(target_modules=["q_proj", "lm_head"], ensure_weight_tying=True)
+    ),
+    "saved tying ensured": Case(
+        lambda: llama(tie_word_embeddings=True), dict(modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    ),
     "saved embedding tied": Case(lambda: llama(tie_word_embeddings=True), dict(modules_to_save=["embed_tokens"])),
     "saved head tied": Case(lambda: llama(tie_word_embeddings=True), dict(modules_to_save=["lm_head"])),
     "saved head and norm": Case(settings=dict(modules_to_save=["lm_head", "norm"])),
@@ -132,55 +173,94 @@ CASES = {
     "new tokens by module": Case(settings=dict(trainable_token_indices={"embed_tokens": [5, 6], "lm_head": [5]})),
     "new tokens tied": Case(lambda: llama(tie_word_embeddings=True), dict(trainable_token_indices=[5, 6])),
     "new tokens and a head": Case(settings=dict(trainable_token_indices=[5, 6], modules_to_save=["lm_head"])),
-    "new tokens in tied weights of an encoder-decoder": Case(t5, dict(
-        task_type="SEQ_2_SEQ_LM", target_modules=["q", "v"], trainable_token_indices=[5, 6])),
-    "head of an encoder-decoder": Case(t5, dict(task_type="SEQ_2_SEQ_LM", target_modules=["q", "lm_head"]),
-        refused=dict(merged="lm_head.weight is tied to shared.weight")),
-    "layer replication": Case(settings=dict(layer_replication=[(0, 2), (1, 3)]),
-        refused=dict(switch="layer_replication=")),
-    "aLoRA": Case(settings=dict(alora_invocation_tokens=[5]),
-        refused=dict(merged="alora_invocation_tokens=[5]", switch="alora_invocation_tokens=[5]")),
-    "KaSA": Case(settings=dict(kasa_config=peft.KasaConfig()),
-        refused=dict(switch="kasa_config=")),
-    "KaSA, ranks": Case(settings=dict(kasa_config=peft.KasaConfig()) | RANKS,
-        refused=dict(switch="kasa_config=", padded="q_proj.lora_diag has rank 2")),
+    "new tokens in tied weights of an encoder-decoder": Case(
+        t5, dict(task_type="SEQ_2_SEQ_LM", target_modules=["q", "v"], trainable_token_indices=[5, 6])
+    ),
+    "head of an encoder-decoder": Case(
+        t5,
+        dict(task_type="SEQ_2_SEQ_LM", target_modules=["q", "lm_head"]),
+        refused=dict(merged="lm_head.weight is tied to shared.weight"),
+    ),
+    "layer replication": Case(
+        settings=dict(layer_replication=[(0, 2), (1, 3)]), refused=dict(switch="layer_replication=")
+    ),
+    "aLoRA": Case(
+        settings=dict(alora_invocation_tokens=[5]),
+        refused=dict(merged="alora_invocation_tokens=[5]", switch="alora_invocation_tokens=[5]"),
+    ),
+    "KaSA": Case(settings=dict(kasa_config=peft.KasaConfig()), refused=dict(switch="kasa_config=")),
+    "KaSA, ranks": Case(
+        settings=dict(kasa_config=peft.KasaConfig()) | RANKS,
+        refused=dict(switch="kasa_config=", padded="q_proj.lora_diag has rank 2"),
+    ),
     "DoRA": Case(settings=dict(use_dora=True) | RANKS),
     "DoRA of an embedding": Case(settings=dict(use_dora=True, target_modules=["q_proj", "embed_tokens"])),
-    "DoRA of pissa": Case(settings=dict(use_dora=True, init_lora_weights="pissa"),
-        refused=dict(switch="init_lora_weights=")),
+    "DoRA of pissa": Case(
+        settings=dict(use_dora=True, init_lora_weights="pissa"), refused=dict(switch="init_lora_weights=")
+    ),
     "LoRA biases": Case(lambda: llama(attention_bias=True), dict(lora_bias=True)),
-    "LoRA biases, none in the base": Case(settings=dict(lora_bias=True),
-        refused=dict(merged="q_proj.lora_B.bias", switch="q_proj.lora_B.bias")),
-    "all biases": Case(lambda: llama(attention_bias=True), dict(bias="all"),
-        refused=dict(switch="bias='all'")),
-    "the adapted biases": Case(lambda: llama(attention_bias=True), dict(bias="lora_only"),
-        refused=dict(switch="bias='lora_only'")),
+    "LoRA biases, none in the base": Case(
+        settings=dict(lora_bias=True), refused=dict(merged="q_proj.lora_B.bias", switch="q_proj.lora_B.bias")
+    ),
+    "all biases": Case(lambda: llama(attention_bias=True), dict(bias="all"), refused=dict(switch="bias='all'")),
+    "the adapted biases": Case(
+        lambda: llama(attention_bias=True), dict(bias="lora_only"), refused=dict(switch="bias='lora_only'")
+    ),
     "experts, named": Case(mixtral, dict(target_modules=["q_proj", "w1", "w2", "w3"])),
-    "experts, as parameters": Case(mixtral, dict(
-        target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"],
-        rank_pattern={"experts.down_proj": 2})),
+    "experts, as parameters": Case(
+        mixtral,
+        dict(
+            target_modules=["q_proj"],
+            target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+            rank_pattern={"experts.down_proj": 2},
+        ),
+    ),
     "experts alone": Case(mixtral, dict(target_modules=[], target_parameters=["experts.down_proj"])),
     "experts of Qwen2-MoE": Case(qwen2_moe, dict(target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"])),
     "Conv1D": Case(gpt2, dict(target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)),
     "Conv1D and its tied head": Case(gpt2, dict(target_modules=["c_attn", "lm_head"])),
     "Conv1D and its tied embedding": Case(gpt2, dict(target_modules=["c_attn", "wte"])),
     "convolutions": Case(convbert, dict(task_type="SEQ_CLS", target_modules=["query", "pointwise"])),
-    "convolutions, ranks": Case(convbert, dict(task_type="SEQ_CLS", target_modules=["query", "pointwise"],
-                                               rank_pattern={"pointwise": 2})),
+    "convolutions, ranks": Case(
+        convbert, dict(task_type="SEQ_CLS", target_modules=["query", "pointwise"], rank_pattern={"pointwise": 2})
+    ),
     "images": Case(vit, dict(task_type=None, target_modules=["projection", "q_proj"], rank_pattern={"projection": 2})),
     "images, DoRA": Case(vit, dict(task_type=None, target_modules=["projection", "q_proj"], use_dora=True)),
     "a classifier": Case(bert, dict(task_type="SEQ_CLS", target_modules=["query"])),
-    "torch's attention": Case(Attentive, dict(task_type=None, target_modules=["mix", "lift"]),
-        refused=dict(merged="Attentive has no save_pretrained")),
+    "torch's attention": Case(
+        Attentive,
+        dict(task_type=None, target_modules=["mix", "lift"]),
+        refused=dict(merged="Attentive has no save_pretrained"),
+    ),
 }
 BESIDE_BLOCKS = "layer replication", "torch's attention"  # a selection of layers says nothing about these
 OUTSIDE = {"head of an encoder-decoder": {}, "KaSA, ranks": dict(switch="kasa_config=")}  # what would be refused
-CASES |= {f"where: {name}": Case(case.base, case.settings | dict(where=last), OUTSIDE.get(name, case.refused))
-          for name, case in CASES.items() if name not in BESIDE_BLOCKS}
-ADAPTIVE = ("plain", "rsLoRA", "a regex", "a head", "head tied", "saved head and norm", "saved tying ensured",
-            "new tokens", "new tokens tied", "where: new tokens", "a classifier", "Conv1D", "Conv1D and its tied head")
-CASES |= {f"adaptive: {name}": Case(CASES[name].base, CASES[name].settings | dict(rank=AdaLoRA(target_r=2)),
-                                    CASES[name].refused) for name in ADAPTIVE}
+CASES |= {
+    f"where: {name}": Case(case.base, case.settings | dict(where=last), OUTSIDE.get(name, case.refused))
+    for name, case in CASES.items()
+    if name not in BESIDE_BLOCKS
+}
+ADAPTIVE = (
+    "plain",
+    "rsLoRA",
+    "a regex",
+    "a head",
+    "head tied",
+    "saved head and norm",
+    "saved tying ensured",
+    "new tokens",
+    "new tokens tied",
+    "where: new tokens",
+    "a classifier",
+    "Conv1D",
+    "Conv1D and its tied head",
+)
+CASES |= {
+    f"adaptive: {name}": Case(
+        CASES[name].base, CASES[name].settings | dict(rank=AdaLoRA(target_r=2)), CASES[name].refused
+    )
+    for name in ADAPTIVE
+}
 
 
 def adapter(case: Case, seed: int = 1, base: nn.Module | None = None, **more: Any) -> peft.PeftModel:
@@ -291,9 +371,22 @@ def test_biases_and_a_rank_method_do_not_go_together():
         TrimConfig(bias="lora_only", rank=AdaLoRA(target_r=2))
 
 
-TOGETHER = ("plain", "a head", "an embedding", "saved head and norm", "saved embedding tied", "new tokens",
-            "new tokens tied", "experts, named", "Conv1D", "DoRA", "LoRA biases", "a classifier",
-            "where: saved head and norm", "adaptive: saved head and norm")
+TOGETHER = (
+    "plain",
+    "a head",
+    "an embedding",
+    "saved head and norm",
+    "saved embedding tied",
+    "new tokens",
+    "new tokens tied",
+    "experts, named",
+    "Conv1D",
+    "DoRA",
+    "LoRA biases",
+    "a classifier",
+    "where: saved head and norm",
+    "adaptive: saved head and norm",
+)
 
 
 @pytest.mark.parametrize("name", TOGETHER)
@@ -335,10 +428,15 @@ def test_two_active_adapters_are_merged_together_and_written_one_by_one(tmp_path
         written(model, "peft", tmp_path / "peft")
 
 
-@pytest.mark.parametrize(("name", "settings"), [
-    ("tying ensured", dict(target_modules=["embed_tokens"])),
-    ("tying ensured", dict(target_modules=["q_proj", "lm_head"])),
-    ("saved tying ensured", dict(target_modules=QV, modules_to_save=["embed_tokens"]))], ids=str)
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("tying ensured", dict(target_modules=["embed_tokens"])),
+        ("tying ensured", dict(target_modules=["q_proj", "lm_head"])),
+        ("saved tying ensured", dict(target_modules=QV, modules_to_save=["embed_tokens"])),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("form", ["save", "peft"])
 def test_a_second_adapter_is_saved_as_it_is_where_peft_ties_the_first_only(name, settings, form, tmp_path):
     case = CASES[name]
@@ -350,9 +448,12 @@ def test_a_second_adapter_is_saved_as_it_is_where_peft_ties_the_first_only(name,
     close(reload(case, form, tmp_path / "second"), function(model))
 
 
-RESIZED = {"plain": {}, "new tokens": dict(trainable_token_indices=[5, tiny.VOCAB + 1]),
-           "an embedding": dict(target_modules=["q_proj", "embed_tokens"]),
-           "a saved embedding": dict(modules_to_save=["embed_tokens", "lm_head"])}
+RESIZED = {
+    "plain": {},
+    "new tokens": dict(trainable_token_indices=[5, tiny.VOCAB + 1]),
+    "an embedding": dict(target_modules=["q_proj", "embed_tokens"]),
+    "a saved embedding": dict(modules_to_save=["embed_tokens", "lm_head"]),
+}
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -394,8 +495,15 @@ assert "trimtab" not in sys.modules
 
 def test_a_process_without_trimtab_reads_what_was_written(tmp_path):
     folders = []
-    for name in ("where: convolutions", "where: experts, named", "an embedding, ranks", "adaptive: new tokens tied",
-                 "where: all biases", "adaptive: saved head and norm", "pissa"):
+    for name in (
+        "where: convolutions",
+        "where: experts, named",
+        "an embedding, ranks",
+        "adaptive: new tokens tied",
+        "where: all biases",
+        "adaptive: saved head and norm",
+        "pissa",
+    ):
         for form in ("save", "peft", "padded"):
             case, folder = CASES[name], tmp_path / str(len(folders))
             case.build().save_pretrained(folder / "base")
@@ -420,15 +528,21 @@ NAMED = {
     "beside the user's exclusions": (llama, dict(target_modules=QV, exclude_modules=["v_proj"])),
     "beside the user's regex": (llama, dict(target_modules=QV, exclude_modules=r".*v_proj")),
     "embeddings and heads": (llama, dict(target_modules=["q_proj", "embed_tokens", "lm_head"])),
-    "tied embeddings": (lambda: llama(tie_word_embeddings=True),
-                        dict(target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True)),
-    "a tied head": (lambda: llama(tie_word_embeddings=True),
-                    dict(target_modules=r".*(q_proj|lm_head)", ensure_weight_tying=True)),
+    "tied embeddings": (
+        lambda: llama(tie_word_embeddings=True),
+        dict(target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True),
+    ),
+    "a tied head": (
+        lambda: llama(tie_word_embeddings=True),
+        dict(target_modules=r".*(q_proj|lm_head)", ensure_weight_tying=True),
+    ),
     "experts": (mixtral, dict(target_modules=["q_proj", "w1", "w2", "w3"])),
     "experts alone": (mixtral, dict(target_modules=["w1", "w2", "w3"])),
     "experts as parameters": (mixtral, dict(target_modules=[], target_parameters=["experts.gate_up_proj"])),
-    "experts by full name": (mixtral, dict(target_modules=[], target_parameters=[
-        f"model.layers.{i}.mlp.experts.down_proj" for i in range(3)])),
+    "experts by full name": (
+        mixtral,
+        dict(target_modules=[], target_parameters=[f"model.layers.{i}.mlp.experts.down_proj" for i in range(3)]),
+    ),
     "experts of Qwen2-MoE": (qwen2_moe, dict(target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"])),
     "a parameter of a linear": (llama, dict(target_modules=[], target_parameters=["q_proj.weight"])),
     "convolutions": (convbert, dict(task_type="SEQ_CLS", target_modules=["query", "pointwise"])),
@@ -465,9 +579,14 @@ def test_where_holds_for_every_way_of_naming_targets(name, by, tmp_path):
     assert adapted_blocks(ours) == adapted_blocks(model), "a config that was read back adapts the same layers"
 
 
-@pytest.mark.parametrize("make", [
-    lambda base, chosen, **k: TrimConfig(where=chosen, **k),
-    lambda base, chosen, **k: trimtab.restrict(peft.LoraConfig(**k), chosen, base)], ids=["TrimConfig", "restrict"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda base, chosen, **k: TrimConfig(where=chosen, **k),
+        lambda base, chosen, **k: trimtab.restrict(peft.LoraConfig(**k), chosen, base),
+    ],
+    ids=["TrimConfig", "restrict"],
+)
 def test_where_and_replicated_layers_do_not_go_together(make):
     base = llama()
     with pytest.raises(ConfigError, match="layer_replication"):
@@ -478,8 +597,10 @@ def test_copies_and_second_adapters_on_experts_keep_to_their_layers(tmp_path):
     case = CASES["where: experts, named"]
     model = adapter(case)
     base = base_of(model)
-    model.add_adapter("second", TrimConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "w1", "w2", "w3"],
-                                           where=last(base, count=1)))
+    model.add_adapter(
+        "second",
+        TrimConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "w1", "w2", "w3"], where=last(base, count=1)),
+    )
     model.set_adapter("second")
     scramble(model, 2)
     twin = copy.deepcopy(model).eval()

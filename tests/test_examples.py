@@ -49,8 +49,17 @@ def test_two_lines_train_a_plain_lora_adapter_with_the_stock_trainer(tmp_path: P
     steps = sorted((tmp_path / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     assert len(steps) == 3
     for adapter, total in ((steps[0], None), (tmp_path / "adapter", 2 * 3 * 3)):
-        found = json.loads(run("-c", READER.format(
-            auto="AutoModelForSequenceClassification", model=model, options={"num_labels": 2}, adapter=str(adapter))))
+        found = json.loads(
+            run(
+                "-c",
+                READER.format(
+                    auto="AutoModelForSequenceClassification",
+                    model=model,
+                    options={"num_labels": 2},
+                    adapter=str(adapter),
+                ),
+            )
+        )
         assert "trimtab" not in found["kinds"]
         assert total is None or sum(found["ranks"]) == total  # rank 2 in the mean of 3 modules in 3 layers
 

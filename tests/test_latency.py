@@ -34,7 +34,8 @@ def test_the_table_has_every_adapter_at_every_batch_size(tmp_path):
     options = ["--tokens", "4", "--rounds", "3", "--batch", "1", "--batch", "2"]
     found = json.loads(trimtab("bench", "latency", tmp_path / "r.yaml", *options, "--json").stdout)
     assert [(row["batch"], row["name"]) for row in found["timings"]] == [
-        (batch, name) for batch in (1, 2) for name in [*NAMES, "LLaMA-Adapter"]]
+        (batch, name) for batch in (1, 2) for name in [*NAMES, "LLaMA-Adapter"]
+    ]
     for row in found["timings"]:
         assert len(row["seconds"]) == 3
         assert row["ratio_quartiles"][0] <= row["ratio"] <= row["ratio_quartiles"][1]
@@ -92,13 +93,16 @@ def test_nobody_always_goes_first():
     assert [next(latency._turned(["a", "b", "c"], i)) for i in range(-2, 4)] == ["b", "c", "a", "b", "c", "a"]
 
 
-@pytest.mark.parametrize("override, options, message", [
-    ("model.config.max_position_embeddings=8", ["--tokens", "9"], "at most 8"),
-    ("model.quantization={load_in_4bit: true}", [], "unquantised"),
-    ("adapter.target_modules=[query]", [], "query"),
-    ("seed=1", ["--device", "gpu"], "device='gpu': cannot be used here; cpu"),
-    ("seed=1", ["--device", "meta"], "device='meta': cannot be used here; cpu"),
-])
+@pytest.mark.parametrize(
+    "override, options, message",
+    [
+        ("model.config.max_position_embeddings=8", ["--tokens", "9"], "at most 8"),
+        ("model.quantization={load_in_4bit: true}", [], "unquantised"),
+        ("adapter.target_modules=[query]", [], "query"),
+        ("seed=1", ["--device", "gpu"], "device='gpu': cannot be used here; cpu"),
+        ("seed=1", ["--device", "meta"], "device='meta': cannot be used here; cpu"),
+    ],
+)
 def test_what_cannot_be_measured_is_refused(tmp_path, override, options, message):
     (tmp_path / "r.yaml").write_text(json.dumps(LLAMA))
     assert message in trimtab("bench", "latency", tmp_path / "r.yaml", override, *options, code=2).stderr

@@ -113,9 +113,7 @@ def test_a_bottleneck_cell_trains_resumes_and_is_loaded_again(family, where, tmp
     chosen = selections[family] if where == "cka" else None
 
     def adapted() -> peft.PeftModel:
-        config = trimtab.BottleneckConfig(
-            bottleneck_size=4, task_type=tiny.FAMILIES[family].task_type, where=chosen
-        )
+        config = trimtab.BottleneckConfig(bottleneck_size=4, task_type=tiny.FAMILIES[family].task_type, where=chosen)
         base = tiny.build(family)
         torch.manual_seed(0)
         return peft.get_peft_model(base, config)

@@ -41,8 +41,15 @@ from trimtab.models import (
 from trimtab.tasks import get_task
 
 RTE = get_task({"name": "glue/rte"})
-TARGETS = {"bert": ["query", "value"], "roberta": ["query", "value"], "deberta-v2": ["query_proj", "value_proj"],
-           "llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"], "bart": ["q_proj"], "t5": ["q"]}
+TARGETS = {
+    "bert": ["query", "value"],
+    "roberta": ["query", "value"],
+    "deberta-v2": ["query_proj", "value_proj"],
+    "llama": ["q_proj", "v_proj"],
+    "gpt2": ["c_attn"],
+    "bart": ["q_proj"],
+    "t5": ["q"],
+}
 
 
 def checkpoint(folder: Path, kind: str, auto=AutoModel, **config) -> str:
@@ -61,24 +68,31 @@ def rows(vocab=32):
 # What the checkpoint lacked, and reloading.
 
 
-@pytest.mark.parametrize(("kind", "auto", "expected"), [
-    ("bert", AutoModel, ["classifier"]),
-    ("bert", AutoModelForMaskedLM, ["pooler", "classifier"]),
-    ("deberta-v2", AutoModel, ["pooler", "classifier"]),
-    ("roberta", AutoModel, ["classifier"]),
-    ("llama", AutoModel, ["score"]),
-    ("gpt2", AutoModel, ["score"]),
-    ("bart", AutoModel, ["classification_head"]),
-    ("t5", AutoModel, ["classification_head"]),
-])
+@pytest.mark.parametrize(
+    ("kind", "auto", "expected"),
+    [
+        ("bert", AutoModel, ["classifier"]),
+        ("bert", AutoModelForMaskedLM, ["pooler", "classifier"]),
+        ("deberta-v2", AutoModel, ["pooler", "classifier"]),
+        ("roberta", AutoModel, ["classifier"]),
+        ("llama", AutoModel, ["score"]),
+        ("gpt2", AutoModel, ["score"]),
+        ("bart", AutoModel, ["classification_head"]),
+        ("t5", AutoModel, ["classification_head"]),
+    ],
+)
 def test_a_reloaded_adapter_computes_the_trained_models_logits(tmp_path, kind, auto, expected):
     spec = ModelSpec(name_or_path=checkpoint(tmp_path / "base", kind, auto))
     torch.manual_seed(1)
     got = load_model(spec, RTE, load_tokenizer(spec))
     assert list(got.modules_to_save) == expected
     assert any("not in the checkpoint" in note for note in got.notes)
-    model = get_peft_model(got.model, LoraConfig(
-        task_type=RTE.task_type, r=2, target_modules=TARGETS[kind], modules_to_save=list(got.modules_to_save)))
+    model = get_peft_model(
+        got.model,
+        LoraConfig(
+            task_type=RTE.task_type, r=2, target_modules=TARGETS[kind], modules_to_save=list(got.modules_to_save)
+        ),
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -96,8 +110,9 @@ def test_a_reloaded_adapter_computes_the_trained_models_logits(tmp_path, kind, a
 def test_debertas_pooler_is_lost_without_the_names_found(tmp_path):
     spec = ModelSpec(name_or_path=checkpoint(tmp_path / "base", "deberta-v2"))
     torch.manual_seed(1)
-    model = get_peft_model(load_model(spec, RTE).model, LoraConfig(
-        task_type="SEQ_CLS", r=2, target_modules=TARGETS["deberta-v2"])).eval()
+    model = get_peft_model(
+        load_model(spec, RTE).model, LoraConfig(task_type="SEQ_CLS", r=2, target_modules=TARGETS["deberta-v2"])
+    ).eval()
     logits = model(**rows()).logits
     model.save_pretrained(tmp_path / "adapter")
     torch.manual_seed(2)
@@ -122,8 +137,11 @@ def test_a_checkpoint_that_lacks_layers_is_refused(tmp_path):
     folder = checkpoint(tmp_path, "bert")
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
-    with pytest.raises(ModelError, match=r"lacks 16 weights of BertForSequenceClassification, such as "
-                                         r"'bert\.encoder\.layer\.2"):
+    with pytest.raises(
+        ModelError,
+        match=r"lacks 16 weights of BertForSequenceClassification, such as "
+        r"'bert\.encoder\.layer\.2",
+    ):
         load_model(ModelSpec(name_or_path=folder), RTE)
 
 
@@ -199,8 +217,17 @@ def test_config_without_a_type_overrides_the_checkpoints(tmp_path):
 
 
 def test_a_bare_config_gives_a_model_of_random_weights():
-    spec = ModelSpec(config={"model_type": "bert", "vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1,
-                             "num_attention_heads": 2, "intermediate_size": 32}, dtype="bfloat16")
+    spec = ModelSpec(
+        config={
+            "model_type": "bert",
+            "vocab_size": 32,
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 32,
+        },
+        dtype="bfloat16",
+    )
     got = load_model(spec, RTE)
     assert got.modules_to_save == ("classifier",)
     assert got.model.dtype == torch.bfloat16
@@ -213,8 +240,10 @@ def test_a_quantised_decoder_keeps_its_head_trainable(tmp_path):
     model = load_model(spec, RTE).model
     assert type(model.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
     assert type(model.score) is torch.nn.Linear
-    for settings, message in [({"load_in_4bits": True}, r"load_in_4bits=True: .*Did you mean 'load_in_4bit'\?"),
-                              ({"bnb_4bit_quant_type": "nf4"}, r"set load_in_4bit or load_in_8bit")]:
+    for settings, message in [
+        ({"load_in_4bits": True}, r"load_in_4bits=True: .*Did you mean 'load_in_4bit'\?"),
+        ({"bnb_4bit_quant_type": "nf4"}, r"set load_in_4bit or load_in_8bit"),
+    ]:
         with pytest.raises(ConfigError, match=message):
             load_model(ModelSpec(name_or_path=str(tmp_path), quantization=settings), RTE)
 
@@ -241,14 +270,17 @@ def test_a_config_file_needs_no_checkpoint_even_beside_a_hub_id(tmp_path):
     assert len(model.deberta.encoder.layer) == 3
 
 
-@pytest.mark.parametrize(("config", "words"), [
-    ({"model_type": "lama"}, ["model.config.model_type='lama'", "Did you mean 'llama'?"]),
-    ({"model_type": "llama", "num_hiden_layers": 2}, ["model.config.num_hiden_layers=2", "'num_hidden_layers'"]),
-    ({"model_type": "llama", "hidden_size": 10, "num_attention_heads": 3}, ["model.config=", "not a multiple"]),
-    ({"hidden_size": 2}, ["model.config", "needs a model_type"]),
-    ("nowhere.json", ["model.config='nowhere.json'", "No such file"]),
-    ([1], ["model.config=[1]", "a mapping"]),
-])
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "lama"}, ["model.config.model_type='lama'", "Did you mean 'llama'?"]),
+        ({"model_type": "llama", "num_hiden_layers": 2}, ["model.config.num_hiden_layers=2", "'num_hidden_layers'"]),
+        ({"model_type": "llama", "hidden_size": 10, "num_attention_heads": 3}, ["model.config=", "not a multiple"]),
+        ({"hidden_size": 2}, ["model.config", "needs a model_type"]),
+        ("nowhere.json", ["model.config='nowhere.json'", "No such file"]),
+        ([1], ["model.config=[1]", "a mapping"]),
+    ],
+)
 def test_a_wrong_config_is_refused_in_one_line(config, words):
     with pytest.raises(ConfigError) as error:
         load_config(ModelSpec(config=config))
@@ -275,14 +307,17 @@ def offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
-@pytest.mark.parametrize(("name", "words"), [
-    ("no-such-org/no-such-model", ["hub cannot be reached"]),
-    ("no-such-model", ["no such folder"]),
-    ("./nowhere", ["no such folder"]),
-    ("/nowhere/at/all", ["no such folder"]),
-    ("nowhere/model.gguf", ["no such file", "gguf_file"]),
-    ("not a name!", ["Repo id"]),
-])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("no-such-org/no-such-model", ["hub cannot be reached"]),
+        ("no-such-model", ["no such folder"]),
+        ("./nowhere", ["no such folder"]),
+        ("/nowhere/at/all", ["no such folder"]),
+        ("nowhere/model.gguf", ["no such file", "gguf_file"]),
+        ("not a name!", ["Repo id"]),
+    ],
+)
 def test_a_model_that_is_nowhere_is_one_line(offline, name, words):
     spec = ModelSpec(name_or_path=name)
     for load in (load_config, load_tokenizer, lambda s: load_model(s, RTE)):
@@ -295,8 +330,11 @@ def test_a_model_that_is_nowhere_is_one_line(offline, name, words):
 
 def test_a_folder_that_holds_no_model_says_what_it_holds(tmp_path):
     spec = ModelSpec(name_or_path=str(tmp_path))
-    for file, word in [("notes.txt", "save_pretrained"), ("adapter_config.json", "name the base model"),
-                       ("x.Q4.gguf", "it holds 'x.Q4.gguf'")]:
+    for file, word in [
+        ("notes.txt", "save_pretrained"),
+        ("adapter_config.json", "name the base model"),
+        ("x.Q4.gguf", "it holds 'x.Q4.gguf'"),
+    ]:
         (tmp_path / file).write_text("{}")
         with pytest.raises(ModelError, match=r"no config\.json in this folder") as error:
             load_model(spec, RTE)
@@ -330,10 +368,13 @@ def test_the_tokenizer_may_be_elsewhere(tmp_path):
         load_tokenizer(ModelSpec(name_or_path=str(tmp_path / "b"), tokenizer="./nowhere"))
 
 
-@pytest.mark.parametrize(("settings", "words"), [
-    ({}, ["model.name_or_path=None"]),
-    ({"name_or_path": "x", "dtype": "float23"}, ["model.dtype='float23'", "Did you mean 'float32'?"]),
-])
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, ["model.name_or_path=None"]),
+        ({"name_or_path": "x", "dtype": "float23"}, ["model.dtype='float23'", "Did you mean 'float32'?"]),
+    ],
+)
 def test_a_wrong_spec_is_refused(settings, words):
     with pytest.raises(ConfigError) as error:
         ModelSpec(**settings)
@@ -344,11 +385,14 @@ def test_a_wrong_spec_is_refused(settings, words):
 # Which token stands for a row.
 
 
-@pytest.mark.parametrize(("kind", "pool"), [
-    *[(kind, "cls") for kind in ("bert", "roberta", "deberta-v2", "modernbert", "xlm-roberta", "electra")],
-    *[(kind, "last") for kind in ("gpt2", "llama", "mistral", "gemma", "gemma2", "qwen2", "qwen3", "phi3")],
-    *[(kind, "mean") for kind in ("t5", "bart")],
-])
+@pytest.mark.parametrize(
+    ("kind", "pool"),
+    [
+        *[(kind, "cls") for kind in ("bert", "roberta", "deberta-v2", "modernbert", "xlm-roberta", "electra")],
+        *[(kind, "last") for kind in ("gpt2", "llama", "mistral", "gemma", "gemma2", "qwen2", "qwen3", "phi3")],
+        *[(kind, "mean") for kind in ("t5", "bart")],
+    ],
+)
 def test_the_token_that_stands_for_a_row_follows_from_the_kind_of_model(kind, pool):
     assert pool_of(AutoConfig.for_model(kind)) == pool
 
@@ -392,8 +436,13 @@ def write_gguf(file: Path, vocab=24, d=64, layers=2) -> None:
     for i in range(layers):
         for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
             add(f"blk.{i}.{name}.weight", d, d)
-        for name, shape in (("ffn_gate", (2 * d, d)), ("ffn_up", (2 * d, d)), ("ffn_down", (d, 2 * d)),
-                            ("attn_norm", (d,)), ("ffn_norm", (d,))):
+        for name, shape in (
+            ("ffn_gate", (2 * d, d)),
+            ("ffn_up", (2 * d, d)),
+            ("ffn_down", (d, 2 * d)),
+            ("attn_norm", (d,)),
+            ("ffn_norm", (d,)),
+        ):
             add(f"blk.{i}.{name}.weight", *shape)
     out.write_header_to_file()
     out.write_kv_data_to_file()
@@ -403,8 +452,10 @@ def write_gguf(file: Path, vocab=24, d=64, layers=2) -> None:
 
 def test_a_gguf_file_gives_config_tokenizer_and_model(tmp_path):
     write_gguf(tmp_path / "tiny.gguf")
-    for spec in (ModelSpec(name_or_path=str(tmp_path / "tiny.gguf")),
-                 ModelSpec(name_or_path=str(tmp_path), gguf_file="tiny.gguf")):
+    for spec in (
+        ModelSpec(name_or_path=str(tmp_path / "tiny.gguf")),
+        ModelSpec(name_or_path=str(tmp_path), gguf_file="tiny.gguf"),
+    ):
         config = load_config(spec, RTE)
         assert (config.model_type, config.num_hidden_layers, config.num_labels) == ("llama", 2, 2)
         tokenizer = load_tokenizer(spec, RTE)

@@ -14,8 +14,18 @@ from trimtab.models import meta_model
 from trimtab.plans import Plan
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-TINY = {"model": {"config": {"model_type": "bert", "vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 4,
-                             "num_attention_heads": 2, "intermediate_size": 32}}}
+TINY = {
+    "model": {
+        "config": {
+            "model_type": "bert",
+            "vocab_size": 32,
+            "hidden_size": 16,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 2,
+            "intermediate_size": 32,
+        }
+    }
+}
 
 
 @pytest.mark.parametrize(
@@ -61,9 +71,15 @@ def test_a_plan_goes_to_json_and_back():
 
 def test_aflora_s_average_in_closed_form_is_the_published_one():
     """DeBERTa-v3-base, r = 4, FFN projections only: methods.md, section 2."""
-    overrides = ["where=null", "adapter.r=4", "freeze=aflora", "freeze.start=svd", "freeze.warmup=1ep",
-                 "freeze.final=0.7",
-                 "freeze.trainable_projections=[intermediate.dense, '(?<!attention.)output.dense']"]
+    overrides = [
+        "where=null",
+        "adapter.r=4",
+        "freeze=aflora",
+        "freeze.start=svd",
+        "freeze.warmup=1ep",
+        "freeze.final=0.7",
+        "freeze.trainable_projections=[intermediate.dense, '(?<!attention.)output.dense']",
+    ]
     path = RECIPES / "cka_deberta-v3-base_cola.yaml"
     made = trimtab.plan(path, overrides=overrides, total_steps=20 * 268, steps_per_epoch=268)
     assert made.params["initial"] == 83_232 + 368_640
@@ -87,8 +103,10 @@ def test_methods_without_a_known_length_plan_their_start_and_say_so():
 
 
 def test_vera_counts_its_two_vectors():
-    made = trimtab.plan(RECIPES / "cka_roberta-base_mrpc.yaml",
-                        overrides=["where=null", "adapter={type: vera, r: 1024, target_modules: [query, value]}"])
+    made = trimtab.plan(
+        RECIPES / "cka_roberta-base_mrpc.yaml",
+        overrides=["where=null", "adapter={type: vera, r: 1024, target_modules: [query, value]}"],
+    )
     assert made.params["initial"] == 43_008  # methods.md, section 6, oracle (a)
 
 

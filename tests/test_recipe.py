@@ -27,7 +27,8 @@ def test_the_recipe_of_the_architecture_page_loads(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("train.jsonl", "dev.jsonl"):
         (tmp_path / name).write_text("{}\n")
-    (tmp_path / "cola.yaml").write_text(textwrap.dedent("""\
+    (tmp_path / "cola.yaml").write_text(
+        textwrap.dedent("""\
         model: {name_or_path: microsoft/deberta-v3-base}
         task: {name: glue/cola, max_length: 64}
         data: {train: train.jsonl, validation: dev.jsonl}
@@ -38,7 +39,8 @@ def test_the_recipe_of_the_architecture_page_loads(tmp_path, monkeypatch):
         train: {num_train_epochs: 5, learning_rate: 1.0e-3}
         output_dir: runs/cola
         seed: 0
-        """))
+        """)
+    )
     loaded = recipe.load("cola.yaml")
     assert loaded.task.options == {"max_length": 64}
     assert loaded.rank.options == {"target_r": 2}

@@ -19,8 +19,18 @@ from trimtab import run as runs
 from trimtab.cli import cli
 from trimtab.plans import Plan
 
-FILES = {"recipe.yaml", "where.json", "plan.json", "history.jsonl", "timing.jsonl", "checkpoints", "adapter",
-         "metrics.json", "predictions.json", "report.html"}
+FILES = {
+    "recipe.yaml",
+    "where.json",
+    "plan.json",
+    "history.jsonl",
+    "timing.jsonl",
+    "checkpoints",
+    "adapter",
+    "metrics.json",
+    "predictions.json",
+    "report.html",
+}
 
 
 def trimtab(*args, code=0):
@@ -52,8 +62,10 @@ def write_recipe(folder, **sections):
     recipe = {
         "model": {"name_or_path": str(tiny_model(folder / "model"))},
         "task": {"name": "glue/mrpc", "max_length": 24},
-        "data": {"train": paraphrases(folder / "train.jsonl", 64),
-                 "validation": paraphrases(folder / "validation.jsonl", 24)},
+        "data": {
+            "train": paraphrases(folder / "train.jsonl", 64),
+            "validation": paraphrases(folder / "validation.jsonl", 24),
+        },
         "adapter": {"r": 4, "target_modules": ["query", "value"]},
         "where": {"ratio": 0.5, "samples": 40, "batch_size": 16},
         "train": {"num_train_epochs": 2, "per_device_train_batch_size": 8, "learning_rate": 5e-3, "use_cpu": True},
@@ -253,8 +265,12 @@ def test_a_resumed_run_ends_where_the_unbroken_one_did(finished, copied):
 
 
 def test_roles_train_at_their_rates_and_the_run_resumes_exactly(tmp_path):
-    recipe = write_recipe(tmp_path, where=None, freeze={"method": "aflora", "warmup": 2, "final": 0.3},
-                          rates={"B": 4, "vectors": 10, "head": 2})
+    recipe = write_recipe(
+        tmp_path,
+        where=None,
+        freeze={"method": "aflora", "warmup": 2, "final": 0.3},
+        rates={"B": 4, "vectors": 10, "head": 2},
+    )
     assert "vectors at 10 times (0.05)" in " ".join(trimtab("plan", recipe).stdout.split())
     trimtab("run", recipe, "train.lr_scheduler_type=constant")
     saved = torch.load(tmp_path / "run" / "checkpoints" / "checkpoint-8" / "optimizer.pt", weights_only=True)
@@ -377,8 +393,10 @@ def test_accumulated_batches_train_like_one_of_their_size(tmp_path):
     recipe = write_recipe(tmp_path)
     still = "model.config={hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}"
     plain = {"max_steps": 4, "per_device_train_batch_size": 8, "learning_rate": 5e-3, "optim": "sgd", "use_cpu": True}
-    for name, train in (("one", plain), ("two", {**plain, "per_device_train_batch_size": 4,
-                                                 "gradient_accumulation_steps": 2})):
+    for name, train in (
+        ("one", plain),
+        ("two", {**plain, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}),
+    ):
         trimtab("train", recipe, still, f"output_dir={tmp_path / name}", f"train={json.dumps(train)}")
     one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
     assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-6

@@ -139,8 +139,11 @@ def test_rslora_is_refused_where_there_is_no_scale():
 
 
 def test_a_start_that_there_is_not_is_refused_by_name():
-    for made in (lambda: SalientLoRA(target_r=2, start="x"), lambda: AdaLoRA(target_r=2, start="x"),
-                 lambda: SoRA(prox_threshold=0.1, start="x")):
+    for made in (
+        lambda: SalientLoRA(target_r=2, start="x"),
+        lambda: AdaLoRA(target_r=2, start="x"),
+        lambda: SoRA(prox_threshold=0.1, start="x"),
+    ):
         with pytest.raises(ConfigError, match=r"^rank\.start='x'"):
             made()
     with pytest.raises(ConfigError, match=r"^freeze\.start='x': lora or svd"):
@@ -168,8 +171,12 @@ def test_values_are_the_singular_values_where_vectors_are_orthogonal():
     P, Q = (torch.linalg.qr(torch.randn(n, 4, generator=g, dtype=torch.float64))[0] for n in (9, 7))
     sizes = torch.tensor([[5.0, 0.5, 3.0, 2.0], [2.0, 1.0, 0.1, 4.0]]).double()
     values = Factors("a", (Q * sizes[0]).T, torch.ones(4).double(), P * sizes[1], has_values=False).values()
-    torch.testing.assert_close(values.sort(descending=True).values,
-                               torch.linalg.svdvals(P * sizes[1] @ (Q * sizes[0]).T)[:4], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        values.sort(descending=True).values,
+        torch.linalg.svdvals(P * sizes[1] @ (Q * sizes[0]).T)[:4],
+        rtol=1e-12,
+        atol=1e-12,
+    )
 
 
 @pytest.mark.parametrize("with_e", [False, True])
@@ -289,8 +296,12 @@ def test_vectors_rest_until_their_site_s_first_freeze_and_train_from_then_on():
             assert (layer.at_work("default") == (e, b)) is is_at_work
             moved = bool((e != 1).any() or (b != 1).any())
             assert is_at_work or not (moved or e in optimizer.state or b in optimizer.state)
-        at_work = sum(e.numel() + b.numel() for la in hosted_layers(model).values()
-                      if la.hosted["default"].frozen for e, b in [la.diagonals("default")])
+        at_work = sum(
+            e.numel() + b.numel()
+            for la in hosted_layers(model).values()
+            if la.hosted["default"].frozen
+            for e, b in [la.diagonals("default")]
+        )
         projections = [p for n, p in model.named_parameters() if ("lora_A" in n or "lora_B" in n) and p.requires_grad]
         assert controller.trainable_params() == at_work + sum(p.numel() for p in projections)
     assert all(bool((e != 1).any()) for la in hosted_layers(model).values() for e in [la.diagonals("default")[0]])

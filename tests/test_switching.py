@@ -45,8 +45,11 @@ def loaded(folders, dtype=torch.float32):
 
 def bits(model):
     """Everything of the base that an adapter could merge into."""
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()
-            if "lora_" not in name and "modules_to_save" not in name}
+    return {
+        name: parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if "lora_" not in name and "modules_to_save" not in name
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -158,8 +158,16 @@ def test_a_killed_search_goes_on_with_what_is_missing_whatever_validation_holds(
 def finished(folder, recipe, score, loss=0.5, fingerprint="f"):
     folder.path.mkdir(parents=True)
     folder.recipe.write_text(recipe.to_yaml())
-    folder.write(folder.metrics, {"metrics": {"accuracy": score, "loss": loss}, "metric": "accuracy", "seconds": 1.0,
-                                  "params": {"final": 5}, "seed": recipe.seed})
+    folder.write(
+        folder.metrics,
+        {
+            "metrics": {"accuracy": score, "loss": loss},
+            "metric": "accuracy",
+            "seconds": 1.0,
+            "params": {"final": 5},
+            "seed": recipe.seed,
+        },
+    )
     folder.write(folder.predictions, {"validation": {"rows": 13, "fingerprint": fingerprint}})
 
 

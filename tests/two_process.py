@@ -95,9 +95,7 @@ def _disagree(kind: str) -> str:
     controller = Controller(model, optimizer, total_steps=10)
     if kind == "freeze":
         decide = controller.freezer.decide
-        controller.freezer.decide = lambda step, *rest: (
-            set() if process == 1 and step == 3 else decide(step, *rest)
-        )
+        controller.freezer.decide = lambda step, *rest: set() if process == 1 and step == 3 else decide(step, *rest)
         controller.freezer.is_due = lambda step: step == 3
     else:
 

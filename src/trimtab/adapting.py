@@ -107,8 +107,14 @@ def reads_rows(settings: recipes.Where) -> bool:
     return reads_batches(settings.method)
 
 
-def adapter_config(recipe: Recipe, model: nn.Module, *, where: Where | None = None, task_type: str | None = None,
-                   modules_to_save: tuple[str, ...] = ()) -> PeftConfig:
+def adapter_config(
+    recipe: Recipe,
+    model: nn.Module,
+    *,
+    where: Where | None = None,
+    task_type: str | None = None,
+    modules_to_save: tuple[str, ...] = (),
+) -> PeftConfig:
     """What goes to `peft.get_peft_model`.
 
     Args:
@@ -142,8 +148,12 @@ def adapter_config(recipe: Recipe, model: nn.Module, *, where: Where | None = No
         from .adapters.prompts import check
 
         if recipe.where is not None:
-            raise ConfigError("where.method", recipe.where.method, "adaption_prompt always takes the last layers; drop "
-                              "where, and set adapter.adapter_layers to their number")
+            raise ConfigError(
+                "where.method",
+                recipe.where.method,
+                "adaption_prompt always takes the last layers; drop "
+                "where, and set adapter.adapter_layers to their number",
+            )
         check(model, config, task_type)
     if adapter.type == "bottleneck":
         config.where = where  # type: ignore[attr-defined]
@@ -170,8 +180,14 @@ def _refuse_what_needs_lora(recipe: Recipe) -> None:
 
 
 def _own_words(adapter: Adapter) -> dict[str, Any]:
-    values = {"r": adapter.r, "alpha": adapter.alpha or 2 * adapter.r, "dropout": adapter.dropout,
-              "init": adapter.init, "target_modules": adapter.target_modules, "modules_to_save": None}
+    values = {
+        "r": adapter.r,
+        "alpha": adapter.alpha or 2 * adapter.r,
+        "dropout": adapter.dropout,
+        "init": adapter.init,
+        "target_modules": adapter.target_modules,
+        "modules_to_save": None,
+    }
     return {theirs: values[ours] for ours, theirs in ADAPTERS[adapter.type][2].items()}
 
 

@@ -177,8 +177,9 @@ class Layout:
         freeze = self.freeze
         if freeze is None or not freeze.rests:
             return 0.0, 0.0
-        waiting = [(r, site.out_features) for site, r in zip(self.sites, self.ranks)
-                   if not freeze.initially_frozen(site.name)]
+        waiting = [
+            (r, site.out_features) for site, r in zip(self.sites, self.ranks) if not freeze.initially_frozen(site.name)
+        ]
         e, b = (sum(column) for column in zip(*waiting)) if waiting else (0, 0)
         has_own_e = self.rank is not None and self.rank.has_e
         return 0.0 if has_own_e else e / sum(self.ranks), b / self.output_params
@@ -187,8 +188,11 @@ class Layout:
     def trainable_share(self) -> float:
         """τ: the share of projections that train at the start in the ranks' cost."""
         freeze = self.freeze
-        trains = sum(r * (site.in_features + site.out_features) for site, r in zip(self.sites, self.ranks)
-                     if freeze is None or not freeze.initially_frozen(site.name))
+        trains = sum(
+            r * (site.in_features + site.out_features)
+            for site, r in zip(self.sites, self.ranks)
+            if freeze is None or not freeze.initially_frozen(site.name)
+        )
         return trains / self.initial_rank_params
 
     def rank_curve(self, rank_params: int | None = None) -> Curve:
@@ -243,9 +247,15 @@ def rank_cost(site: Site, has_e: bool) -> int:
     return site.in_features + site.out_features + has_e
 
 
-def figures(sites: Sequence[Site], r: int | Mapping[str, int], rank: RankSettings | None,
-            freeze: FreezeSettings | None, total_steps: int, steps_per_epoch: int | None = None,
-            rank_params: int | None = None) -> Figures:
+def figures(
+    sites: Sequence[Site],
+    r: int | Mapping[str, int],
+    rank: RankSettings | None,
+    freeze: FreezeSettings | None,
+    total_steps: int,
+    steps_per_epoch: int | None = None,
+    rank_params: int | None = None,
+) -> Figures:
     """Predicted adapter parameters of a run: initial, final, average.
 
     Args:
@@ -258,9 +268,18 @@ def figures(sites: Sequence[Site], r: int | Mapping[str, int], rank: RankSetting
     return _layout(sites, r, rank, freeze, total_steps, steps_per_epoch).figures(rank_params)
 
 
-def solve(budget: Budget, sites: Sequence[Site], r: int | Mapping[str, int], *, rank: RankSettings | None = None,
-          freeze: FreezeSettings | None = None, ratio: tuple[float, float] | None = None, total_steps: int,
-          steps_per_epoch: int | None = None, free: Collection[str] = FREE) -> Choice:
+def solve(
+    budget: Budget,
+    sites: Sequence[Site],
+    r: int | Mapping[str, int],
+    *,
+    rank: RankSettings | None = None,
+    freeze: FreezeSettings | None = None,
+    ratio: tuple[float, float] | None = None,
+    total_steps: int,
+    steps_per_epoch: int | None = None,
+    free: Collection[str] = FREE,
+) -> Choice:
     """Choose the free settings so that the run meets the budget, as closely below it as they allow.
 
     Args:
@@ -341,12 +360,16 @@ class _Task:
             layout = _with_ramp(layout, 0)
         return self.figure(layout, rank_params)
 
-    def solved(self, layout: Layout, ratio: float | None, layers: dict[str, int],
-               alternatives: list[dict[str, int]]) -> Choice:
+    def solved(
+        self, layout: Layout, ratio: float | None, layers: dict[str, int], alternatives: list[dict[str, int]]
+    ) -> Choice:
         smallest = math.ceil(self.smallest(layout) - 1e-9)
         if smallest > self.limit:
-            raise BudgetError(f"budget.{self.key}", self.limit,
-                              f"at least {smallest} with {self._limits(layout, layers)}; adapter.r may be lowered")
+            raise BudgetError(
+                f"budget.{self.key}",
+                self.limit,
+                f"at least {smallest} with {self._limits(layout, layers)}; adapter.r may be lowered",
+            )
         why = [f"budget.{self.key}={self.limit:,} over {layout.total_steps:,} steps"]
         if ratio is not None:
             why.append(self._why_layers(layers, alternatives, layout))
@@ -358,8 +381,10 @@ class _Task:
             mean = rank_params / sum(layout.costs.values())
             share = rank_params / layout.initial_rank_params
             how = "chosen" if self.rank_is_free(layout) else "as set"
-            why.append(f"rank: ranks worth {rank_params:,} parameters stay in the end ({share:.1%} of the start, "
-                       f"a mean rank of {mean:.2f}; {how}); by score while their cost fits, then the cheapest")
+            why.append(
+                f"rank: ranks worth {rank_params:,} parameters stay in the end ({share:.1%} of the start, "
+                f"a mean rank of {mean:.2f}; {how}); by score while their cost fits, then the cheapest"
+            )
             if self.rank_is_free(layout) and hasattr(rank, "target_r"):
                 rank = replace(rank, target_r=min(mean, *layout.ranks))  # type: ignore[call-arg]
         found = layout.figures(rank_params)
@@ -374,8 +399,9 @@ class _Task:
                 held = self.limit if stretches or found.average >= 0.99 * self.limit else found.average
                 purse = Purse(math.floor(held * layout.total_steps))
         why.append(self._why_figure(self.figure(layout, rank_params), found, purse, layout.total_steps))
-        return Choice(ratio, layers, rank, rank_params, dict(layout.costs), layout.freeze, tuple(levels), purse,
-                      found, tuple(why))
+        return Choice(
+            ratio, layers, rank, rank_params, dict(layout.costs), layout.freeze, tuple(levels), purse, found, tuple(why)
+        )
 
     def _choose(self, layout: Layout) -> tuple[int | None, int | None]:
         """Cost of the ranks in the end, and which ramp (None: as set)."""
@@ -395,8 +421,9 @@ class _Task:
         if fits is not None:
             return rank_params, fits
         soonest = _with_ramp(layout, 0)
-        return _largest(layout.dearest_rank, layout.one_rank_each,
-                        lambda params: self.figure(soonest, params) <= self.limit), 0
+        return _largest(
+            layout.dearest_rank, layout.one_rank_each, lambda params: self.figure(soonest, params) <= self.limit
+        ), 0
 
     # -- in words --------------------------------------------------------------------------------------
 
@@ -433,8 +460,9 @@ class _Task:
         if len(curve) == 1:
             return f"freeze: the projections train to the end ({how})"
         until = f"to step {curve[-1][0]:,}" if curve[-1][1] == 0 else "on"
-        return (f"freeze: projections freeze from step {curve[1][0]:,} {until}, training {fraction:.1%} of the time "
-                f"({how})")
+        return (
+            f"freeze: projections freeze from step {curve[1][0]:,} {until}, training {fraction:.1%} of the time ({how})"
+        )
 
     def _why_figure(self, figure: float, found: Figures, purse: Purse | None, total_steps: int) -> str:
         text = f"predicted {self.key}: {figure:,.0f}, {figure / self.limit:.1%} of the budget"
@@ -453,8 +481,11 @@ class _Task:
 
 
 def _the_one(budget: Budget) -> tuple[str, int]:
-    given = {key: value for key, value in (("final_params", budget.final_params),
-                                           ("average_params", budget.average_params)) if value is not None}
+    given = {
+        key: value
+        for key, value in (("final_params", budget.final_params), ("average_params", budget.average_params))
+        if value is not None
+    }
     if len(given) != 1:
         raise ConfigError("budget", given or None, "one number: final_params or average_params")
     key, value = next(iter(given.items()))
@@ -463,20 +494,30 @@ def _the_one(budget: Budget) -> tuple[str, int]:
     return key, value
 
 
-def _check_methods(rank: RankSettings | None, freeze: FreezeSettings | None, total_steps: int,
-                   steps_per_epoch: int | None) -> None:
+def _check_methods(
+    rank: RankSettings | None, freeze: FreezeSettings | None, total_steps: int, steps_per_epoch: int | None
+) -> None:
     if rank is not None:
         if not rank.budget_curve(total_steps, steps_per_epoch, 10_000, 1, 1):
-            raise ConfigError("rank.method", rank.method,
-                              "salientlora or adalora under a budget; this method's final rank cannot be set")
+            raise ConfigError(
+                "rank.method",
+                rank.method,
+                "salientlora or adalora under a budget; this method's final rank cannot be set",
+            )
         if not rank.prune:
             raise ConfigError("rank.prune", False, "true under a budget: masked ranks still train")
     if freeze is not None:
         freeze.check_budget()
 
 
-def _layout(sites: Sequence[Site], r: int | Mapping[str, int], rank: RankSettings | None,
-            freeze: FreezeSettings | None, total_steps: int, steps_per_epoch: int | None) -> Layout:
+def _layout(
+    sites: Sequence[Site],
+    r: int | Mapping[str, int],
+    rank: RankSettings | None,
+    freeze: FreezeSettings | None,
+    total_steps: int,
+    steps_per_epoch: int | None,
+) -> Layout:
     if not sites:
         raise ConfigError("target_modules", None, "a budget needs at least one adapted site")
     ranks = tuple(r if isinstance(r, int) else r[site.name] for site in sites)
@@ -546,5 +587,6 @@ def _at(curve: Curve, step: int) -> float:
 def _sum(curve: Curve, total_steps: int) -> float:
     """Sum over the steps 0 … total_steps - 1."""
     ends = [*(step for step, _ in curve[1:]), total_steps]
-    return math.fsum((min(end, total_steps) - min(start, total_steps)) * value
-                     for (start, value), end in zip(curve, ends))
+    return math.fsum(
+        (min(end, total_steps) - min(start, total_steps)) * value for (start, value), end in zip(curve, ends)
+    )

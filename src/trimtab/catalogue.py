@@ -19,8 +19,10 @@ LORA_PAPER, VERA_PAPER = "arXiv 2106.09685", "arXiv 2310.11454"
 _ADAPTERS = {
     "lora": ("a low-rank update B A beside each chosen linear", LORA_PAPER),
     "vera": ("two small vectors around one random pair of matrices, frozen and shared", VERA_PAPER),
-    "bottleneck": ("two dense layers with a non-linearity between, in each block: houlsby, pfeiffer, parallel",
-                   "arXiv 1902.00751, 2005.00247, 2110.04366"),
+    "bottleneck": (
+        "two dense layers with a non-linearity between, in each block: houlsby, pfeiffer, parallel",
+        "arXiv 1902.00751, 2005.00247, 2110.04366",
+    ),
     "adaption_prompt": ("LLaMA-Adapter: learned prompts in the last layers, gated from zero", "arXiv 2303.16199"),
 }
 _OWN_DEFAULTS: dict[str, dict[str, Any]] = {"bottleneck": {"variant": "houlsby"}}
@@ -60,16 +62,24 @@ def catalogue() -> list[Entry]:
 def _tasks() -> list[Entry]:
     from .tasks import known_tasks
 
-    return [Entry("task", name, f"from {target.partition(':')[0]}" if not target.startswith("trimtab.") else "")
-            for name, target in known_tasks().items()]
+    return [
+        Entry("task", name, f"from {target.partition(':')[0]}" if not target.startswith("trimtab.") else "")
+        for name, target in known_tasks().items()
+    ]
 
 
 def _adapters() -> list[Entry]:
     defaults = {name: field.get_default() for name, field in recipes.Adapter.model_fields.items() if name != "type"}
-    return [Entry("adapter", name, *_ADAPTERS[name],
-                  {**_OWN_DEFAULTS.get(name, {}), **_said({k: v for k, v in defaults.items() if k in words})},
-                  _OWN_NEEDS.get(name, []))
-            for name, (_, _, words) in recipes.ADAPTERS.items()]
+    return [
+        Entry(
+            "adapter",
+            name,
+            *_ADAPTERS[name],
+            {**_OWN_DEFAULTS.get(name, {}), **_said({k: v for k, v in defaults.items() if k in words})},
+            _OWN_NEEDS.get(name, []),
+        )
+        for name, (_, _, words) in recipes.ADAPTERS.items()
+    ]
 
 
 def _where() -> list[Entry]:
@@ -77,8 +87,10 @@ def _where() -> list[Entry]:
 
     fields = {name: field.get_default() for name, field in recipes.Where.model_fields.items()}
     own = {"cka": ("samples", "estimator", "pool", "batch_size", "exclude", "degenerate")}
-    found = [Entry("where", name, summary, paper, {key: fields[key] for key in own.get(name, ())})
-             for name, (summary, paper) in _WHERE.items()]
+    found = [
+        Entry("where", name, summary, paper, {key: fields[key] for key in own.get(name, ())})
+        for name, (summary, paper) in _WHERE.items()
+    ]
     for name, package in where.available().items():
         if package:
             found.append(_of_another("where", name, package, partial(where.own_settings, name)))
@@ -89,9 +101,13 @@ def _methods(axis: str) -> list[Entry]:
     methods = import_module(f".{axis}", __package__)
     found = []
     for name, method in methods.available().items():
+
         def settings(name: str = name) -> dict[str, Any]:
-            return {f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-                    for f in dataclasses.fields(methods.load(name)) if f.init}
+            return {
+                f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+                for f in dataclasses.fields(methods.load(name))
+                if f.init
+            }
 
         if name in methods.METHODS:
             found.append(_entry(axis, name, method.summary, method.paper, settings()))
@@ -111,8 +127,9 @@ def _of_another(axis: str, name: str, package: str, settings: Callable[[], dict[
 
 def _entry(axis: str, name: str, summary: str, paper: str, settings: dict[str, Any]) -> Entry:
     needed = [key for key, value in settings.items() if value in _NO_DEFAULT]
-    return Entry(axis, name, summary, paper, {key: value for key, value in settings.items() if key not in needed},
-                 needed)
+    return Entry(
+        axis, name, summary, paper, {key: value for key, value in settings.items() if key not in needed}, needed
+    )
 
 
 def _said(values: dict[str, Any]) -> dict[str, Any]:

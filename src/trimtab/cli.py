@@ -85,8 +85,14 @@ def _debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 
 def _common(command: Callable[..., Any]) -> Callable[..., Any]:
     """``--json`` and ``--debug``, which every command has."""
-    debug = click.option("--debug", is_flag=True, expose_value=False, callback=_debug, is_eager=True,
-                         help=f"Show the traceback of an error (also: {DEBUG}=1).")
+    debug = click.option(
+        "--debug",
+        is_flag=True,
+        expose_value=False,
+        callback=_debug,
+        is_eager=True,
+        help=f"Show the traceback of an error (also: {DEBUG}=1).",
+    )
     as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else.")
     return as_json(debug(command))
 
@@ -213,8 +219,15 @@ def train(recipe: str, overrides: Sequence[str], overwrite: bool, resume: bool, 
 @click.option("--tasks", help="What the harness is to run, by its own names, with commas.")
 @click.option("--harness-args", default="", help='More for the harness, for example "--limit 10".')
 @_common
-def evaluate(source: str, overrides: Sequence[str], base: bool, harness: str | None, tasks: str | None,
-             harness_args: str, as_json: bool) -> None:
+def evaluate(
+    source: str,
+    overrides: Sequence[str],
+    base: bool,
+    harness: str | None,
+    tasks: str | None,
+    harness_args: str,
+    as_json: bool,
+) -> None:
     """Score a run's adapter on the labelled splits."""
     from . import run as runs
     from .runfolder import RunFolder, refuse_base_of_another
@@ -300,15 +313,24 @@ def compare(runs: Sequence[str], baseline: str | None, out: Path | None, as_json
         return
     from .screen import table
 
-    _print(table(found.columns, found.cells, right=range(1, len(found.columns))), f"{found.finding}.", *found.notes,
-           *(f"[dim]{text}[/]" for text in (found.legend, out) if text))
+    _print(
+        table(found.columns, found.cells, right=range(1, len(found.columns))),
+        f"{found.finding}.",
+        *found.notes,
+        *(f"[dim]{text}[/]" for text in (found.legend, out) if text),
+    )
 
 
 @cli.command()
 @_recipe
 @click.argument("settings", nargs=-1, metavar="KEY=V1,V2,... [KEY=VALUE]...")
-@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True,
-              help="Trials at a time, one thread each when there are several.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Trials at a time, one thread each when there are several.",
+)
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder; default: the run's, with -tune.")
 @click.option("--overwrite", is_flag=True, help="Forget the trials of an earlier search in the folder.")
 @_common
@@ -363,14 +385,29 @@ def methods(axis: str | None, as_json: bool) -> None:
 @click.argument("what", type=click.Choice(["latency"]), metavar="latency")
 @_recipe
 @_overrides
-@click.option("--batch", "batches", type=click.IntRange(1), multiple=True, default=(1, 32), show_default=True,
-              help="Rows in a pass; may be given several times.")
+@click.option(
+    "--batch",
+    "batches",
+    type=click.IntRange(1),
+    multiple=True,
+    default=(1, 32),
+    show_default=True,
+    help="Rows in a pass; may be given several times.",
+)
 @click.option("--tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens in a row.")
 @click.option("--rounds", type=click.IntRange(1), default=20, show_default=True, help="Timed passes of each model.")
 @click.option("--device", help="cpu, cuda, …  Default: the accelerator if there is one.")
 @_common
-def bench(what: str, recipe: str, overrides: Sequence[str], batches: Sequence[int], tokens: int, rounds: int,
-          device: str | None, as_json: bool) -> None:
+def bench(
+    what: str,
+    recipe: str,
+    overrides: Sequence[str],
+    batches: Sequence[int],
+    tokens: int,
+    rounds: int,
+    device: str | None,
+    as_json: bool,
+) -> None:
     """Time what adapters cost on your own model.
 
     latency: a forward pass of the recipe's model alone, with LoRA merged and unmerged, with a bottleneck adapter and
@@ -381,8 +418,9 @@ def bench(what: str, recipe: str, overrides: Sequence[str], batches: Sequence[in
     chosen, _ = _load(recipe, overrides)
     with _screen(as_json) as screen, screen.stage("bench") as stage:
         bar = stage.bar((rounds + latency.WARMUP) * len(batches))
-        found = latency.measure(chosen, batches=batches, tokens=tokens, rounds=rounds, device=device,
-                                on_round=bar.advance)
+        found = latency.measure(
+            chosen, batches=batches, tokens=tokens, rounds=rounds, device=device, on_round=bar.advance
+        )
         stage.result = f"{found.model} · {found.device}"
     if as_json:
         _print_json(found.to_json())
@@ -393,8 +431,13 @@ def bench(what: str, recipe: str, overrides: Sequence[str], batches: Sequence[in
 
 
 @cli.command()
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/demo"), show_default=True,
-              help="Folder to write.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("runs/demo"),
+    show_default=True,
+    help="Folder to write.",
+)
 @_common
 def demo(out: Path, as_json: bool) -> None:
     """The main job, offline, in a few minutes.
@@ -409,8 +452,9 @@ def demo(out: Path, as_json: bool) -> None:
         _print_json(found)
 
 
-def _hand_over(source: str, overrides: Sequence[str], name: str | None, tasks: str | None, more: str, base: bool,
-               as_json: bool) -> None:
+def _hand_over(
+    source: str, overrides: Sequence[str], name: str | None, tasks: str | None, more: str, base: bool, as_json: bool
+) -> None:
     from . import harness
     from . import recipe as recipes
     from .runfolder import RunFolder

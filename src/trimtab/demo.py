@@ -36,12 +36,18 @@ RECIPE: dict[str, Any] = {
     },
     "task": {"name": "text_classification", "text": "text", "label": "library", "max_length": 64},
     "adapter": {
-        "type": "lora", "r": 8, "alpha": 16,
+        "type": "lora",
+        "r": 8,
+        "alpha": 16,
         "target_modules": ["query", "key", "value", "intermediate.dense", "output.dense"],
     },
     "train": {
-        "num_train_epochs": 2, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 64,
-        "learning_rate": 2e-3, "warmup_steps": 0.06, "train_sampling_strategy": "group_by_length",
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 16,
+        "per_device_eval_batch_size": 64,
+        "learning_rate": 2e-3,
+        "warmup_steps": 0.06,
+        "train_sampling_strategy": "group_by_length",
         "save_strategy": "no",
     },
     "seed": 0,
@@ -58,18 +64,34 @@ ROWS_PER_MODULE = 6
 _WORDS = range(10, 37)  # shorter ones say nothing, longer ones cost time
 
 _MAX_BYTES = 400_000  # larger modules are slow to parse and add nothing
-_SKIP = {"test", "tests", "testing", "_vendor", "vendor", "externals", "site-packages", "dist-packages",
-         "distutils", "idlelib", "lib2to3", "turtledemo", "ensurepip"}
+_SKIP = {
+    "test",
+    "tests",
+    "testing",
+    "_vendor",
+    "vendor",
+    "externals",
+    "site-packages",
+    "dist-packages",
+    "distutils",
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+    "ensurepip",
+}
 _BLANK = "…"
 
 # Markup gives a library away as surely as its name does (:class:`~torch.Tensor`, [`BertModel`]): it goes, code
 # names fall apart into their words, and the libraries' own words become blanks.
 _MARKUP = re.compile(r":[\w:+-]+:(?=`)|https?://\S+|<[^>]*>|\[\d+\]_?|[`*|\\\[\]{}<>=#~^$\"]+|>>>")
 _JOINTS = re.compile(r"(?<=[a-z\d])(?=[A-Z])|(?<=[\w…])[_.](?=\w)|__+|(?<=\W)_|\(\)")
-_GIVEAWAY = re.compile(r"""\b(?:
+_GIVEAWAY = re.compile(
+    r"""\b(?:
     num\s?py|np|pandas|[ci]?python\w*|py|scipy|sci-?kit(?:-learn)?|scikits?|sklearn|i?sympy|(?:py)?torch\w*|tensors?
   | transformers?|hugging(?:\s?face)?|hf|data\s?frames?|nd-?arrays?|ufuncs?|estimators?|tokeni[sz]ers?|autograd|aten
-)\b""", re.VERBOSE | re.IGNORECASE)
+)\b""",
+    re.VERBOSE | re.IGNORECASE,
+)
 
 
 def clean(docstring: str) -> str:
@@ -145,8 +167,10 @@ def rows(library: str, n_train: int, n_test: int, seen: set[str]) -> tuple[list[
                 found[split].append({"text": text, "library": library, "module": module})
     for split, n in wanted.items():
         if len(found[split]) < n:
-            raise DataError(f"demo: library={library!r}: {len(found[split])} {split} docstrings in {root}; "
-                            f"{n} are needed (was it installed without its sources?)")
+            raise DataError(
+                f"demo: library={library!r}: {len(found[split])} {split} docstrings in {root}; "
+                f"{n} are needed (was it installed without its sources?)"
+            )
     return found["train"], found["test"]
 
 
@@ -183,8 +207,10 @@ def main(out: Path, screen: Screen) -> dict[str, Any]:
     check_model()
     with screen.stage("data") as stage:
         counts = write_data(out / "data")
-        stage.result = (f"which library is this docstring from: {', '.join(LIBRARIES)}? {counts['train']} rows to "
-                        f"learn from, {counts['test']} of other modules to be scored on")
+        stage.result = (
+            f"which library is this docstring from: {', '.join(LIBRARIES)}? {counts['train']} rows to "
+            f"learn from, {counts['test']} of other modules to be scored on"
+        )
     folders = []
     for name, more in {"lora": {}, "cka": {"where": WHERE}}.items():
         files = {"train": str(out / "data/train.jsonl"), "validation": str(out / "data/test.jsonl")}

@@ -68,8 +68,10 @@ def export(
             known = list(peft_model.peft_config)
             raise ExportError(f"adapter_name={name!r}: there is {', '.join(known)}.{did_you_mean(name, known)}")
     if len(active) > 1 and format != "merged":
-        raise ExportError(f"export.format={format!r}: the adapters {', '.join(active)} are active together; name one "
-                          "as adapter_name, or use format 'merged', which holds them all")
+        raise ExportError(
+            f"export.format={format!r}: the adapters {', '.join(active)} are active together; name one "
+            "as adapter_name, or use format 'merged', which holds them all"
+        )
     name, folder = active[0], Path(out)
     if reason := why_no_lora_form(peft_model, name):
         raise ExportError(f"export.format={format!r}: {reason}")
@@ -85,8 +87,10 @@ def why_no_lora_form(peft_model: PeftModel, adapter_name: str = "default") -> st
     """The reason that no weight can hold this kind of adapter, in words; None for the kinds that fold."""
     config = peft_model.peft_config[adapter_name]
     if config.is_adaption_prompt:
-        return ("an adaption prompt has no LoRA or merged form: each token mixes the prompt's values by a softmax of "
-                "its own query. model.save_pretrained keeps the adapter")
+        return (
+            "an adaption prompt has no LoRA or merged form: each token mixes the prompt's values by a softmax of "
+            "its own query. model.save_pretrained keeps the adapter"
+        )
     from .adapters.bottleneck import BottleneckConfig, why_not_lora
 
     return why_not_lora(config) if isinstance(config, BottleneckConfig) else None
@@ -117,8 +121,10 @@ def _write_adapter(peft_model: PeftModel, name: str, folder: Path, form: str) ->
         raise ExportError(f"export.format={form!r}: adapter {name!r}: {kind} has no LoRA form")
     for key in _ONLY_PEFTS_OWN:
         if getattr(source, key, None):
-            raise ExportError(f"export.format={form!r}: {key} makes the update more than a LoRA; "
-                              "model.save_pretrained keeps it in PEFT's own form")
+            raise ExportError(
+                f"export.format={form!r}: {key} makes the update more than a LoRA; "
+                "model.save_pretrained keeps it in PEFT's own form"
+            )
     tensors = dict(get_peft_model_state_dict(peft_model, adapter_name=name))
     _add_the_head_of_a_saved_embedding(peft_model.get_base_model(), tensors)
     parts = list((_vera_parts if kind == "VERA" else _lora_parts)(peft_model, name, tensors, form))
@@ -136,13 +142,19 @@ def _write_adapter(peft_model: PeftModel, name: str, folder: Path, form: str) ->
     stock = _stock(portable_fields({part.name: (part.r, 1.0) for part in parts if part.name}))
     experts = {part.name for part in parts if part.is_parameter}
     stock["target_modules"] = [n for n in stock["target_modules"] if n not in experts]
-    config = LoraConfig(**{n: copy.deepcopy(getattr(source, n)) for n in names} | _STARTS | stock | dict(
-        base_model_name_or_path=source.base_model_name_or_path
-        or getattr(peft_model.get_base_model(), "name_or_path", None) or None,
-        target_parameters=sorted(experts) or None,
-        peft_type="LORA",
-        inference_mode=True,
-    ))
+    config = LoraConfig(
+        **{n: copy.deepcopy(getattr(source, n)) for n in names}
+        | _STARTS
+        | stock
+        | dict(
+            base_model_name_or_path=source.base_model_name_or_path
+            or getattr(peft_model.get_base_model(), "name_or_path", None)
+            or None,
+            target_parameters=sorted(experts) or None,
+            peft_type="LORA",
+            inference_mode=True,
+        )
+    )
     tied = [f"base_model.model.{module}.weight" for module in getattr(source, "modules_to_tie", None) or ()]
     if not tied or any(key not in tensors for key in tied):  # then each module has what it holds
         config.ensure_weight_tying = False
@@ -182,15 +194,16 @@ def _lora_parts(peft_model: PeftModel, name: str, tensors: dict[str, Tensor], fo
     inside: set[str] = set()  # the projection inside of an attention has its rank from there
     for module, layer in adapter_layers(peft_model, name):
         prefix = f"base_model.model.{module}."
-        own = {k[len(prefix):]: tensors.pop(k) for k in list(tensors) if k.startswith(f"{prefix}lora_")}
+        own = {k[len(prefix) :]: tensors.pop(k) for k in list(tensors) if k.startswith(f"{prefix}lora_")}
         is_embedding = name in layer.lora_embedding_A
         down, up = _DOWN[is_embedding], _UP[is_embedding]
         if layer.r[name] == 0:
             continue
         for key in sorted({down, up} - set(own) | set(own) - {down, up, *_BESIDE}):
             what = "is no tensor of a LoRA" if key in own else "is not in the state dict"
-            raise ExportError(f"export.format={form!r}: {module}.{key} {what}; model.save_pretrained keeps PEFT's own "
-                              "form")
+            raise ExportError(
+                f"export.format={form!r}: {module}.{key} {what}; model.save_pretrained keeps PEFT's own form"
+            )
         own[up] = own[up] * layer.scaling[name]
         if "lora_B.bias" in own:
             own["lora_B.bias"] = own["lora_B.bias"] * layer.scaling[name]
@@ -209,8 +222,13 @@ def _lora_parts(peft_model: PeftModel, name: str, tensors: dict[str, Tensor], fo
         if isinstance(layer, MultiheadAttention):
             inside.add(f"{module}.base_layer.out_proj")
         experts = int(getattr(layer, "num_experts", 1)) if wrapped else 1
-        yield _Part("" if module in inside else site, own[down].shape[0] // experts,
-                    {prefix + key: value for key, value in own.items()}, experts, wrapped)
+        yield _Part(
+            "" if module in inside else site,
+            own[down].shape[0] // experts,
+            {prefix + key: value for key, value in own.items()},
+            experts,
+            wrapped,
+        )
 
 
 def _vera_parts(peft_model: PeftModel, name: str, tensors: dict[str, Tensor], form: str) -> Iterator[_Part]:
@@ -236,8 +254,10 @@ def _padded(part: _Part, r: int) -> _Part:
     padded = {}
     for key, value in part.tensors.items():
         if key.endswith("lora_diag"):  # KaSA: the rank says how much of the base is cut off
-            raise ExportError(f"export.format='padded': {key} has rank {part.r}, and at rank {r} KaSA would change the "
-                              "base in another way; use format 'peft'")
+            raise ExportError(
+                f"export.format='padded': {key} has rank {part.r}, and at rank {r} KaSA would change the "
+                "base in another way; use format 'peft'"
+            )
         if key.endswith(_DOWN):
             each = value.reshape(part.experts, part.r, *value.shape[1:])  # experts lie one after the other
             zeros = each.new_zeros(part.experts, missing, *value.shape[1:])
@@ -264,8 +284,10 @@ def _export_merged(peft_model: PeftModel, names: list[str], folder: Path) -> Pat
         kind = str(getattr(peft_model.peft_config[names[0]].peft_type, "value", "?"))
         raise ExportError(f"export.format='merged': {kind} changes the function in a way that no weight holds")
     if not hasattr(base, "save_pretrained"):
-        raise ExportError(f"export.format='merged': {type(base).__name__} has no save_pretrained; use format 'peft', "
-                          "or merge_and_unload() and torch.save")
+        raise ExportError(
+            f"export.format='merged': {type(base).__name__} has no save_pretrained; use format 'peft', "
+            "or merge_and_unload() and torch.save"
+        )
     refuse_what_cannot_merge(peft_model, names, "export.format='merged'")
     for layer in peft_model.modules():
         if isinstance(spent := getattr(layer, "kwargs", None), dict):
@@ -288,15 +310,19 @@ def refuse_what_cannot_merge(peft_model: PeftModel, names: list[str], where: str
     for name in names:
         config: Any = peft_model.peft_config[name]
         if getattr(config, "alora_invocation_tokens", None):
-            raise ExportError(f"{where}: alora_invocation_tokens={config.alora_invocation_tokens}: the update acts on "
-                              "the tokens from these on, and no weight does that; use format 'peft'")
+            raise ExportError(
+                f"{where}: alora_invocation_tokens={config.alora_invocation_tokens}: the update acts on "
+                "the tokens from these on, and no weight does that; use format 'peft'"
+            )
     for path, layer in peft_model.get_base_model().named_modules():
         here = [n for n in names if n in getattr(layer, "lora_bias", {})]
         if any(layer.lora_bias[n] for n in here) and getattr(layer.get_base_layer(), "bias", None) is None:
             raise ExportError(f"{where}: {path}.lora_B.bias: the base has no bias to merge it into; use format 'peft'")
         if len(here) > 1 and any(n in layer.lora_variant for n in here):
-            raise ExportError(f"{where}: {path}: {', '.join(here)} are active together, and with DoRA and the like one "
-                              "changes what the other is added to; export them one by one, by adapter_name")
+            raise ExportError(
+                f"{where}: {path}: {', '.join(here)} are active together, and with DoRA and the like one "
+                "changes what the other is added to; export them one by one, by adapter_name"
+            )
 
 
 def refuse_a_changed_base(peft_model: PeftModel, name: str) -> None:
@@ -311,8 +337,10 @@ def refuse_a_changed_base(peft_model: PeftModel, name: str) -> None:
         ("bias", bias := getattr(config, "bias", "none"), bias != "none"),
     ):
         if is_so:
-            raise ExportError(f"adapter {name!r}: {key}={value!r} changed the base itself, so that there is no base to "
-                              "switch to; export it (format 'peft' undoes a start, 'merged' holds all) and load that")
+            raise ExportError(
+                f"adapter {name!r}: {key}={value!r} changed the base itself, so that there is no base to "
+                "switch to; export it (format 'peft' undoes a start, 'merged' holds all) and load that"
+            )
 
 
 def untie(peft_model: PeftModel) -> None:
@@ -341,5 +369,7 @@ def _check_ties(merged: Any) -> None:
     for name, parameter in twin.named_parameters(remove_duplicate=False):
         other = first.setdefault(id(parameter), name)
         if name in parameters and other in parameters and not torch.equal(parameters[name], parameters[other]):
-            raise ExportError(f"export.format='merged': {name} is tied to {other} in a {type(merged).__name__}, and "
-                              "only one of them is adapted; use format 'peft'")
+            raise ExportError(
+                f"export.format='merged': {name} is tied to {other} in a {type(merged).__name__}, and "
+                "only one of them is adapted; use format 'peft'"
+            )

@@ -53,8 +53,16 @@ def find(name: str) -> Harness:
     return harness
 
 
-def command(harness: Harness, model: str, adapter: Path | None, tokenizer: Path, tasks: str, out: Path,
-            dtype: str | None = None, more: str = "") -> list[str]:
+def command(
+    harness: Harness,
+    model: str,
+    adapter: Path | None,
+    tokenizer: Path,
+    tasks: str,
+    out: Path,
+    dtype: str | None = None,
+    more: str = "",
+) -> list[str]:
     """The command line that evaluates.
 
     Args:
@@ -76,12 +84,25 @@ def command(harness: Harness, model: str, adapter: Path | None, tokenizer: Path,
     except ValueError as error:
         raise ConfigError("harness-args", more, f"cannot be split into arguments: {error}") from None
     joined = ",".join(f"{key}={value}" for key, value in settings.items() if value is not None)
-    return [sys.executable, "-m", harness.module, "--model", harness.model, "--model_args", joined,
-            "--tasks", tasks, "--output_path", str(out), *further]
+    return [
+        sys.executable,
+        "-m",
+        harness.module,
+        "--model",
+        harness.model,
+        "--model_args",
+        joined,
+        "--tasks",
+        tasks,
+        "--output_path",
+        str(out),
+        *further,
+    ]
 
 
-def evaluate(recipe: Recipe, folder: RunFolder, name: str, tasks: str, more: str, screen: Screen,
-             base: bool = False) -> Path:
+def evaluate(
+    recipe: Recipe, folder: RunFolder, name: str, tasks: str, more: str, screen: Screen, base: bool = False
+) -> Path:
     """Hands a run's adapter (or its base model) to a harness; its results go to ``harness/NAME`` in the run folder.
 
     Raises:
@@ -108,8 +129,11 @@ def evaluate(recipe: Recipe, folder: RunFolder, name: str, tasks: str, more: str
     elif is_plain and harness.takes_adapters and recipe.adapter.type not in NOT_STOCK_PEFT:
         adapter = tokenizer = runs.trained_adapter(folder)
     elif recipe.adapter.type in WITHOUT_LORA_FORM:
-        raise ConfigError("adapter.type", recipe.adapter.type,
-                          f"has no merged form, and {name} cannot read this one; `trimtab eval` scores it")
+        raise ConfigError(
+            "adapter.type",
+            recipe.adapter.type,
+            f"has no merged form, and {name} cannot read this one; `trimtab eval` scores it",
+        )
     else:
         if not _is_current(folder.merged, runs.trained_adapter(folder)):
             job = runs.load(recipe, screen)

@@ -67,8 +67,14 @@ class Timing:
 
     def to_json(self) -> dict[str, Any]:
         low, middle, high = self.spread
-        return {"name": self.name, "batch": self.batch, "median_ms": self.median_ms, "ratio": middle,
-                "ratio_quartiles": [low, high], "seconds": list(self.seconds)}
+        return {
+            "name": self.name,
+            "batch": self.batch,
+            "median_ms": self.median_ms,
+            "ratio": middle,
+            "ratio_quartiles": [low, high],
+            "seconds": list(self.seconds),
+        }
 
 
 @dataclass(frozen=True)
@@ -86,13 +92,26 @@ class Latency:
     """Adapter -> why this model cannot have it."""
 
     def to_json(self) -> dict[str, Any]:
-        return {"model": self.model, "device": self.device, "dtype": self.dtype, "tokens": self.tokens,
-                "timings": [timing.to_json() for timing in self.timings], "parameters": self.parameters,
-                "left_out": self.left_out}
+        return {
+            "model": self.model,
+            "device": self.device,
+            "dtype": self.dtype,
+            "tokens": self.tokens,
+            "timings": [timing.to_json() for timing in self.timings],
+            "parameters": self.parameters,
+            "left_out": self.left_out,
+        }
 
 
-def measure(recipe: Recipe, *, batches: Sequence[int] = BATCHES, tokens: int = TOKENS, rounds: int = ROUNDS,
-            device: str | None = None, on_round: Callable[[], None] = lambda: None) -> Latency:
+def measure(
+    recipe: Recipe,
+    *,
+    batches: Sequence[int] = BATCHES,
+    tokens: int = TOKENS,
+    rounds: int = ROUNDS,
+    device: str | None = None,
+    on_round: Callable[[], None] = lambda: None,
+) -> Latency:
     """Times one forward pass of the recipe's model with each kind of adapter.
 
     Args:
@@ -120,8 +139,10 @@ def measure(recipe: Recipe, *, batches: Sequence[int] = BATCHES, tokens: int = T
     for batch in batches:
         inputs = make_inputs(base, batch, tokens)
         seconds = _take_turns(contenders, inputs, rounds, place, on_round)
-        timings += [Timing(name, batch, tuple(taken), tuple(mine / bases for mine, bases in zip(taken, seconds[BASE])))
-                    for name, taken in seconds.items()]
+        timings += [
+            Timing(name, batch, tuple(taken), tuple(mine / bases for mine, bases in zip(taken, seconds[BASE])))
+            for name, taken in seconds.items()
+        ]
     name = recipe.model.name_or_path or base.config.model_type
     dtype = str(next(base.parameters()).dtype).removeprefix("torch.")
     return Latency(name, _device_name(place), dtype, tokens, timings, parameters, left_out)
@@ -175,8 +196,10 @@ def _config_and_class(recipe: Recipe, spec: Any) -> tuple[Any, str]:
 def _builders(recipe: Recipe, base: nn.Module) -> dict[str, Callable[[], tuple[nn.Module, int]]]:
     own = recipe.adapter
     lora = own if own.type == "lora" else Adapter.model_validate({"type": "lora", "target_modules": "all-linear"})
-    made = {ALWAYS[0]: lambda: _merged(recipe, lora, base),
-            ALWAYS[1]: lambda: _adapted(base, _lora_config(recipe, lora, base))}
+    made = {
+        ALWAYS[0]: lambda: _merged(recipe, lora, base),
+        ALWAYS[1]: lambda: _adapted(base, _lora_config(recipe, lora, base)),
+    }
     bottleneck = own if own.type == "bottleneck" else Adapter.model_validate({"type": "bottleneck"})
     made["bottleneck"] = lambda: _adapted(base, _config(recipe, bottleneck, base))
     made["LLaMA-Adapter"] = lambda: _adapted(base, _prompt_config(recipe, base))
@@ -220,16 +243,18 @@ def _lora_config(recipe: Recipe, lora: Adapter, base: nn.Module) -> PeftConfig:
     from .sites import find_sites
     from .where.restrict import restrict
 
-    config = peft.LoraConfig(r=lora.r, lora_alpha=2 * lora.r, target_modules=lora.target_modules,
-                             init_lora_weights=False, **lora.options)
+    config = peft.LoraConfig(
+        r=lora.r, lora_alpha=2 * lora.r, target_modules=lora.target_modules, init_lora_weights=False, **lora.options
+    )
     where = _layers(recipe, base)
     find_sites(base, config, where)  # refuses targets that match nothing
     return config if where is None else restrict(config, where, base)
 
 
 def _config(recipe: Recipe, adapter: Adapter, base: nn.Module) -> PeftConfig:
-    plain = recipe.model_copy(update={"adapter": adapter, "rank": None, "freeze": None, "budget": None,
-                                      "export": recipes.Export()})
+    plain = recipe.model_copy(
+        update={"adapter": adapter, "rank": None, "freeze": None, "budget": None, "export": recipes.Export()}
+    )
     return adapter_config(plain, base, where=_layers(recipe, base))
 
 
@@ -271,8 +296,13 @@ def make_inputs(model: Any, batch: int, tokens: int) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def _take_turns(contenders: dict[str, nn.Module], inputs: dict[str, Any], rounds: int, device: torch.device,
-                on_round: Callable[[], None]) -> dict[str, list[float]]:
+def _take_turns(
+    contenders: dict[str, nn.Module],
+    inputs: dict[str, Any],
+    rounds: int,
+    device: torch.device,
+    on_round: Callable[[], None],
+) -> dict[str, list[float]]:
     """Seconds of each model's passes. The order turns by one each round: nobody always goes first."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     with torch.inference_mode():
@@ -289,7 +319,7 @@ def _take_turns(contenders: dict[str, nn.Module], inputs: dict[str, Any], rounds
 
 
 def _turned(names: list[str], by: int) -> Iterator[str]:
-    yield from names[by % len(names):]
+    yield from names[by % len(names) :]
     yield from names[: by % len(names)]
 
 

@@ -30,8 +30,11 @@ def parse_yaml(text: str, what: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ConfigError(what, text if mark is None or "\n" not in text else "…",
-                          f"not YAML: {place}{getattr(error, 'problem', error)}") from None
+        raise ConfigError(
+            what,
+            text if mark is None or "\n" not in text else "…",
+            f"not YAML: {place}{getattr(error, 'problem', error)}",
+        ) from None
 
 
 class _Loader(yaml.SafeLoader):

@@ -51,11 +51,17 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         if self.name_or_path is None and self.config is None:
-            raise ConfigError("model.name_or_path", None,
-                              "give a hub id, a folder or a *.gguf file (or model.config, enough for plan)")
+            raise ConfigError(
+                "model.name_or_path",
+                None,
+                "give a hub id, a folder or a *.gguf file (or model.config, enough for plan)",
+            )
         if self.dtype is not None and self.dtype not in DTYPES:
-            raise ConfigError("model.dtype", self.dtype, f"one of {', '.join(DTYPES)}, or leave it out."
-                                                         f"{did_you_mean(str(self.dtype), DTYPES)}")
+            raise ConfigError(
+                "model.dtype",
+                self.dtype,
+                f"one of {', '.join(DTYPES)}, or leave it out.{did_you_mean(str(self.dtype), DTYPES)}",
+            )
 
 
 @dataclass(frozen=True)
@@ -143,13 +149,15 @@ def load_tokenizer(spec: ModelSpec, task: Task | None = None) -> Any:
     where = f"{key}={getattr(spec, key.partition('.')[2])!r}"
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         # transformers makes an empty tokenizer where a folder has a config but no tokenizer files.
-        raise ModelError(f"{where}: has no tokenizer (no vocabulary beyond special tokens); name one in "
-                         "model.tokenizer")
+        raise ModelError(
+            f"{where}: has no tokenizer (no vocabulary beyond special tokens); name one in model.tokenizer"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token is None:
-        raise ModelError(f"{where}: its tokenizer has no pad, eos or unknown token to pad with; name another in "
-                         "model.tokenizer")
+        raise ModelError(
+            f"{where}: its tokenizer has no pad, eos or unknown token to pad with; name another in model.tokenizer"
+        )
     return loaded
 
 
@@ -191,8 +199,13 @@ def load_model(spec: ModelSpec, task: Task, tokenizer: Any = None) -> LoadedMode
             kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)  # packed weights do not train
         with _one_line(spec), _quiet_report():
             model, report = getattr(transformers, task.auto_class).from_pretrained(
-                source, **kwargs, **{**overrides, **labels}, dtype=spec.dtype or "auto",
-                ignore_mismatched_sizes=True, output_loading_info=True)
+                source,
+                **kwargs,
+                **{**overrides, **labels},
+                dtype=spec.dtype or "auto",
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
         if "gguf_file" in kwargs and (packing := getattr(model, "hf_quantizer", None)) is not None:
             packing.remove_quantization_config(model)  # plain by now, but Trainer would refuse it as quantised
         if spec.dtype is None and spec.quantization is None and model.dtype == torch.float16:
@@ -233,24 +246,31 @@ def new_modules(model: PreTrainedModel, missing: Iterable[str], name: str = "") 
         if key not in missing:
             continue
         inside = key.startswith(prefix)
-        top = (prefix if inside else "") + key[len(prefix) if inside else 0:].split(".")[0]
+        top = (prefix if inside else "") + key[len(prefix) if inside else 0 :].split(".")[0]
         if inside or not prefix:
-            whole = model.get_submodule(top) if "." in key[len(prefix):] else None
+            whole = model.get_submodule(top) if "." in key[len(prefix) :] else None
             keys = {f"{top}.{k}" for k, _ in whole.named_parameters()} if whole is not None else {key}
             embedding = getattr(model.get_input_embeddings(), "weight", None)
-            if (whole is None or not keys <= missing
-                    or any(isinstance(m, nn.ModuleList) and len(m) > 1 for m in whole.modules())
-                    or any(p is embedding for p in whole.parameters())):
+            if (
+                whole is None
+                or not keys <= missing
+                or any(isinstance(m, nn.ModuleList) and len(m) > 1 for m in whole.modules())
+                or any(p is embedding for p in whole.parameters())
+            ):
                 lacking.append(key)
                 continue
         elif "." not in key:
-            raise ModelError(f"model.name_or_path={name!r}: lacks {key!r}, a bare parameter that PEFT cannot "
-                             "save with an adapter; use a checkpoint that has it")
+            raise ModelError(
+                f"model.name_or_path={name!r}: lacks {key!r}, a bare parameter that PEFT cannot "
+                "save with an adapter; use a checkpoint that has it"
+            )
         tops[top] = None
     if lacking:
-        raise ModelError(f"model.name_or_path={name!r}: the checkpoint lacks {len(lacking)} weights of "
-                         f"{type(model).__name__}, such as {lacking[0]!r}; it is not one of this model, or "
-                         "is damaged")
+        raise ModelError(
+            f"model.name_or_path={name!r}: the checkpoint lacks {len(lacking)} weights of "
+            f"{type(model).__name__}, such as {lacking[0]!r}; it is not one of this model, or "
+            "is damaged"
+        )
     modules = [key for key, _ in model.named_modules() if key]
     return tuple(_shortest_end(top, modules) for top in tops)
 
@@ -268,8 +288,11 @@ def pool_of(config: PretrainedConfig) -> str:
         return "mean"
     causal = kind in names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     masked = kind in names.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if (kind in names.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or getattr(config, "is_decoder", False)
-            or (causal and not masked)):
+    if (
+        kind in names.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        or getattr(config, "is_decoder", False)
+        or (causal and not masked)
+    ):
         return "last"
     return "cls"
 
@@ -354,15 +377,19 @@ def _source(spec: ModelSpec) -> tuple[str, dict[str, Any]]:
         file = Path(name).expanduser()
         if not file.is_file():
             beside = [p.name for p in file.parent.glob("*.gguf")] if file.parent.is_dir() else []
-            raise ModelError(f"model.name_or_path={name!r}: no such file.{did_you_mean(file.name, beside)} "
-                             "(On the hub: set name_or_path to the repository and gguf_file to the file)")
+            raise ModelError(
+                f"model.name_or_path={name!r}: no such file.{did_you_mean(file.name, beside)} "
+                "(On the hub: set name_or_path to the repository and gguf_file to the file)"
+            )
         return str(file.parent), {**kwargs, "gguf_file": file.name}
     source = _local(name, "model.name_or_path", spec.gguf_file)
     if spec.gguf_file is not None:
         if Path(source).is_dir() and not (Path(source) / spec.gguf_file).is_file():
             inside = [p.name for p in Path(source).glob("*.gguf")]
-            raise ModelError(f"model.gguf_file={spec.gguf_file!r}: no such file in {name!r}."
-                             f"{did_you_mean(spec.gguf_file, inside)}".rstrip("."))
+            raise ModelError(
+                f"model.gguf_file={spec.gguf_file!r}: no such file in {name!r}."
+                f"{did_you_mean(spec.gguf_file, inside)}".rstrip(".")
+            )
         kwargs["gguf_file"] = spec.gguf_file
     return source, kwargs
 
@@ -376,9 +403,13 @@ def _local(name: str, key: str, gguf_file: str | None = None) -> str:
         if key == "model.name_or_path" and gguf_file is None and not (path / "config.json").is_file():
             files = sorted(p.name for p in path.iterdir())
             gguf = [file for file in files if file.lower().endswith(".gguf")]
-            cure = (f"it holds {gguf[0]!r}; name that file" if gguf else
-                    "it holds an adapter; name the base model" if "adapter_config.json" in files else
-                    "name a folder written by save_pretrained")
+            cure = (
+                f"it holds {gguf[0]!r}; name that file"
+                if gguf
+                else "it holds an adapter; name the base model"
+                if "adapter_config.json" in files
+                else "name a folder written by save_pretrained"
+            )
             raise ModelError(f"{key}={name!r}: no config.json in this folder; {cure}")
         return str(path)
     if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1:
@@ -398,8 +429,10 @@ def _one_line(spec: ModelSpec, key: str = "model.name_or_path") -> Iterator[None
     except Exception as error:  # damaged files raise nearly anything: SafetensorError, UnpicklingError, bare Exception
         text = _flat(error)
         if "couldn't connect" in text or "offline mode" in text or "LocalEntryNotFound" in text:
-            text = ("no such folder, and not in the hub's local cache; the hub cannot be reached from here "
-                    "(name a local folder or *.gguf file, or go online)")
+            text = (
+                "no such folder, and not in the hub's local cache; the hub cannot be reached from here "
+                "(name a local folder or *.gguf file, or go online)"
+            )
         elif isinstance(error, ImportError) and "gguf" in text.lower():
             text = "reading GGUF files needs the gguf package: pip install 'trimtab[gguf]'"
         raise ModelError(f"{key}={value!r}: {text}") from error
@@ -425,8 +458,15 @@ def _quiet_report() -> Iterator[None]:
 
 # Configs.
 
-_OLD_KEYS = {"rope_theta", "rope_scaling", "torch_dtype", "dtype", "architectures", "transformers_version",
-             "share_att_key"}
+_OLD_KEYS = {
+    "rope_theta",
+    "rope_scaling",
+    "torch_dtype",
+    "dtype",
+    "architectures",
+    "transformers_version",
+    "share_att_key",
+}
 
 
 def _inline(spec: ModelSpec) -> tuple[dict[str, Any] | None, dict[str, Any]]:
@@ -455,16 +495,25 @@ def _config_of(whole: dict[str, Any], origin: Any, labels: dict[str, Any]) -> Pr
     settings = dict(whole)
     kind = settings.pop("model_type")
     if kind not in CONFIG_MAPPING:
-        raise ConfigError("model.config.model_type", kind,
-                          f"transformers knows no such model.{did_you_mean(str(kind), CONFIG_MAPPING)}")
+        raise ConfigError(
+            "model.config.model_type",
+            kind,
+            f"transformers knows no such model.{did_you_mean(str(kind), CONFIG_MAPPING)}",
+        )
     if isinstance(origin, dict):  # typed by hand: a misspelt key would silently keep the default's shape
         plain = CONFIG_MAPPING[kind]()
-        known = {*plain.to_dict(), *plain.attribute_map, *_OLD_KEYS, *GenerationConfig().to_dict(),
-                 *inspect.signature(type(plain)).parameters}
+        known = {
+            *plain.to_dict(),
+            *plain.attribute_map,
+            *_OLD_KEYS,
+            *GenerationConfig().to_dict(),
+            *inspect.signature(type(plain)).parameters,
+        }
         for key in settings:
             if key not in known:
-                raise ConfigError(f"model.config.{key}", settings[key],
-                                  f"a {kind} config has no such key.{did_you_mean(key, known)}")
+                raise ConfigError(
+                    f"model.config.{key}", settings[key], f"a {kind} config has no such key.{did_you_mean(key, known)}"
+                )
     try:
         return AutoConfig.for_model(kind, **{**settings, **labels})
     except Exception as error:  # hub's own validation errors are no ValueErrors
@@ -479,8 +528,7 @@ def _from_config(config: PretrainedConfig, auto_class: str) -> PreTrainedModel:
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):
             raise ModelError(f"model.config: {_flat(error)}") from error
-        raise ModelError(f"model: transformers has no {auto_class} for a {config.model_type} model"
-                         ) from error
+        raise ModelError(f"model: transformers has no {auto_class} for a {config.model_type} model") from error
 
 
 def _quantization(spec: ModelSpec, task: Task) -> Any:
@@ -491,8 +539,11 @@ def _quantization(spec: ModelSpec, task: Task) -> Any:
     known = [name for name in inspect.signature(BitsAndBytesConfig).parameters if name != "kwargs"]
     for key in settings:  # transformers itself ignores a misspelt one and loads the model unquantised
         if key not in known:
-            raise ConfigError(f"model.quantization.{key}", settings[key],
-                              f"no such setting.{did_you_mean(key, known)} There is {', '.join(known)}")
+            raise ConfigError(
+                f"model.quantization.{key}",
+                settings[key],
+                f"no such setting.{did_you_mean(key, known)} There is {', '.join(known)}",
+            )
     if not (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
         raise ConfigError("model.quantization", spec.quantization, "set load_in_4bit or load_in_8bit to true")
     if "llm_int8_skip_modules" not in settings:
@@ -516,8 +567,11 @@ def _head(model: PreTrainedModel) -> tuple[str, ...]:
         return ()
     shared = {id(p) for p in model.get_submodule(backbone).parameters()}
     modules = [key for key, _ in model.named_modules() if key]
-    return tuple(_shortest_end(name, modules) for name, child in model.named_children()
-                 if name != backbone and any(id(p) not in shared for p in child.parameters()))
+    return tuple(
+        _shortest_end(name, modules)
+        for name, child in model.named_children()
+        if name != backbone and any(id(p) not in shared for p in child.parameters())
+    )
 
 
 def _shortest_end(name: str, modules: Iterable[str]) -> str:
@@ -542,5 +596,3 @@ def _set_pad(model: PreTrainedModel, tokenizer: Any) -> None:
         pad = getattr(config, "eos_token_id", None)
         pad = pad[0] if isinstance(pad, (list, tuple)) else pad
     config.pad_token_id = pad
-
-

@@ -93,8 +93,11 @@ class TrimConfig(LoraConfig):
             self._refuse_what_cannot_adapt()
         if self.where is not None:
             if self.layer_replication:
-                raise ConfigError("layer_replication", self.layer_replication,
-                                  "the layers that it makes have other numbers than where was chosen for; drop one")
+                raise ConfigError(
+                    "layer_replication",
+                    self.layer_replication,
+                    "the layers that it makes have other numbers than where was chosen for; drop one",
+                )
             self.exclude_modules = excluding(self.where, self.exclude_modules)
             untie_targets(self)
         self._live = Live()
@@ -138,8 +141,12 @@ class TrimConfig(LoraConfig):
             if getattr(self, name, None):
                 raise ConfigError(name, getattr(self, name), f"does not go together with {word}; drop one of them")
         if self.rank is not None and self.bias != "none":
-            raise ConfigError("bias", self.bias, "a module that is cut to rank 0 is not in the saved adapter, and its "
-                              "bias would be lost; use 'none', or drop rank")
+            raise ConfigError(
+                "bias",
+                self.bias,
+                "a module that is cut to rank 0 is not in the saved adapter, and its "
+                "bias would be lost; use 'none', or drop rank",
+            )
 
     def live_ranks(self) -> dict[str, tuple[int, float]]:
         """Site name -> (rank, scale) of the live layers that carry this config's adapter; rank 0 where it was pruned.

@@ -41,9 +41,14 @@ class Horizon:
     steps_per_epoch: int
 
 
-def plan(source: Recipe | Mapping[str, Any] | str | Path | nn.Module, config: PeftConfig | None = None,
-         overrides: Iterable[str] = (), *, total_steps: int | None = None,
-         steps_per_epoch: int | None = None) -> Plan:
+def plan(
+    source: Recipe | Mapping[str, Any] | str | Path | nn.Module,
+    config: PeftConfig | None = None,
+    overrides: Iterable[str] = (),
+    *,
+    total_steps: int | None = None,
+    steps_per_epoch: int | None = None,
+) -> Plan:
     """Dry run of a recipe, or of a model with the config that `peft.get_peft_model` would get.
 
     Args:
@@ -81,8 +86,10 @@ def plan_recipe(recipe: Recipe, horizon: Horizon | None = None, task: Task | Non
     notes: list[str] = []
     horizon = horizon or horizon_of(recipe, rows)
     if horizon is None and task is not None:
-        notes.append("the number of training rows is not known here, so the schedule has no steps yet "
-                     "(give data.train, or train.max_steps)")
+        notes.append(
+            "the number of training rows is not known here, so the schedule has no steps yet "
+            "(give data.train, or train.max_steps)"
+        )
     model_config = models.load_config(model_spec(recipe), task)
     model = models.meta_model(model_config, task.auto_class if task else auto_class_of(model_config))
     task_type = task.task_type if task else None
@@ -97,8 +104,13 @@ def plan_recipe(recipe: Recipe, horizon: Horizon | None = None, task: Task | Non
     return replace(made, notes=(*notes, *made.notes))
 
 
-def with_layer_ratio(recipe: Recipe, model: nn.Module, horizon: Horizon | None, task_type: str | None = None,
-                     modules_to_save: tuple[str, ...] = ()) -> Recipe:
+def with_layer_ratio(
+    recipe: Recipe,
+    model: nn.Module,
+    horizon: Horizon | None,
+    task_type: str | None = None,
+    modules_to_save: tuple[str, ...] = (),
+) -> Recipe:
     """The recipe with the share of layers that its budget allows, where the budget may choose it.
 
     Raises:
@@ -123,9 +135,16 @@ def with_layer_ratio(recipe: Recipe, model: nn.Module, horizon: Horizon | None, 
     depth = max(sum(1 for _ in group) for group in _blocks(sites).values())
     # CKA may have to leave out a first layer that sees the same vector in every row.
     most = 1 - 1 / depth if recipe.where.method == "cka" and depth > 1 else 1.0
-    choice = solve(budget, sites, {site.name: site_rank(site, config) for site in sites}, **settings_of(recipe),
-                   ratio=(1 / depth, most), total_steps=horizon.total_steps,
-                   steps_per_epoch=horizon.steps_per_epoch, free=free)
+    choice = solve(
+        budget,
+        sites,
+        {site.name: site_rank(site, config) for site in sites},
+        **settings_of(recipe),
+        ratio=(1 / depth, most),
+        total_steps=horizon.total_steps,
+        steps_per_epoch=horizon.steps_per_epoch,
+        free=free,
+    )
     return recipe.model_copy(update={"where": recipe.where.model_copy(update={"ratio": choice.ratio})})
 
 
@@ -137,8 +156,9 @@ def _blocks(sites: list[Site]) -> dict[str, set[int]]:
     return found
 
 
-def plan_of_run(recipe: Recipe, model: nn.Module, config: PeftConfig, horizon: Horizon | None,
-                rows: int | None = None) -> Plan:
+def plan_of_run(
+    recipe: Recipe, model: nn.Module, config: PeftConfig, horizon: Horizon | None, rows: int | None = None
+) -> Plan:
     """The plan of a recipe whose model and config are made.
 
     Raises:
@@ -173,8 +193,16 @@ def plan_model(model: nn.Module, config: PeftConfig, horizon: Horizon | None = N
         methods = {axis: getattr(config, axis, None) for axis in ("rank", "freeze")}
         budget, rank_params = getattr(config, "budget", None), None
         if budget is not None and horizon is not None:
-            choice = solve(budget, sites, ranks, **methods, ratio=None, total_steps=horizon.total_steps,
-                           steps_per_epoch=horizon.steps_per_epoch, free=config.budget_frees)  # type: ignore[attr-defined]
+            choice = solve(
+                budget,
+                sites,
+                ranks,
+                **methods,
+                ratio=None,
+                total_steps=horizon.total_steps,
+                steps_per_epoch=horizon.steps_per_epoch,
+                free=config.budget_frees,  # type: ignore[attr-defined]
+            )
             methods, rank_params = {"rank": choice.rank, "freeze": choice.freeze}, choice.rank_params
             notes.extend(choice.explanation)
         costs = {site.name: initial_params(site, ranks[site.name], **methods) for site in sites}
@@ -228,15 +256,26 @@ def initial_params(site: Site, r: int, rank: Any, freeze: Any) -> int:
     return projections + r * has_e + site.out_features * has_b
 
 
-def _predicted(sites: list[Site], ranks: dict[str, int], initial: int, horizon: Horizon | None, rank: Any,
-               freeze: Any, rank_params: int | None = None) -> tuple[dict[str, float], tuple[dict[str, Any], ...]]:
+def _predicted(
+    sites: list[Site],
+    ranks: dict[str, int],
+    initial: int,
+    horizon: Horizon | None,
+    rank: Any,
+    freeze: Any,
+    rank_params: int | None = None,
+) -> tuple[dict[str, float], tuple[dict[str, Any], ...]]:
     """Parameters and schedule of a run; those of its start where its length is not known."""
     if horizon is None:
         return _constant(initial), ()
     length = horizon.total_steps, horizon.steps_per_epoch
     found = figures(sites, ranks, rank, freeze, *length, rank_params)
-    params = {"initial": found.initial, "final": round(found.final), "average": round(found.average, 1),
-              "held": found.size}
+    params = {
+        "initial": found.initial,
+        "final": round(found.final),
+        "average": round(found.average, 1),
+        "held": found.size,
+    }
     if freeze is not None and found.average_closed_form is not None:
         params["average_closed_form"] = round(found.average_closed_form, 1)
     total = sum(ranks.values())
@@ -246,9 +285,11 @@ def _predicted(sites: list[Site], ranks: dict[str, int], initial: int, horizon: 
     now: dict[str, Any] = {"trainable": found.initial, "total_rank": total, "training_ratio": 1.0}
     rows = []
     for step in sorted({0, *trainable, *budgets, *shares}):
-        now = {"trainable": round(trainable.get(step, now["trainable"])),
-               "total_rank": budgets.get(step, now["total_rank"]),
-               "training_ratio": round(shares.get(step, now["training_ratio"]), 6)}
+        now = {
+            "trainable": round(trainable.get(step, now["trainable"])),
+            "total_rank": budgets.get(step, now["total_rank"]),
+            "training_ratio": round(shares.get(step, now["training_ratio"]), 6),
+        }
         event = "start" if step == 0 else "rank" if step in budgets else "freeze"
         rows.append({"step": step, "event": event, **now})
     return params, (*rows, {"step": horizon.total_steps, "event": "end"})
@@ -330,8 +371,9 @@ def load_rows(recipe: Recipe, task: Task) -> DatasetDict:
     rest = sorted(set(range(len(train))) - set(held))
     of_others = (*(f"{split}:" for split in others), "no data.")
     task.notes[:] = [note for note in task.notes if not note.startswith(of_others)]
-    task.notes.append(f"data.held_out: {len(held)} of {len(train)} training rows are scored, in place of validation "
-                      "and test")
+    task.notes.append(
+        f"data.held_out: {len(held)} of {len(train)} training rows are scored, in place of validation and test"
+    )
     return DatasetDict({"train": train.select(rest), name: train.select(held)})
 
 

@@ -196,14 +196,34 @@ class Recipe(_Section):
 
 # Which PEFT config carries each adapter type, and what the recipe's words are called there.
 ADAPTERS: dict[str, tuple[str, str, dict[str, str]]] = {
-    "lora": ("peft.tuners.lora.config", "LoraConfig",
-             {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "init": "init_lora_weights",
-              "target_modules": "target_modules", "modules_to_save": "modules_to_save"}),
-    "vera": ("peft.tuners.vera.config", "VeraConfig",
-             {"r": "r", "dropout": "vera_dropout", "init": "init_weights",
-              "target_modules": "target_modules", "modules_to_save": "modules_to_save"}),
-    "bottleneck": ("trimtab.adapters.bottleneck", "BottleneckConfig",
-                   {"init": "init", "modules_to_save": "modules_to_save"}),
+    "lora": (
+        "peft.tuners.lora.config",
+        "LoraConfig",
+        {
+            "r": "r",
+            "alpha": "lora_alpha",
+            "dropout": "lora_dropout",
+            "init": "init_lora_weights",
+            "target_modules": "target_modules",
+            "modules_to_save": "modules_to_save",
+        },
+    ),
+    "vera": (
+        "peft.tuners.vera.config",
+        "VeraConfig",
+        {
+            "r": "r",
+            "dropout": "vera_dropout",
+            "init": "init_weights",
+            "target_modules": "target_modules",
+            "modules_to_save": "modules_to_save",
+        },
+    ),
+    "bottleneck": (
+        "trimtab.adapters.bottleneck",
+        "BottleneckConfig",
+        {"init": "init", "modules_to_save": "modules_to_save"},
+    ),
     "adaption_prompt": ("peft.tuners.adaption_prompt.config", "AdaptionPromptConfig", {}),
 }
 _INSTEAD = {

@@ -58,8 +58,11 @@ class Registry(Generic[Settings]):
             return self.methods[name].load()
         known, key = self.available(), f"{self.axis}.method"
         if name not in known and ":" not in str(name):
-            raise ConfigError(key, name, f"one of {', '.join(known)}, or your own 'module:SettingsClass'."
-                                         f"{did_you_mean(str(name), known)}")
+            raise ConfigError(
+                key,
+                name,
+                f"one of {', '.join(known)}, or your own 'module:SettingsClass'.{did_you_mean(str(name), known)}",
+            )
         found = imported(key, name, known[name].target if name in known else name)
         if isinstance(found, type) and is_dataclass(found) and issubclass(found, _load(self.base)):
             return cast("type[Settings]", found)
@@ -79,8 +82,9 @@ class Registry(Generic[Settings]):
         allowed = {field.name: field for field in fields(cls)}
         for key, value in options.items():
             if key not in allowed:
-                raise ConfigError(f"{self.axis}.{key}", value,
-                                  f"{name} has {', '.join(allowed)}.{did_you_mean(key, allowed)}")
+                raise ConfigError(
+                    f"{self.axis}.{key}", value, f"{name} has {', '.join(allowed)}.{did_you_mean(key, allowed)}"
+                )
         for key, field in allowed.items():
             if key not in options and field.default is MISSING and field.default_factory is MISSING:
                 raise ConfigError(f"{self.axis}.{key}", None, f"needed by {name}")

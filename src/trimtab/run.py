@@ -146,8 +146,9 @@ def _choose(job: Job, settings: recipes.Where, stage: Stage) -> Where:
         return choose_own(job.model, settings, job.recipe.seed, _on_device(stage.track(batches), job.model))
     pool = job.task.pool(job.model.config) if settings.pool == "auto" else settings.pool
     scores = trimtab.layer_similarity(job.model, stage.track(batches), pool=pool, estimator=settings.estimator)
-    return trimtab.select_layers(scores, ratio=settings.ratio, count=settings.count, exclude=settings.exclude,
-                                 degenerate=settings.degenerate)
+    return trimtab.select_layers(
+        scores, ratio=settings.ratio, count=settings.count, exclude=settings.exclude, degenerate=settings.degenerate
+    )
 
 
 def _on_device(batches: Iterable[Any], model: nn.Module) -> Iterator[Any]:
@@ -162,7 +163,7 @@ def _batches(rows: Dataset, job: Job, batch_size: int) -> Any:
 
     lengths = [len(ids) for ids in rows["input_ids"]] if "input_ids" in rows.column_names else None
     order = sorted(range(len(rows)), key=lengths.__getitem__) if lengths else list(range(len(rows)))
-    groups = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+    groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     return DataLoader(rows, batch_sampler=groups, collate_fn=job.task.collator(job.tokenizer))  # type: ignore[arg-type]
 
 
@@ -194,8 +195,9 @@ def train(job: Job, where: Where | None, folder: RunFolder, screen: Screen, *, r
     if "learning_rate" not in recipe.train:
         screen.note("train.learning_rate is not set: the Trainer's 5e-5 suits whole models; adapters take 1e-4 to 1e-3")
     rows = len(_split(job, "train"))
-    config = adapter_config(recipe, job.model, where=where, task_type=job.task.task_type,
-                            modules_to_save=job.modules_to_save)
+    config = adapter_config(
+        recipe, job.model, where=where, task_type=job.task.task_type, modules_to_save=job.modules_to_save
+    )
     planned = replace(plan_of_run(recipe, job.model, config, horizon_of(recipe, rows), rows), where=where)
     folder.write(folder.plan, planned.to_json())
     if recipe.budget is not None:  # what was chosen, and why
@@ -222,13 +224,16 @@ def train(job: Job, where: Where | None, folder: RunFolder, screen: Screen, *, r
         final = final_plan(planned, model, params)
         folder.write(folder.plan, final.to_json())
         loss = next((row["loss"] for row in reversed(trainer.state.log_history) if "loss" in row), None)
-        stage.result = (f"{count(trainer.state.global_step)} steps · loss {number(loss)} · "
-                        f"{count(params.get('final'))} trainable parameters")
+        stage.result = (
+            f"{count(trainer.state.global_step)} steps · loss {number(loss)} · "
+            f"{count(params.get('final'))} trainable parameters"
+        )
     return Trained(model, final, seconds, _peak_memory())
 
 
-def make_trainer(job: Job, model: nn.Module, folder: RunFolder, callbacks: list[Any],
-                 rates: Mapping[str, float] | None = None) -> Trainer:
+def make_trainer(
+    job: Job, model: nn.Module, folder: RunFolder, callbacks: list[Any], rates: Mapping[str, float] | None = None
+) -> Trainer:
     """The stock Trainer for this job."""
     from transformers import PrinterCallback, Trainer
 
@@ -296,8 +301,9 @@ def _checkpoint_to_resume(folder: RunFolder, resume: bool) -> str | None:
 
     found = trimtab.last_checkpoint(folder.checkpoints)
     if found is None:
-        raise DataError(f"run folder {str(folder.path)!r}: no complete checkpoint to resume from; "
-                        "start again with --overwrite")
+        raise DataError(
+            f"run folder {str(folder.path)!r}: no complete checkpoint to resume from; start again with --overwrite"
+        )
     return str(found)
 
 
@@ -335,13 +341,15 @@ def _bar(stage: Stage) -> Any:
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.bar.move(state.global_step)
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None,
-                   **kwargs: Any) -> None:
+        def on_log(
+            self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **kwargs: Any
+        ) -> None:
             if logs and "loss" in logs:
                 self.bar.move(state.global_step, beside=f"loss {float(logs['loss']):.4f}")
 
-        def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None,
-                               **kwargs: Any) -> None:
+        def on_prediction_step(
+            self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+        ) -> None:
             if self.evaluation is None:
                 self.evaluation = stage.bar(len(eval_dataloader), "evaluating")
             self.evaluation.advance()
@@ -357,8 +365,9 @@ def _bar(stage: Stage) -> Any:
 def final_plan(planned: Plan, model: PeftModel, params: Mapping[str, float]) -> Plan:
     """The plan with what training made of it: ranks that stayed, and measured parameters."""
     ranks = adapter_ranks(model)
-    sites = tuple(SitePlan(p.site, p.r, p.trainable_params, ranks.get(p.site.name, p.final_r or 0))
-                  for p in planned.sites)
+    sites = tuple(
+        SitePlan(p.site, p.r, p.trainable_params, ranks.get(p.site.name, p.final_r or 0)) for p in planned.sites
+    )
     settings = {**planned.settings, "predicted_params": planned.params}
     return replace(planned, sites=sites, params={**planned.params, **params}, settings=settings)
 
@@ -484,14 +493,20 @@ def evaluate(job: Job, trained: Trained, folder: RunFolder, screen: Screen) -> d
 def evaluate_base(job: Job, folder: RunFolder, screen: Screen) -> dict[str, Any]:
     """Scores of the model as it is, without an adapter -> base.json, to be read beside those after training."""
     metrics = score(job, job.model, folder, screen, folder.answers / "base")
-    result = {"metrics": metrics, "metric": job.task.metric, "task": job.task.name, "seed": job.recipe.seed,
-              **runfolder.what_was_scored(job.recipe)}
+    result = {
+        "metrics": metrics,
+        "metric": job.task.metric,
+        "task": job.task.name,
+        "seed": job.recipe.seed,
+        **runfolder.what_was_scored(job.recipe),
+    }
     folder.write(folder.base, result)
     return result
 
 
-def score(job: Job, model: nn.Module, folder: RunFolder, screen: Screen, answers: Path,
-          predictions: Path | None = None) -> dict[str, float]:
+def score(
+    job: Job, model: nn.Module, folder: RunFolder, screen: Screen, answers: Path, predictions: Path | None = None
+) -> dict[str, float]:
     """Every score of the task's labelled splits; the headline split's by their bare names.
 
     Generated answers are kept in ``answers``, so that an evaluation that was cut off goes on from them. What came
@@ -540,8 +555,10 @@ def fingerprint(rows: Dataset) -> str:
     counts: how it is asked may differ between runs that are compared."""
     found = hashlib.sha256()
     for row in rows:
-        row = {name: [m["content"] for m in value if m["role"] == "assistant"] if name == "messages" else value
-               for name, value in row.items()}
+        row = {
+            name: [m["content"] for m in value if m["role"] == "assistant"] if name == "messages" else value
+            for name, value in row.items()
+        }
         found.update(json.dumps(row, sort_keys=True, default=_digest).encode())
     return found.hexdigest()[:16]
 

@@ -21,8 +21,23 @@ from .plans import Where
 from .recipe import Recipe
 
 # What a run makes. Only these are removed by --overwrite; a user's own files in the folder stay.
-_OURS = ("recipe.yaml", "where.json", "plan.json", "history.jsonl", "timing.jsonl", "metrics.json", "predictions.json",
-         "base.json", "report.html", "checkpoints", "adapter", "merged", "answers", "harness", "error.log")
+_OURS = (
+    "recipe.yaml",
+    "where.json",
+    "plan.json",
+    "history.jsonl",
+    "timing.jsonl",
+    "metrics.json",
+    "predictions.json",
+    "base.json",
+    "report.html",
+    "checkpoints",
+    "adapter",
+    "merged",
+    "answers",
+    "harness",
+    "error.log",
+)
 # What may differ between the recipe that began a run and the one that goes on with it.
 _FREE = ("output_dir", "export")
 
@@ -157,8 +172,9 @@ def begin(recipe: Recipe, path: Path, *, overwrite: bool = False, resume: bool =
     elif folder.is_finished:
         raise ConfigError("output_dir", str(path), "holds a finished run; name another folder, or pass --overwrite")
     elif folder.has_training:
-        raise ConfigError("output_dir", str(path),
-                          "holds an unfinished run; go on with --resume, or start again with --overwrite")
+        raise ConfigError(
+            "output_dir", str(path), "holds an unfinished run; go on with --resume, or start again with --overwrite"
+        )
     elif folder.where.is_file() and not _selects_alike(recipe, folder):
         folder.where.unlink()  # left by `trimtab select` of another recipe
     if folder.base.is_file() and not what_was_scored(recipe).items() <= folder.read(folder.base).items():
@@ -179,8 +195,12 @@ def refuse_base_of_another(recipe: Recipe, folder: RunFolder) -> None:
     saved = recipes.load(folder.recipe)
     for part in ("model", "task", "data"):
         if getattr(saved, part) != getattr(recipe, part):
-            raise ConfigError("output_dir", str(folder.path), f"holds a run with another {part}; name another folder, "
-                              f"or score that run's base: trimtab eval {folder.path} --base")
+            raise ConfigError(
+                "output_dir",
+                str(folder.path),
+                f"holds a run with another {part}; name another folder, "
+                f"or score that run's base: trimtab eval {folder.path} --base",
+            )
 
 
 def clear(folder: RunFolder) -> None:
@@ -199,8 +219,10 @@ def same_recipe(recipe: Recipe, folder: RunFolder) -> None:
     began, goes_on = (_flat(r) for r in (recipes.load(folder.recipe), recipe))
     for key in sorted(began.keys() | goes_on.keys()):
         if began.get(key) != goes_on.get(key) and key.partition(".")[0] not in _FREE:
-            cure = (f"the run in {str(folder.path)!r} began with {began.get(key)!r}; resume with that, or start again "
-                    "with --overwrite")
+            cure = (
+                f"the run in {str(folder.path)!r} began with {began.get(key)!r}; resume with that, or start again "
+                "with --overwrite"
+            )
             raise ConfigError(key, goes_on.get(key), cure)
 
 

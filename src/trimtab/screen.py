@@ -65,9 +65,13 @@ class Screen:
     def hush(self) -> Iterator[None]:
         """Libraries' bars and chatter off; warnings, and what Trimtab logs, become notes; deprecations do not."""
         # Libraries that are not imported yet read these; importing them here would cost every command seconds.
-        for name, value in {"TRANSFORMERS_VERBOSITY": "error", "DATASETS_VERBOSITY": "error",
-                            "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-                            "TOKENIZERS_PARALLELISM": "false"}.items():
+        for name, value in {
+            "TRANSFORMERS_VERBOSITY": "error",
+            "DATASETS_VERBOSITY": "error",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }.items():
             os.environ.setdefault(name, value)
         logging.getLogger("accelerate").setLevel(logging.ERROR)
         if transformers := sys.modules.get("transformers"):
@@ -132,7 +136,7 @@ class Stage:
 
 
 class _Count(MofNCompleteColumn):
-    """"3/40", or nothing while there is no telling how much there is."""
+    """ "3/40", or nothing while there is no telling how much there is."""
 
     def render(self, task: Task) -> Text:
         return Text("") if task.total is None else super().render(task)
@@ -160,12 +164,18 @@ class Bar:
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", right: Iterable[int] = ()) -> Table:
     """A plain table without rules; ``right`` names the columns (by index) that hold numbers."""
     numeric = set(right)
-    made = Table(title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False,
-                 padding=(0, 2, 0, 0))
+    made = Table(
+        title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
     for i, name in enumerate(columns):
         # Headings of figures stand word under word: on a narrow screen they may not push figures out.
-        made.add_column(name.replace(" ", "\n") if i in numeric else name, overflow="fold", header_style="dim",
-                        justify="right" if i in numeric else "left", vertical="bottom" if i in numeric else "top")
+        made.add_column(
+            name.replace(" ", "\n") if i in numeric else name,
+            overflow="fold",
+            header_style="dim",
+            justify="right" if i in numeric else "left",
+            vertical="bottom" if i in numeric else "top",
+        )
     for row in rows:
         made.add_row(*map(escape, row))
     return made

@@ -51,12 +51,16 @@ class AdapterSwitch:
         kind = next(iter(self.model.peft_config.values())).peft_type
         if not hasattr(self._tuner, "merge_adapter"):
             name = getattr(kind, "value", kind)
-            raise ExportError(f"adapter type {name}: it changes the function in a way that no weight holds; "
-                              "model.set_adapter switches it without merging")
+            raise ExportError(
+                f"adapter type {name}: it changes the function in a way that no weight holds; "
+                "model.set_adapter switches it without merging"
+            )
         layers: list[Any] = [layer for layer in self.model.modules() if isinstance(layer, BaseTunerLayer)]
         if any(getattr(layer, "merged", False) for layer in layers):
-            raise ModelError("model: an adapter is merged already, and unmerging it would not give back the base bit "
-                             "for bit; load the base anew")
+            raise ModelError(
+                "model: an adapter is merged already, and unmerging it would not give back the base bit "
+                "for bit; load the base anew"
+            )
         self._layers = layers
         if any(not p.is_floating_point() for layer in layers for p in layer.get_base_layer().parameters(recurse=False)):
             raise ModelError("model: merging into quantised weights loses digits; load the base in bf16 or f32")
@@ -80,8 +84,9 @@ class AdapterSwitch:
             ExportError: it cannot be merged; the base is back all the same.
         """
         if name is not None and name not in self.names:
-            raise ModelError(f"adapter {name!r}: not loaded; there is {', '.join(self.names)}."
-                             f"{did_you_mean(str(name), self.names)}")
+            raise ModelError(
+                f"adapter {name!r}: not loaded; there is {', '.join(self.names)}.{did_you_mean(str(name), self.names)}"
+            )
         self._restore()
         if name is None:
             return
@@ -118,8 +123,9 @@ class AdapterSwitch:
     def __enter__(self) -> AdapterSwitch:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.to(None)
 
 

@@ -27,8 +27,9 @@ def run_tables(folder: RunFolder) -> list[Any]:
     params = found["params"]
     headline = found["metric"]
     metrics = sorted(found["metrics"].items(), key=lambda item: (item[0] != headline, "loss" in item[0]))
-    rows = [[f"[bold]{escape(name)}[/]" if name == headline else escape(name), number(value)]
-            for name, value in metrics]
+    rows = [
+        [f"[bold]{escape(name)}[/]" if name == headline else escape(name), number(value)] for name, value in metrics
+    ]
     rows += [
         *_params(params, folder.read(folder.plan)["settings"].get("predicted_params") or {}),
         ["layers", " · ".join(_layers(where)) if where else "all"],
@@ -52,25 +53,40 @@ def plan_tables(plan: Plan) -> list[Any]:
     for kind, sites in _by_kind(plan.sites).items():
         shapes = dict.fromkeys(f"{s.site.in_features} → {s.site.out_features}" for s in sites)
         layers = f"any {len(sites)}" if plan.settings.get("layers_undecided") else _blocks(sites)
-        rows.append([kind, layers, ", ".join(shapes), _span(s.r for s in sites),
-                     *([_span(s.final_r or 0 for s in sites)] if final else []),
-                     count(sum(s.trainable_params for s in sites))])
+        rows.append(
+            [
+                kind,
+                layers,
+                ", ".join(shapes),
+                _span(s.r for s in sites),
+                *([_span(s.final_r or 0 for s in sites)] if final else []),
+                count(sum(s.trainable_params for s in sites)),
+            ]
+        )
     numeric = range(len(columns) - (3 if final else 2), len(columns))
-    totals = [*_params(plan.params),
-              ["modules", count(len(plan.sites))],
-              ["optimizer memory", byte_size(plan.optimizer_bytes)]]
+    totals = [
+        *_params(plan.params),
+        ["modules", count(len(plan.sites))],
+        ["optimizer memory", byte_size(plan.optimizer_bytes)],
+    ]
     if plan.settings.get("total_steps"):
-        totals.append(["length", f"{count(plan.settings['total_steps'])} steps, "
-                                 f"{count(plan.settings['steps_per_epoch'])} an epoch"])
+        totals.append(
+            [
+                "length",
+                f"{count(plan.settings['total_steps'])} steps, {count(plan.settings['steps_per_epoch'])} an epoch",
+            ]
+        )
     parts: list[Any] = [table(columns, rows, title=plan.model, right=numeric), "", table(["", ""], totals)]
     parts[-1].show_header = False
     changes = [row for row in plan.schedule if "trainable" in row]
     if len(changes) > 1:
         shown = [changes[i] for i in thin(len(changes), _MOST_SCHEDULE_ROWS)]
-        told = {"from step": [count(row["step"]) for row in shown],
-                "trainable parameters": [count(row["trainable"]) for row in shown],
-                "total rank": [count(row["total_rank"]) for row in shown],
-                "projections training": [f"{100 * row['training_ratio']:.1f} %" for row in shown]}
+        told = {
+            "from step": [count(row["step"]) for row in shown],
+            "trainable parameters": [count(row["trainable"]) for row in shown],
+            "total rank": [count(row["total_rank"]) for row in shown],
+            "projections training": [f"{100 * row['training_ratio']:.1f} %" for row in shown],
+        }
         told = {name: cells for name, cells in told.items() if len(set(cells)) > 1}
         parts += ["", table(list(told), list(zip(*told.values())), right=range(len(told)))]
     return parts + [f"[yellow]note[/] {escape(note)}" for note in plan.notes]
@@ -94,12 +110,17 @@ def tune_table(search: Search) -> Any:
         found = [trial.found for trial in one.trials if trial.state == "done"]
         params = [some["params"].get("final") for some in found]
         seconds = [some["seconds"] for some in found]
-        rows.append([*(_told(one.settings.get(key)) for key in search.keys if key != "seed"), number(one.score),
-                     count(params[0]) if params else NOTHING, duration(sum(seconds)) if seconds else NOTHING,
-                     _progress(one)])
+        rows.append(
+            [
+                *(_told(one.settings.get(key)) for key in search.keys if key != "seed"),
+                number(one.score),
+                count(params[0]) if params else NOTHING,
+                duration(sum(seconds)) if seconds else NOTHING,
+                _progress(one),
+            ]
+        )
     keys = short_labels([key for key in search.keys if key != "seed"])
-    return table([*keys, search.metric, "parameters", "time", "state"], rows,
-                 right=range(len(keys), len(keys) + 3))
+    return table([*keys, search.metric, "parameters", "time", "state"], rows, right=range(len(keys), len(keys) + 3))
 
 
 def _progress(one: Candidate) -> str:
@@ -135,11 +156,19 @@ def latency_tables(found: Latency) -> list[Any]:
         for timing in (timing for timing in found.timings if timing.batch == batch):
             low, middle, high = timing.spread
             spread = f"{low:.3f} to {high:.3f}" if timing.name != "base" else NOTHING
-            rows.append([timing.name, count(found.parameters[timing.name]), f"{timing.median_ms:.2f}",
-                         f"{middle:.3f}", spread])
+            rows.append(
+                [timing.name, count(found.parameters[timing.name]), f"{timing.median_ms:.2f}", f"{middle:.3f}", spread]
+            )
         title = f"batch {batch} × {found.tokens} tokens, {found.dtype}"
-        parts += [table(["model", "parameters added", "median ms", "times the base", "quartiles"],
-                        rows, title=title, right=range(1, 5)), ""]
+        parts += [
+            table(
+                ["model", "parameters added", "median ms", "times the base", "quartiles"],
+                rows,
+                title=title,
+                right=range(1, 5),
+            ),
+            "",
+        ]
     return parts[:-1] + [f"[yellow]note[/] {escape(f'{name}: {why}')}" for name, why in found.left_out.items()]
 
 
@@ -154,8 +183,10 @@ def method_tables(entries: Sequence[Entry]) -> list[Any]:
         made = table(["", ""], [], title=axis)
         made.show_header = False
         for entry in of_axis:
-            settings = [*(f"{key}=(needed)" for key in entry.needed),
-                        *(f"{key}={_told(value)}" for key, value in entry.defaults.items())]
+            settings = [
+                *(f"{key}=(needed)" for key in entry.needed),
+                *(f"{key}={_told(value)}" for key, value in entry.defaults.items()),
+            ]
             about = escape(entry.summary) + (f" [dim]({escape(entry.paper)})[/]" if entry.paper else "")
             made.add_row(entry.name, about + (f"\n[dim]{escape(', '.join(settings))}[/]" if settings else ""))
         parts += [made, ""]
@@ -181,14 +212,18 @@ def _params(params: dict[str, float], planned: dict[str, float] | None = None) -
     if closed is not None:
         asides["average"].append(f"{count(closed)} in closed form")
     names = {"initial": "trainable at the start", "final": "trainable at the end", "average": "trainable on average"}
-    return [[name, count(params.get(key)) + (f" ({', '.join(asides[key])})" if asides[key] else "")]
-            for key, name in names.items()]
+    return [
+        [name, count(params.get(key)) + (f" ({', '.join(asides[key])})" if asides[key] else "")]
+        for key, name in names.items()
+    ]
 
 
 def _layers(where: Where) -> list[str]:
     single = len(where.stacks) == 1
-    return [f"{mask.count('1')} of {len(mask)} ({mask})" + ("" if single else f" in {stack}")
-            for stack, mask in where.stacks.items()]
+    return [
+        f"{mask.count('1')} of {len(mask)} ({mask})" + ("" if single else f" in {stack}")
+        for stack, mask in where.stacks.items()
+    ]
 
 
 def _by_kind(sites: Iterable[SitePlan]) -> dict[str, list[SitePlan]]:

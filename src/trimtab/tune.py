@@ -137,8 +137,9 @@ class Search:
         }  # fmt: skip
 
 
-def tune(source: str, texts: Sequence[str], out: Path, screen: Screen, *, jobs: int = 1,
-         overwrite: bool = False) -> Search:
+def tune(
+    source: str, texts: Sequence[str], out: Path, screen: Screen, *, jobs: int = 1, overwrite: bool = False
+) -> Search:
     """The whole search, from where the folder stands.
 
     Args:
@@ -202,8 +203,11 @@ def _grid(texts: Sequence[str]) -> dict[str, list[str]]:
                 raise ConfigError(key, value, f"cannot be searched over: {why}")
         grid[key] = values
     if not any(len(values) > 1 for key, values in grid.items() if key != "seed"):
-        raise ConfigError("search", " ".join(texts) or None,
-                          "nothing to choose from; give a key several values: train.learning_rate=1e-4,1e-3")
+        raise ConfigError(
+            "search",
+            " ".join(texts) or None,
+            "nothing to choose from; give a key several values: train.learning_rate=1e-4,1e-3",
+        )
     return grid
 
 
@@ -213,8 +217,12 @@ def _laid_out(source: str, texts: Sequence[str], out: Path) -> Search:
 
     grid = _grid(texts)
     if (held := recipes.load(source).data.held_out) is not None:
-        raise ConfigError("data.held_out", held, "leave it out of the recipe: the search holds out rows of its own; "
-                          "give it on the command line to set how many")
+        raise ConfigError(
+            "data.held_out",
+            held,
+            "leave it out of the recipe: the search holds out rows of its own; "
+            "give it on the command line to set how many",
+        )
     varied = [key for key, values in grid.items() if len(values) > 1]
     held_out = [] if "data.held_out" in grid else [f"data.held_out={HELD_OUT}"]
     candidates: dict[str, Candidate] = {}
@@ -236,8 +244,11 @@ def _laid_out(source: str, texts: Sequence[str], out: Path) -> Search:
 def _refuse_other_tokens(search: Search, loss: str | None) -> None:
     for key in search.keys:
         if search.metric == loss and any(key == one or key.startswith(f"{one}.") for one in _OTHER_TOKENS):
-            raise ConfigError(key, None, f"cannot be searched over by {loss}, a mean over tokens: "
-                              "other values of it mean other tokens")
+            raise ConfigError(
+                key,
+                None,
+                f"cannot be searched over by {loss}, a mean over tokens: other values of it mean other tokens",
+            )
 
 
 def _name(settings: dict[str, Any]) -> str:
@@ -294,8 +305,9 @@ def _alone(out: Path) -> Iterator[IO[str] | None]:
                 break
             except OSError:
                 if not left:
-                    raise ConfigError("out", str(out), "another search is running in this folder; wait for it, or "
-                                      "name another folder") from None
+                    raise ConfigError(
+                        "out", str(out), "another search is running in this folder; wait for it, or name another folder"
+                    ) from None
                 time.sleep(0.1)  # trials of a search that was just killed are about to end
         yield lock
 
@@ -308,12 +320,17 @@ def _take_folder(search: Search, overwrite: bool) -> None:
         for name in ("search.json", "best.yaml"):
             (search.folder / name).unlink(missing_ok=True)
     train = search.trials[0].recipe.data.train or []
-    data = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-            for path in ([train] if isinstance(train, str) else train)}
+    data = {
+        path: hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+        for path in ([train] if isinstance(train, str) else train)
+    }
     before = json.loads(state.read_text(encoding="utf-8"))["data"] if state.is_file() else data
     if changed := [path for path, digest in data.items() if before.get(path, digest) != digest]:
-        raise ConfigError("data", changed[0], "has changed since the search in this folder began; start again with "
-                          "--overwrite, or name another folder")
+        raise ConfigError(
+            "data",
+            changed[0],
+            "has changed since the search in this folder began; start again with --overwrite, or name another folder",
+        )
     for trial in search.trials:
         if trial.folder.recipe.is_file():
             same_recipe(trial.recipe, trial.folder)
@@ -437,16 +454,20 @@ def _choose(search: Search, source: str, texts: Sequence[str]) -> Search:
     """
     if failed := [trial for trial in search.trials if trial.state in ("failed", "waiting")]:
         errors = [trial.error for trial in failed if trial.error]
-        raise SearchError(f"{len(failed)} of {len(search.trials)} trials did not finish, so nothing is chosen: "
-                          f"{errors[0] if errors else 'stopped'} (the same command tries them again)")
+        raise SearchError(
+            f"{len(failed)} of {len(search.trials)} trials did not finish, so nothing is chosen: "
+            f"{errors[0] if errors else 'stopped'} (the same command tries them again)"
+        )
     done = [trial for trial in search.trials if trial.state == "done"]
     if done and not any(search.metric in trial.found["metrics"] for trial in done):
         from .tasks import get_task
 
         loss = get_task(done[0].recipe.require_task().model_dump()).training_metric
         if loss is None:
-            raise DataError(f"the task's {search.metric} was not taken on the rows held out; there is "
-                            f"{', '.join(done[0].found['metrics'])}")
+            raise DataError(
+                f"the task's {search.metric} was not taken on the rows held out; there is "
+                f"{', '.join(done[0].found['metrics'])}"
+            )
         search.notes.append(f"{search.metric} cannot be taken on training rows; chosen by {loss}")
         search.metric, search.greater_is_better = loss, False
         _refuse_other_tokens(search, loss)
@@ -454,8 +475,10 @@ def _choose(search: Search, source: str, texts: Sequence[str]) -> Search:
     kept: list[dict[str, Any]] = [next(iter(splits.values()), {}) for splits in scored]
     same = ("rows",) if any(key.startswith("task.") for key in search.keys) else ("rows", "fingerprint")
     if len({tuple(one.get(key) for key in same) for one in kept}) > 1:
-        raise DataError("the trials were scored on different rows, so they cannot be ranked: task.max_length left "
-                        "some out, or a file changed")
+        raise DataError(
+            "the trials were scored on different rows, so they cannot be ranked: task.max_length left "
+            "some out, or a file changed"
+        )
     search.held_out_rows = kept[0].get("rows") if kept else None
     _score(search)
     first = search.ranked[0]
@@ -469,8 +492,11 @@ def _choose(search: Search, source: str, texts: Sequence[str]) -> Search:
     fixed = [text for text in fixed if "seed" not in search.keys or not text.startswith("seed=")]
     best = recipes.load(source, fixed).model_copy(update={"output_dir": str(search.folder / "best")})
     search.recipe = search.folder / "best.yaml"
-    write_text(search.recipe, f"# Chosen by trimtab tune among {len(search.candidates)}: {search.metric} "
-               f"{first.score:.6g} on {search.held_out_rows} held-out training rows.\n{best.to_yaml()}")
+    write_text(
+        search.recipe,
+        f"# Chosen by trimtab tune among {len(search.candidates)}: {search.metric} "
+        f"{first.score:.6g} on {search.held_out_rows} held-out training rows.\n{best.to_yaml()}",
+    )
     return search
 
 
@@ -480,5 +506,3 @@ def _how_clear(search: Search, done: Sequence[Trial]) -> str:
 
     table = compare([trial.folder.path for trial in done])
     return f"{table.finding}."
-
-

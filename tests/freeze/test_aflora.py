@@ -66,14 +66,14 @@ def test_delta_of_a_small_layer_is_the_one_worked_out_by_hand():
     torch.testing.assert_close(folded_B @ folded_A, expected.double(), rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize("step, left", [(10, 1), (11, 0.941192), (20, 0.512), (35, 0.125), (50, 0.008),
-                                        (60, 0), (61, 0)])
+@pytest.mark.parametrize(
+    "step, left", [(10, 1), (11, 0.941192), (20, 0.512), (35, 0.125), (50, 0.008), (60, 0), (61, 0)]
+)
 def test_cubic_schedule_of_twenty_epochs(step, left):
     assert trainable_fraction(step, 200, 10, 140) == pytest.approx(left, abs=1e-6)
 
 
-@pytest.mark.parametrize("step, left", [(300, 1), (400, 0.9375), (500, 0.75), (600, 0.4375), (700, 0),
-                                        (701, 0)])
+@pytest.mark.parametrize("step, left", [(300, 1), (400, 0.9375), (500, 0.75), (600, 0.4375), (700, 0), (701, 0)])
 def test_quadratic_schedule(step, left):
     assert trainable_fraction(step, 1000, 300, 300, "quadratic") == pytest.approx(left)
 
@@ -96,12 +96,15 @@ def test_score_of_one_scalar_over_three_windows():
     assert rule._means(["p"])["p"] == pytest.approx(0.1907264531)
 
 
-SCORES = {"A1": torch.full((4,), 0.1), "B1": torch.tensor([0.2, 0.2, 0.2, 5]),
-          "A2": torch.full((4,), 1.0), "B2": torch.tensor([0.3, 0.4, 0.5, 0.6])}
+SCORES = {
+    "A1": torch.full((4,), 0.1),
+    "B1": torch.tensor([0.2, 0.2, 0.2, 5]),
+    "A2": torch.full((4,), 1.0),
+    "B2": torch.tensor([0.3, 0.4, 0.5, 0.6]),
+}
 
 
-@pytest.mark.parametrize("left, frozen",
-                         [(0.75, set()), (0.5, {"A1"}), (0.25, {"A1", "B2"}), (0, set(SCORES))])
+@pytest.mark.parametrize("left, frozen", [(0.75, set()), (0.5, {"A1"}), (0.25, {"A1", "B2"}), (0, set(SCORES))])
 def test_element_quantile_freezes_the_tensors_whose_mean_is_below_it(left, frozen):
     assert set(below_quantile(SCORES, left)) == frozen
 
@@ -143,9 +146,17 @@ def test_scale_ignores_alpha_unless_asked():
 
 def parity_settings(released):
     s = released["settings"]
-    return (AFLoRA(warmup=f"{s['initial_warmup_epochs']}ep", final=f"{s['final_warmup_epochs']}ep",
-                   interval_steps=s["interval_steps"], beta1=s["beta1"], beta2=s["beta2"]),
-            s["total_steps"], s["total_steps"] // s["epochs"])
+    return (
+        AFLoRA(
+            warmup=f"{s['initial_warmup_epochs']}ep",
+            final=f"{s['final_warmup_epochs']}ep",
+            interval_steps=s["interval_steps"],
+            beta1=s["beta1"],
+            beta2=s["beta2"],
+        ),
+        s["total_steps"],
+        s["total_steps"] // s["epochs"],
+    )
 
 
 @pytest.mark.skipif(not PARITY.exists(), reason="needs shared/data beside the checkout, or $TRIMTAB_DATA")
@@ -253,8 +264,11 @@ def test_accumulated_micro_batches_decide_like_one_large_batch():
 
     def train(n_micro):
         torch.manual_seed(1)
-        factors = {f"{site}.lora_{m}": torch.randn(shape, dtype=torch.float64, requires_grad=True)
-                   for site in ("fc1", "fc2") for m, shape in (("A", (2, 6)), ("B", (6, 2)))}
+        factors = {
+            f"{site}.lora_{m}": torch.randn(shape, dtype=torch.float64, requires_grad=True)
+            for site in ("fc1", "fc2")
+            for m, shape in (("A", (2, 6)), ("B", (6, 2)))
+        }
         sizes = {name: p.numel() for name, p in factors.items()}
         rule = AFLoRA(warmup=5, final=20, interval_steps=5).build(sizes, 60, 10)
         scale = torch.ones(6, dtype=torch.float64, requires_grad=True)  # trains to the end
@@ -300,15 +314,22 @@ def test_a_pattern_that_matches_no_site_is_refused():
         AFLoRA(trainable_projections=["up_proj"]).check_sites(["layers.0.mlp.down_proj"])
 
 
-@pytest.mark.parametrize("wrong, key", [
-    ({"final": 1.0}, "freeze.final"), ({"warmup": 1.0}, "freeze.warmup"),
-    ({"warmup": "soon"}, "freeze.warmup"), ({"interval_steps": 0}, "freeze.interval_steps"),
-    ({"beta1": 1.0}, "freeze.beta1"), ({"beta2": -0.1}, "freeze.beta2"),
-    ({"schedule": "linear"}, "freeze.schedule"), ({"rule": "mean"}, "freeze.rule"),
-    ({"scaling": "r"}, "freeze.scaling"),
-    ({"trainable_projections": "mlp"}, "freeze.trainable_projections"),
-    ({"trainable_projections": ["("]}, "freeze.trainable_projections"),
-])
+@pytest.mark.parametrize(
+    "wrong, key",
+    [
+        ({"final": 1.0}, "freeze.final"),
+        ({"warmup": 1.0}, "freeze.warmup"),
+        ({"warmup": "soon"}, "freeze.warmup"),
+        ({"interval_steps": 0}, "freeze.interval_steps"),
+        ({"beta1": 1.0}, "freeze.beta1"),
+        ({"beta2": -0.1}, "freeze.beta2"),
+        ({"schedule": "linear"}, "freeze.schedule"),
+        ({"rule": "mean"}, "freeze.rule"),
+        ({"scaling": "r"}, "freeze.scaling"),
+        ({"trainable_projections": "mlp"}, "freeze.trainable_projections"),
+        ({"trainable_projections": ["("]}, "freeze.trainable_projections"),
+    ],
+)
 def test_a_wrong_setting_is_refused_by_name(wrong, key):
     with pytest.raises(ConfigError) as error:
         AFLoRA(**wrong)
@@ -330,8 +351,10 @@ def test_predicted_fractions_in_closed_form():
 def test_predicted_curve_counts_the_discrete_events():
     # events at 20, 30, 40, 50 and 60, each in force from the next step on
     curve = AFLoRA(**PAPER).trainable_curve(200, 10)
-    assert curve == [(0, 1.0), *((step, pytest.approx(left)) for step, left in
-                                 ((21, 0.512), (31, 0.216), (41, 0.064), (51, 0.008), (61, 0)))]
+    assert curve == [
+        (0, 1.0),
+        *((step, pytest.approx(left)) for step, left in ((21, 0.512), (31, 0.216), (41, 0.064), (51, 0.008), (61, 0))),
+    ]
     assert AFLoRA(**PAPER).average_fraction(200, 10) == pytest.approx((21 + 10 * 0.8) / 200)
 
 

@@ -58,20 +58,25 @@ def test_reading_the_table_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-@pytest.mark.parametrize("scores, costs, limit, kept", [
-    ([3, 2, 1], [5, 5, 5], 15, [1, 1, 1]),
-    ([3, 2, 1], [5, 5, 5], 14, [1, 1, 0]),
-    ([3, 2, 1], [5, 8, 2], 7, [1, 0, 1]),  # the second does not fit: filled with the cheapest
-    ([1, 2, 3], [1, 9, 4], 6, [1, 0, 1]),
-    ([0, 0, 0], [4, 4, 4], 8, [1, 1, 0]),  # ties go to the first
-    ([1, 1], [4, 4], 3, [0, 0]),
-])
+@pytest.mark.parametrize(
+    "scores, costs, limit, kept",
+    [
+        ([3, 2, 1], [5, 5, 5], 15, [1, 1, 1]),
+        ([3, 2, 1], [5, 5, 5], 14, [1, 1, 0]),
+        ([3, 2, 1], [5, 8, 2], 7, [1, 0, 1]),  # the second does not fit: filled with the cheapest
+        ([1, 2, 3], [1, 9, 4], 6, [1, 0, 1]),
+        ([0, 0, 0], [4, 4, 4], 8, [1, 1, 0]),  # ties go to the first
+        ([1, 1], [4, 4], 3, [0, 0]),
+    ],
+)
 def test_items_are_kept_by_score_while_they_fit_then_the_cheapest(scores, costs, limit, kept):
     assert keep_by_cost(scores, costs, limit) == [bool(k) for k in kept]
 
 
-@pytest.mark.parametrize("module", ["trimtab.registry", "trimtab.freeze.base", "trimtab.freeze.aflora",
-                                    "trimtab.budget", "trimtab.adapters.vera"])
+@pytest.mark.parametrize(
+    "module",
+    ["trimtab.registry", "trimtab.freeze.base", "trimtab.freeze.aflora", "trimtab.budget", "trimtab.adapters.vera"],
+)
 def test_examples_in_docstrings_hold(module):
     result = doctest.testmod(importlib.import_module(module))
     assert result.attempted and not result.failed

@@ -14,8 +14,20 @@ from trimtab.plans import Site
 
 def tiny_bert(**changes):
     torch.manual_seed(0)
-    return BertModel(BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-                                intermediate_size=24, vocab_size=50, **changes)).double().eval()
+    return (
+        BertModel(
+            BertConfig(
+                hidden_size=16,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=24,
+                vocab_size=50,
+                **changes,
+            )
+        )
+        .double()
+        .eval()
+    )
 
 
 def vera_bert(r=4, **changes):
@@ -40,16 +52,20 @@ def test_counts_are_the_published_ones(width, layers, r, count):
 
 def test_count_is_what_peft_trains():
     model = vera_bert()
-    sites = [Site(name, layer.in_features, layer.out_features)
-             for name, layer in model.named_modules() if isinstance(layer, VeraLayer)]
+    sites = [
+        Site(name, layer.in_features, layer.out_features)
+        for name, layer in model.named_modules()
+        if isinstance(layer, VeraLayer)
+    ]
     assert trainable_params(sites, 4) == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert not any(".vera_A" in name or ".vera_B" in name for name, _ in model.named_parameters())
 
 
 def test_start_values_have_the_shared_bound_even_in_narrow_modules():
     model = get_peft_model(tiny_bert(), VeraConfig(r=256, target_modules=["query", "output.dense"]))
-    layer = next(layer for name, layer in model.named_modules()
-                 if isinstance(layer, VeraLayer) and name.endswith("query"))
+    layer = next(
+        layer for name, layer in model.named_modules() if isinstance(layer, VeraLayer) and name.endswith("query")
+    )
     A, B = layer.vera_A["default"], layer.vera_B["default"]
     assert A.shape == (256, 24) and layer.in_features == 16
     assert A.abs().max() == pytest.approx((6 / 24) ** 0.5, rel=1e-2) and A.abs().max() < (6 / 24) ** 0.5
@@ -59,8 +75,11 @@ def test_start_values_have_the_shared_bound_even_in_narrow_modules():
 
 
 def test_modules_of_different_shape_share_one_pair():
-    pointers = {(layer.vera_A["default"].data_ptr(), layer.vera_B["default"].data_ptr())
-                for layer in vera_bert().modules() if isinstance(layer, VeraLayer)}
+    pointers = {
+        (layer.vera_A["default"].data_ptr(), layer.vera_B["default"].data_ptr())
+        for layer in vera_bert().modules()
+        if isinstance(layer, VeraLayer)
+    }
     assert len(pointers) == 1
 
 
@@ -106,8 +125,9 @@ def test_fold_in_a_storage_dtype_rounds_each_number_once():
 def plain_lora(model, pairs):
     """Stock PEFT LoRA on the same base, filled with the pairs."""
     ranks = {name: len(pair.lora_A) for name, pair in pairs.items()}
-    lora = get_peft_model(model, LoraConfig(r=1, lora_alpha=1, target_modules=list(pairs), rank_pattern=ranks,
-                                            alpha_pattern=ranks)).eval()
+    lora = get_peft_model(
+        model, LoraConfig(r=1, lora_alpha=1, target_modules=list(pairs), rank_pattern=ranks, alpha_pattern=ranks)
+    ).eval()
     with torch.no_grad():
         for name, pair in pairs.items():
             layer = lora.base_model.model.get_submodule(name)

@@ -16,7 +16,12 @@ RANKS = {"a": 6, "b": 6, "c": 4, "d": 6}
 STEPS = 48
 OPTIONS = {
     "salientlora": {
-        "start": "svd", "target_r": 2, "warmup": 5, "allocation": 30, "initial_window": 3, "final_window": 12,
+        "start": "svd",
+        "target_r": 2,
+        "warmup": 5,
+        "allocation": 30,
+        "initial_window": 3,
+        "final_window": 12,
     },
     "adalora": {"start": "svd", "target_r": 2, "warmup": 5, "final": 15, "interval_steps": 4},
     "sora": {"prox_threshold": 0.2, "interval": 6},

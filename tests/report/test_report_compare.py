@@ -129,11 +129,23 @@ def test_two_seeds_have_no_interval_and_no_best(tmp_path: Path) -> None:
     assert "which so few seeds cannot tell from chance" in table.finding
 
 
-def with_rows(folder: Path, label: list[int], predicted: list[int], fingerprint: str = "f", seed: int = 0,
-              metric: str = "accuracy", **axes: object) -> Path:
+def with_rows(
+    folder: Path,
+    label: list[int],
+    predicted: list[int],
+    fingerprint: str = "f",
+    seed: int = 0,
+    metric: str = "accuracy",
+    **axes: object,
+) -> Path:
     """A finished run that kept what each row was given."""
-    kept = {"rows": len(label), "fingerprint": fingerprint, "label": label, "predicted": predicted,
-            "classes": ["a", "b"]}
+    kept = {
+        "rows": len(label),
+        "fingerprint": fingerprint,
+        "label": label,
+        "predicted": predicted,
+        "classes": ["a", "b"],
+    }
     score = float(pairing._row_score(kept, metric)(np.arange(len(label))))
     found = {**runs.metrics(seed), "metric": metric, "metrics": {metric: score}}
     run = runs.write_run(folder, recipe=runs.recipe(seed, **axes), metrics=found)

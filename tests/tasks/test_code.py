@@ -13,13 +13,31 @@ from trimtab.tasks.code import pass_at_k
 isolated = pytest.mark.skipif(bool(sandbox.isolation().lacks), reason=f"no isolation: {sandbox.isolation().missing}")
 
 HUMANEVAL = [
-    {"task_id": "T/0", "prompt": "def double(x):\n    \"\"\"Twice x.\"\"\"\n", "canonical_solution": "    return 2 * x\n",
-     "test": "def check(candidate):\n    assert candidate(3) == 6\n", "entry_point": "double"},
-    {"task_id": "T/1", "prompt": "def half(x):\n    \"\"\"x over two.\"\"\"\n", "canonical_solution": "    return x / 2\n",
-     "test": "def check(candidate):\n    assert candidate(3) == 1.5\n", "entry_point": "half"}]
-MBPP = [{"task_id": 7, "text": "Write a function to add one.", "code": "def one(x):\r\n    return x + 1",
-         "test_list": ["assert one(1) == 2", "assert one(-1) == 0"], "test_setup_code": "import math",
-         "challenge_test_list": []}]
+    {
+        "task_id": "T/0",
+        "prompt": 'def double(x):\n    """Twice x."""\n',
+        "canonical_solution": "    return 2 * x\n",
+        "test": "def check(candidate):\n    assert candidate(3) == 6\n",
+        "entry_point": "double",
+    },
+    {
+        "task_id": "T/1",
+        "prompt": 'def half(x):\n    """x over two."""\n',
+        "canonical_solution": "    return x / 2\n",
+        "test": "def check(candidate):\n    assert candidate(3) == 1.5\n",
+        "entry_point": "half",
+    },
+]
+MBPP = [
+    {
+        "task_id": 7,
+        "text": "Write a function to add one.",
+        "code": "def one(x):\r\n    return x + 1",
+        "test_list": ["assert one(1) == 2", "assert one(-1) == 0"],
+        "test_setup_code": "import math",
+        "challenge_test_list": [],
+    }
+]
 
 
 def test_pass_at_k_is_the_share_of_choices_with_a_right_one():
@@ -58,11 +76,13 @@ def test_a_model_is_asked_to_complete_the_opened_block(tmp_path, chat):
     assert evaluate(tmp_path, reply, chat=chat) == {"pass@1": 0.5}
     begins = "[user]Complete" if chat else "Below is an instruction"
     assert all(prompt.startswith(begins) for prompt in prompts)
-    ends = ("[assistant]" if chat else "### Response:\n") + "```python\ndef double(x):\n    \"\"\"Twice x.\"\"\""
+    ends = ("[assistant]" if chat else "### Response:\n") + '```python\ndef double(x):\n    """Twice x."""'
     assert any(prompt.endswith(ends) for prompt in prompts)
     rows = [json.loads(line) for line in (tmp_path / "out" / "test_scored.jsonl").read_text().splitlines()]
-    assert rows == [{"task": "T/0", "passed": [True], "reasons": [""]},
-                    {"task": "T/1", "passed": [False], "reasons": ["AssertionError"]}]
+    assert rows == [
+        {"task": "T/0", "passed": [True], "reasons": [""]},
+        {"task": "T/1", "passed": [False], "reasons": ["AssertionError"]},
+    ]
 
 
 @isolated
@@ -74,7 +94,7 @@ def test_a_base_model_continues_the_bare_prompt_up_to_the_next_top_level_line(tm
         return "\n    return 2 * x\n\ndef other():\n    raise\nprint(1 / 0)"
 
     assert evaluate(tmp_path, reply, continues_prompt=True) == {"pass@1": 0.5}
-    assert "def double(x):\n    \"\"\"Twice x.\"\"\"" in prompts
+    assert 'def double(x):\n    """Twice x."""' in prompts
 
 
 @isolated
@@ -90,26 +110,38 @@ def test_mbpp_rows_are_asked_with_their_tests(tmp_path):
     assert "Write a function to add one.\n\nYour code should pass these tests:\n\nassert one(1) == 2\n" in prompts[0]
     assert evaluate(tmp_path, reply, rows=MBPP, continues_prompt=True) == {"pass@1": 1.0}
     assert prompts[1] == '"""\nWrite a function to add one.\nassert one(1) == 2\n"""'
-    sanitised = [{"task_id": 7, "prompt": "Add one.", "code": MBPP[0]["code"], "test_imports": ["import math"],
-                  "test_list": MBPP[0]["test_list"]}]
+    sanitised = [
+        {
+            "task_id": 7,
+            "prompt": "Add one.",
+            "code": MBPP[0]["code"],
+            "test_imports": ["import math"],
+            "test_list": MBPP[0]["test_list"],
+        }
+    ]
     assert evaluate(tmp_path, reply, rows=sanitised, chat=True) == {"pass@1": 1.0}
 
 
 @isolated
 def test_several_samples_give_pass_at_each_k(tmp_path):
     replies = itertools.cycle(["\n    return 2 * x\n```", "\n    return 0\n```"])
-    scores = evaluate(tmp_path, lambda _: next(replies), rows=HUMANEVAL[:1], k=[1, 2],
-                      generation={"samples": 4, "temperature": 0.8})
+    scores = evaluate(
+        tmp_path, lambda _: next(replies), rows=HUMANEVAL[:1], k=[1, 2], generation={"samples": 4, "temperature": 0.8}
+    )
     assert scores == {"pass@1": 0.5, "pass@2": pytest.approx(1 - 1 / 6)}  # C(2,2)/C(4,2)
 
 
 @isolated
 def test_what_a_model_writes_is_stopped_and_scored_as_failed(tmp_path):
     def reply(prompt):
-        return "\n    while True: pass\n```" if "double" in prompt else "\n    open('/tmp/x', 'w')\n    return x / 2\n```"
+        return (
+            "\n    while True: pass\n```" if "double" in prompt else "\n    open('/tmp/x', 'w')\n    return x / 2\n```"
+        )
 
     assert evaluate(tmp_path, reply, cpu_seconds=1) == {"pass@1": 0.0}
-    reasons = [json.loads(line)["reasons"][0] for line in (tmp_path / "out" / "test_scored.jsonl").read_text().splitlines()]
+    reasons = [
+        json.loads(line)["reasons"][0] for line in (tmp_path / "out" / "test_scored.jsonl").read_text().splitlines()
+    ]
     assert "CPU time" in reasons[0]
     assert "Permission denied" in reasons[1]
 
@@ -132,25 +164,36 @@ def test_a_machine_without_isolation_is_told_at_the_start(monkeypatch):
 
 def test_reference_solutions_are_learned_and_lossed_as_answers(tmp_path):
     task = get_task({"name": "code"})
-    raw = task.load_data({"train": write_jsonl(tmp_path / "t.jsonl", [{"query": "Hi?", "answer": "print('hi')"}]),
-                          "validation": write_jsonl(tmp_path / "v.jsonl", HUMANEVAL),
-                          "test": write_jsonl(tmp_path / "m.jsonl", MBPP)})
+    raw = task.load_data(
+        {
+            "train": write_jsonl(tmp_path / "t.jsonl", [{"query": "Hi?", "answer": "print('hi')"}]),
+            "validation": write_jsonl(tmp_path / "v.jsonl", HUMANEVAL),
+            "test": write_jsonl(tmp_path / "m.jsonl", MBPP),
+        }
+    )
     ready = task.prepare(raw, byte_tokenizer(), byte_model())
-    answers = [byte_tokenizer().decode([t for t in ready[split][0]["labels"] if t != -100])
-               for split in ("train", "validation", "test")]
-    assert answers == ["print('hi')</s>",
-                       "```python\ndef double(x):\n    \"\"\"Twice x.\"\"\"\n    return 2 * x\n```</s>",
-                       "```python\ndef one(x):\n    return x + 1\n```</s>"]
+    answers = [
+        byte_tokenizer().decode([t for t in ready[split][0]["labels"] if t != -100])
+        for split in ("train", "validation", "test")
+    ]
+    assert answers == [
+        "print('hi')</s>",
+        '```python\ndef double(x):\n    """Twice x."""\n    return 2 * x\n```</s>',
+        "```python\ndef one(x):\n    return x + 1\n```</s>",
+    ]
     assert task.eval_splits(ready) == ["test", "validation"]
 
 
-@pytest.mark.parametrize(("settings", "words"), [
-    ({"benchmark": "humanevall"}, r"task\.benchmark='humanevall': not known\. Did you mean 'humaneval'\?"),
-    ({"k": [1, 10]}, r"task\.k=\[1, 10\]: needs task\.generation\.samples=10 or more; it is 1"),
-    ({"k": []}, r"task\.k=\[\]: whole numbers"),
-    ({"k": 2, "generation": {"samples": 2}}, r"task\.generation\.temperature=None: needed when several"),
-    ({"cpu_seconds": 0}, r"task\.cpu_seconds=0: a whole number, at least 1"),
-])
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"benchmark": "humanevall"}, r"task\.benchmark='humanevall': not known\. Did you mean 'humaneval'\?"),
+        ({"k": [1, 10]}, r"task\.k=\[1, 10\]: needs task\.generation\.samples=10 or more; it is 1"),
+        ({"k": []}, r"task\.k=\[\]: whole numbers"),
+        ({"k": 2, "generation": {"samples": 2}}, r"task\.generation\.temperature=None: needed when several"),
+        ({"cpu_seconds": 0}, r"task\.cpu_seconds=0: a whole number, at least 1"),
+    ],
+)
 def test_settings_that_cannot_be_are_refused(settings, words):
     with pytest.raises(ConfigError, match=words):
         get_task({"name": "code", **settings})
@@ -158,7 +201,9 @@ def test_settings_that_cannot_be_are_refused(settings, words):
 
 def test_rows_without_tests_are_reported(tmp_path):
     with pytest.raises(DataError, match=r"row 1 has no list of tests in column 'test_list'"):
-        get_task({"name": "code"}).load_data({"test": write_jsonl(tmp_path / "t.jsonl", [{**MBPP[0], "test_list": []}])})
+        get_task({"name": "code"}).load_data(
+            {"test": write_jsonl(tmp_path / "t.jsonl", [{**MBPP[0], "test_list": []}])}
+        )
 
 
 def test_the_hub_gives_training_rows_and_the_benchmark():
@@ -174,8 +219,9 @@ def test_a_model_that_knows_the_reference_solutions_passes(tmp_path, name, conti
     rows = list(raw["test"])
 
     def reply(prompt):
-        row = next(row for row in rows if row["messages"][0]["content"] in prompt
-                   or row["bare_prompt"].rstrip("\n") in prompt)
+        row = next(
+            row for row in rows if row["messages"][0]["content"] in prompt or row["bare_prompt"].rstrip("\n") in prompt
+        )
         code = row["messages"][-1]["content"].removeprefix("```python\n").removesuffix("\n```")
         return "\n" + code.removeprefix(row["head"]).lstrip("\n") + "\n```\nDone."
 

@@ -17,15 +17,24 @@ TEXTS = ["the cat", "a dog ran home again", "so", "it is very good", "mat"]
 
 def questions(texts=TEXTS):
     tokenizer = byte_tokenizer()
-    return [Question(f"test/{i}", {"input_ids": ids, "attention_mask": [1] * len(ids)})
-            for i, ids in enumerate(tokenizer(texts)["input_ids"])]
+    return [
+        Question(f"test/{i}", {"input_ids": ids, "attention_mask": [1] * len(ids)})
+        for i, ids in enumerate(tokenizer(texts)["input_ids"])
+    ]
 
 
 def answers(model, decoding=None, asked=None, **more):
     side = "right" if model.config.is_encoder_decoder else "left"
     decoding = decoding or Decoding(max_new_tokens=12, batch_size=3)
-    return generate(model, byte_tokenizer(), asked or questions(), decoding, lambda rows: Padder(0)(rows, side=side),
-                    ends=[2], **more)
+    return generate(
+        model,
+        byte_tokenizer(),
+        asked or questions(),
+        decoding,
+        lambda rows: Padder(0)(rows, side=side),
+        ends=[2],
+        **more,
+    )
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "bart"])
@@ -34,7 +43,7 @@ def test_a_batch_of_padded_prompts_is_answered_as_each_prompt_alone(kind):
     together = answers(model)
     alone = [answers(model, Decoding(max_new_tokens=12, batch_size=1), [one])[0] for one in questions()]
     assert together == alone
-    assert kind == "bart" or len({text for text, in together}) > 1  # a tiny random BART says one thing only
+    assert kind == "bart" or len({text for (text,) in together}) > 1  # a tiny random BART says one thing only
 
 
 def test_an_answer_ends_before_the_end_token():
@@ -42,9 +51,15 @@ def test_an_answer_ends_before_the_end_token():
     free = answers(model)[0][0]
     ids = byte_tokenizer()(free)["input_ids"]
     end = next(i for i, token in enumerate(ids) if i > 2)
-    stopped = generate(model, byte_tokenizer(), questions()[:1], Decoding(max_new_tokens=12),
-                       lambda rows: Padder(0)(rows, side="left"), ends=[2, ids[end]])
-    assert stopped[0][0] == byte_tokenizer().decode(ids[:ids.index(ids[end])])
+    stopped = generate(
+        model,
+        byte_tokenizer(),
+        questions()[:1],
+        Decoding(max_new_tokens=12),
+        lambda rows: Padder(0)(rows, side="left"),
+        ends=[2, ids[end]],
+    )
+    assert stopped[0][0] == byte_tokenizer().decode(ids[: ids.index(ids[end])])
 
 
 def test_an_answer_ends_before_a_stop_text_and_costs_no_more_than_that():
@@ -76,8 +91,10 @@ def test_an_interrupted_run_goes_on_and_ends_as_an_unbroken_one(tmp_path):
         pass
 
     model = byte_model()
-    for decoding in (Decoding(max_new_tokens=6, batch_size=2),
-                     Decoding(max_new_tokens=6, batch_size=2, samples=3, others={"temperature": 2.0})):
+    for decoding in (
+        Decoding(max_new_tokens=6, batch_size=2),
+        Decoding(max_new_tokens=6, batch_size=2, samples=3, others={"temperature": 2.0}),
+    ):
         file = tmp_path / f"{decoding.samples}.jsonl"
         unbroken = answers(model, decoding, file=tmp_path / f"{decoding.samples}_unbroken.jsonl")
         real, calls = type(model).generate, []
@@ -165,13 +182,16 @@ def test_layers_get_their_mode_back_and_progress_is_told():
     assert told == [(5, "answers"), 3, 2, "closed"]
 
 
-@pytest.mark.parametrize(("settings", "words"), [
-    ({"max_new_tokens": 0}, r"task\.generation\.max_new_tokens=0: a whole number, at least 1"),
-    ({"samples": True}, r"task\.generation\.samples=True: a whole number"),
-    ({"stop": 3}, r"task\.generation\.stop=3: a text, or a list"),
-    ({"num_beam": 4}, r"task\.generation\.num_beam=4: no such setting\. Did you mean 'num_beams'\?"),
-    ([1], r"task\.generation=\[1\]: a mapping"),
-])
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"max_new_tokens": 0}, r"task\.generation\.max_new_tokens=0: a whole number, at least 1"),
+        ({"samples": True}, r"task\.generation\.samples=True: a whole number"),
+        ({"stop": 3}, r"task\.generation\.stop=3: a text, or a list"),
+        ({"num_beam": 4}, r"task\.generation\.num_beam=4: no such setting\. Did you mean 'num_beams'\?"),
+        ([1], r"task\.generation=\[1\]: a mapping"),
+    ],
+)
 def test_settings_that_cannot_be_are_refused(settings, words):
     with pytest.raises(ConfigError, match=words):
         Decoding.read(settings)

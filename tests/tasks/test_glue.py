@@ -16,8 +16,14 @@ from trimtab.tasks.glue import KINDS
 
 def rows_of(short, n=8):
     labels = KINDS[short].labels
-    return [{**{c: f"the cat sat {'again ' * i}{c}" for c in KINDS[short].columns},
-             "label": i % len(labels) if labels else i / 2, "idx": i} for i in range(n)]
+    return [
+        {
+            **{c: f"the cat sat {'again ' * i}{c}" for c in KINDS[short].columns},
+            "label": i % len(labels) if labels else i / 2,
+            "idx": i,
+        }
+        for i in range(n)
+    ]
 
 
 def glue(short, tmp_path, train=None, **files):
@@ -58,15 +64,17 @@ def test_two_class_scores_agree_with_hand_worked_numbers(short):
     # Class 1: 2 found, 1 missed, 1 false alarm; class 0: 1 found.
     labels, predicted = np.array([1, 1, 1, 0, 0]), [1, 1, 0, 0, 1]
     scores = get_task({"name": f"glue/{short}"}).compute_metrics((logits_for(predicted), labels))
-    by_hand = {"accuracy": 3 / 5, "f1": 2 * 2 / (2 * 2 + 1 + 1),
-               "matthews_correlation": (2 * 1 - 1 * 1) / math.sqrt(3 * 3 * 2 * 2)}
+    by_hand = {
+        "accuracy": 3 / 5,
+        "f1": 2 * 2 / (2 * 2 + 1 + 1),
+        "matthews_correlation": (2 * 1 - 1 * 1) / math.sqrt(3 * 3 * 2 * 2),
+    }
     expected = {"cola": ["matthews_correlation"], "mrpc": ["accuracy", "f1"], "qqp": ["accuracy", "f1"]}
     assert scores == pytest.approx({name: by_hand[name] for name in expected.get(short, ["accuracy"])})
 
 
 def test_mnli_accuracy_agrees_with_a_hand_worked_number():
-    scores = get_task({"name": "glue/mnli"}).compute_metrics(
-        (logits_for([0, 1, 2, 2], 3), np.array([0, 1, 2, 1])))
+    scores = get_task({"name": "glue/mnli"}).compute_metrics((logits_for([0, 1, 2, 2], 3), np.array([0, 1, 2, 1])))
     assert scores == {"accuracy": 0.75}
 
 
@@ -110,7 +118,9 @@ def test_mnli_is_scored_on_both_halves_the_matched_one_first(tmp_path):
     rows = rows_of("mnli")
     task, loaded = glue("mnli", tmp_path, validation_mismatched=rows, validation_matched=rows)
     assert task.eval_splits(task.prepare(loaded, encoder_tokenizer())) == [
-        "validation_matched", "validation_mismatched"]
+        "validation_matched",
+        "validation_mismatched",
+    ]
     task, loaded = glue("mnli", tmp_path, validation=rows)
     assert task.eval_splits(task.prepare(loaded, encoder_tokenizer())) == ["validation"]
 
@@ -131,8 +141,7 @@ def test_single_unlabelled_rows_are_left_out_and_said_so(tmp_path):
 
 
 def test_labels_may_be_class_names_or_csv_text(tmp_path):
-    (tmp_path / "train.csv").write_text(
-        "sentence1,sentence2,label\na,b,entailment\nc,d,1\ne,f,0\ng,h,not_entailment\n")
+    (tmp_path / "train.csv").write_text("sentence1,sentence2,label\na,b,entailment\nc,d,1\ne,f,0\ng,h,not_entailment\n")
     task = get_task({"name": "glue/rte"})
     rows = task.load_data({"train": str(tmp_path / "train.csv"), "validation": str(tmp_path / "train.csv")})
     assert rows["train"]["label"][:] == [0, 1, 0, 1]
@@ -155,13 +164,16 @@ def test_max_samples_keeps_the_first_rows_of_each_split(tmp_path):
     assert rows["train"]["sentence"][:] == rows["validation"]["sentence"][:6]
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"label": 2}, ["row 8 has label 2", "0 (unacceptable), 1 (acceptable)"]),
-    ({"label": 0.5}, ["row 8 has label 0.5"]),
-    ({"label": "yes"}, ["label 'yes'"]),
-    ({"sentence": None}, ["row 8 is empty in column 'sentence'"]),
-    ({"sentence": ["a"]}, ["row 8 holds a list in column 'sentence'"]),
-])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"label": 2}, ["row 8 has label 2", "0 (unacceptable), 1 (acceptable)"]),
+        ({"label": 0.5}, ["row 8 has label 0.5"]),
+        ({"label": "yes"}, ["label 'yes'"]),
+        ({"sentence": None}, ["row 8 is empty in column 'sentence'"]),
+        ({"sentence": ["a"]}, ["row 8 holds a list in column 'sentence'"]),
+    ],
+)
 def test_a_bad_row_is_named(tmp_path, change, words):
     train = rows_of("cola")
     train[-1].update(change)
@@ -203,18 +215,23 @@ def test_columns_that_the_model_does_not_take_are_dropped(tmp_path):
     task, rows = glue("cola", tmp_path)
     model = AutoModelForSequenceClassification.from_config(tiny_config("llama"))  # takes no token types
     assert set(task.prepare(rows, encoder_tokenizer(), model)["train"].column_names) == {
-        "input_ids", "attention_mask", "labels"}
+        "input_ids",
+        "attention_mask",
+        "labels",
+    }
 
 
 def test_the_hubs_rows_are_taken_as_they_are(monkeypatch):
-    features = Features({"sentence": Value("string"), "label": ClassLabel(names=["unacceptable", "acceptable"]),
-                         "idx": Value("int32")})
+    features = Features(
+        {"sentence": Value("string"), "label": ClassLabel(names=["unacceptable", "acceptable"]), "idx": Value("int32")}
+    )
     asked = []
 
     def load_dataset(*args):
         asked.append(args)
-        part = Dataset.from_list([{"sentence": "a", "label": 1, "idx": 0}, {"sentence": "b", "label": 0, "idx": 1}],
-                                 features=features)
+        part = Dataset.from_list(
+            [{"sentence": "a", "label": 1, "idx": 0}, {"sentence": "b", "label": 0, "idx": 1}], features=features
+        )
         hidden = Dataset.from_list([{"sentence": "a", "label": -1, "idx": 0}], features=features)
         return DatasetDict({"train": part, "validation": part, "test": hidden})
 
@@ -240,11 +257,13 @@ def test_an_unreachable_hub_is_one_line_with_the_cure(monkeypatch):
     assert "data.train" in str(error.value)
 
 
-@pytest.mark.parametrize(("short", "train", "ones"), [
-    ("cola", 8551, 6023), ("mrpc", 3668, 2474), ("rte", 2490, 2490 - 1249)])
+@pytest.mark.parametrize(
+    ("short", "train", "ones"), [("cola", 8551, 6023), ("mrpc", 3668, 2474), ("rte", 2490, 2490 - 1249)]
+)
 def test_the_real_files_have_their_documented_labels(short, train, ones):
     folder = data_pack(short)
     rows = get_task({"name": f"glue/{short}"}).load_data(
-        {"train": str(folder / "train.jsonl"), "validation": str(folder / "validation.jsonl")})
+        {"train": str(folder / "train.jsonl"), "validation": str(folder / "validation.jsonl")}
+    )
     assert len(rows["train"]) == train
     assert sum(rows["train"]["label"][:]) == ones

@@ -15,16 +15,24 @@ from trimtab.tasks import get_task
 from trimtab.tasks.answering import answer_scores, answer_sums
 from trimtab.tasks.instruct import CONVERTERS, form_of
 
-ROWS = [{"instruction": "Name a colour.", "input": "", "output": "Red."},
-        {"instruction": "Add.", "input": "1 and 2", "output": "3"}]
-CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"},
-        {"role": "user", "content": "Bye"}, {"role": "assistant", "content": "Ciao"}]
+ROWS = [
+    {"instruction": "Name a colour.", "input": "", "output": "Red."},
+    {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+]
+CHAT = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello"},
+    {"role": "user", "content": "Bye"},
+    {"role": "assistant", "content": "Ciao"},
+]
 
 
 def load(tmp_path, rows, settings=None, **splits):
     task = get_task({"name": "instruct", **(settings or {})})
-    files = {split: write_jsonl(tmp_path / f"{split}.jsonl", part)
-             for split, part in {"train": rows, **(splits or {"validation": rows})}.items()}
+    files = {
+        split: write_jsonl(tmp_path / f"{split}.jsonl", part)
+        for split, part in {"train": rows, **(splits or {"validation": rows})}.items()
+    }
     return task, task.load_data(files)
 
 
@@ -51,25 +59,36 @@ def test_alpaca_rows_get_the_papers_prompt_and_labels_on_the_answer_alone(tmp_pa
     _, ready, tokenizer = prepared(tmp_path, ROWS)
     assert learned(ready["train"][0], tokenizer) == [
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\nName a colour.\n\n### Response:\n", "Red.</s>"]
+        "### Instruction:\nName a colour.\n\n### Response:\n",
+        "Red.</s>",
+    ]
     assert learned(ready["train"][1], tokenizer) == [
         "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
         "response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n"
-        "### Response:\n", "3</s>"]
+        "### Response:\n",
+        "3</s>",
+    ]
 
 
 def test_a_tokenizers_own_template_is_used_and_every_answer_of_a_chat_is_learned(tmp_path):
-    _, ready, tokenizer = prepared(tmp_path, [{"messages": CHAT}, *({"messages": CHAT},) * 3],
-                                   tokenizer=byte_tokenizer(chat=True))
+    _, ready, tokenizer = prepared(
+        tmp_path, [{"messages": CHAT}, *({"messages": CHAT},) * 3], tokenizer=byte_tokenizer(chat=True)
+    )
     assert learned(ready["train"][0], tokenizer) == [
-        "[user]Hi<|end|>\n[assistant]", "Hello<|end|>", "\n[user]Bye<|end|>\n[assistant]", "Ciao<|end|>"]
+        "[user]Hi<|end|>\n[assistant]",
+        "Hello<|end|>",
+        "\n[user]Bye<|end|>\n[assistant]",
+        "Ciao<|end|>",
+    ]
 
 
 def test_a_template_that_rewrites_earlier_turns_leaves_the_last_answer(tmp_path):
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = ("{% for m in messages %}{% if not (m.role == 'assistant' and not loop.last) %}"
-                               "[{{ m.role }}]{{ m.content }}{% endif %}{% endfor %}"
-                               "{% if add_generation_prompt %}[assistant]{% endif %}")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if not (m.role == 'assistant' and not loop.last) %}"
+        "[{{ m.role }}]{{ m.content }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
     _, ready, _ = prepared(tmp_path, [{"messages": CHAT}] * 2, tokenizer=tokenizer)
     assert learned(ready["train"][0], tokenizer) == ["[user]Hi[user]Bye[assistant]", "Ciao</s>"]
 
@@ -81,7 +100,7 @@ def test_a_prompt_is_tokenised_in_training_as_when_an_answer_is_generated(tmp_pa
         raw = task.load_data({"train": str(tmp_path / "train.jsonl"), "validation": str(tmp_path / "train.jsonl")})
         for row, one in zip(ready["train"], raw["train"]):
             asked = task.question_columns(one, tokenizer, "row")["input_ids"]
-            assert row["input_ids"][:len(asked)] == asked
+            assert row["input_ids"][: len(asked)] == asked
             assert row["labels"][len(asked) - 1] == -100 != row["labels"][len(asked)]
 
 
@@ -97,7 +116,7 @@ def test_tokens_that_join_prompt_and_answer_are_kept_apart():
             while text:
                 piece = "ab" if text.startswith("ab") else text[0]
                 found.append(self.ids[piece])
-                text = text[len(piece):]
+                text = text[len(piece) :]
             return {"input_ids": found}
 
         def apply_chat_template(self, messages, tokenize, add_generation_prompt):
@@ -119,26 +138,41 @@ def test_a_beginning_token_is_written_once_where_the_tokenizer_writes_one(tmp_pa
     assert ready["train"][0]["input_ids"][:2].count(1) == 1
 
 
-@pytest.mark.parametrize(("form", "row"), [
-    ("messages", {"messages": CHAT}),
-    ("conversations", {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"},
-                                         {"from": "human", "value": "Bye"}, {"from": "gpt", "value": "Ciao"}]}),
-    ("completion", {"prompt": CHAT[:3], "completion": CHAT[3:]}),
-])
+@pytest.mark.parametrize(
+    ("form", "row"),
+    [
+        ("messages", {"messages": CHAT}),
+        (
+            "conversations",
+            {
+                "conversations": [
+                    {"from": "human", "value": "Hi"},
+                    {"from": "gpt", "value": "Hello"},
+                    {"from": "human", "value": "Bye"},
+                    {"from": "gpt", "value": "Ciao"},
+                ]
+            },
+        ),
+        ("completion", {"prompt": CHAT[:3], "completion": CHAT[3:]}),
+    ],
+)
 def test_chats_are_one_whatever_their_keys(form, row):
     table = {name: [value] for name, value in row.items()}
     assert form_of(table, "x") == form
     assert CONVERTERS[form](table, "x") == [CHAT]
 
 
-@pytest.mark.parametrize(("form", "row"), [
-    ("completion", {"prompt": "Q", "completion": "A"}),
-    ("response", {"query": "Q", "response": "A", "type": "GSM"}),
-    ("query", {"query": "Q", "answer": "A", "lang": "python"}),
-    ("question", {"question": "Q", "answer": "A"}),
-    ("alpaca", {"instruction": "Q", "output": "A"}),
-    ("instances", {"instruction": "Q", "instances": [{"input": "", "output": "A"}]}),
-])
+@pytest.mark.parametrize(
+    ("form", "row"),
+    [
+        ("completion", {"prompt": "Q", "completion": "A"}),
+        ("response", {"query": "Q", "response": "A", "type": "GSM"}),
+        ("query", {"query": "Q", "answer": "A", "lang": "python"}),
+        ("question", {"question": "Q", "answer": "A"}),
+        ("alpaca", {"instruction": "Q", "output": "A"}),
+        ("instances", {"instruction": "Q", "instances": [{"input": "", "output": "A"}]}),
+    ],
+)
 def test_questions_and_answers_are_one_whatever_their_columns(form, row):
     table = {name: [value] for name, value in row.items()}
     assert form_of(table, "x") == form
@@ -204,7 +238,8 @@ def test_loss_is_summed_over_answer_tokens_only():
 def test_an_encoder_decoders_labels_are_not_shifted():
     logits = torch.tensor([[[0.0, math.log(3)], [0.0, 0.0]]])
     assert answer_sums(logits, torch.tensor([[1, -100]]), shifted=False).tolist() == [
-        pytest.approx([math.log(4 / 3), 1, 1])]
+        pytest.approx([math.log(4 / 3), 1, 1])
+    ]
 
 
 def test_scores_of_nothing_and_of_the_very_bad_are_not_numbers_that_look_good():
@@ -225,7 +260,8 @@ def test_the_answer_loss_is_the_models_own_loss_whatever_the_padding(tmp_path, k
             one = collate([alone])
             assert row[0] / row[1] == pytest.approx(model(**one).loss.item(), rel=1e-4)
     assert task.compute_metrics(((sums.numpy(),), None))["answer_loss"] == pytest.approx(
-        (sums[:, 0].sum() / sums[:, 1].sum()).item())
+        (sums[:, 0].sum() / sums[:, 1].sum()).item()
+    )
 
 
 def test_an_encoder_decoder_reads_the_question_and_learns_the_answer(tmp_path):
@@ -261,11 +297,23 @@ def test_training_lowers_the_answer_loss_on_held_out_rows(tmp_path):
     task, ready, tokenizer = prepared(tmp_path, rows, {"template": "plain"}, model=model)
     peft = get_peft_model(model, LoraConfig(task_type=task.task_type, r=4, target_modules="all-linear"))
     trainer = Trainer(
-        model=peft, train_dataset=ready["train"], eval_dataset=ready["validation"],
-        data_collator=task.collator(tokenizer), compute_metrics=task.compute_metrics,
+        model=peft,
+        train_dataset=ready["train"],
+        eval_dataset=ready["validation"],
+        data_collator=task.collator(tokenizer),
+        compute_metrics=task.compute_metrics,
         preprocess_logits_for_metrics=task.preprocess_logits_for_metrics,
-        args=TrainingArguments(str(tmp_path / "out"), max_steps=10, per_device_train_batch_size=10, learning_rate=3e-2,
-                               use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no"))
+        args=TrainingArguments(
+            str(tmp_path / "out"),
+            max_steps=10,
+            per_device_train_batch_size=10,
+            learning_rate=3e-2,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            save_strategy="no",
+        ),
+    )
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
@@ -282,8 +330,9 @@ def test_a_tenth_is_held_out_where_nothing_else_can_be_scored(tmp_path):
     rows = task.load_data({"train": str(tmp_path / "train.jsonl")})
     assert {split: len(part) for split, part in rows.items()} == {"train": 27, "validation": 3}
     assert task.notes == ["no data.validation: 3 of 30 training rows were split off for it"]
-    rows = task.load_data({"train": str(tmp_path / "train.jsonl"), "test": str(tmp_path / "train.jsonl"),
-                           "max_samples": {"train": 4}})
+    rows = task.load_data(
+        {"train": str(tmp_path / "train.jsonl"), "test": str(tmp_path / "train.jsonl"), "max_samples": {"train": 4}}
+    )
     assert {split: len(part) for split, part in rows.items()} == {"train": 4, "test": 30}
     assert task.eval_splits(rows) == ["test"]
 
@@ -295,16 +344,19 @@ def test_rows_without_an_answer_are_left_out(tmp_path):
     assert "train: 1 of 3 rows have no answer and were left out" in task.notes
 
 
-@pytest.mark.parametrize(("rows", "settings", "words"), [
-    ([{"text": "a"}], {}, ["its columns text are in none of the forms known", "task.prompt and task.answer"]),
-    ([{"a": "x", "b": "y"}], {"prompt": "a", "answer": "c"}, ["task.answer='c'", "no column 'c'"]),
-    ([{"prompt": None, "completion": "a"}], {}, ["row 1: its prompt is empty"]),
-    ([{"prompt": {"a": 1}, "completion": "a"}], {}, ["row 1: its prompt is a dict"]),
-    ([{"messages": "hello"}], {}, ["row 1 has a str where a list of messages is needed"]),
-    ([{"messages": [{"role": "robot", "content": "x"}]}], {}, ["row 1 has a message with role 'robot'"]),
-    ([{"instruction": "a", "instances": [3]}], {}, ["row 1 has an instance that is no object"]),
-    ([{"instruction": "a", "output": ""}], {}, ["no row has an answer"]),
-])
+@pytest.mark.parametrize(
+    ("rows", "settings", "words"),
+    [
+        ([{"text": "a"}], {}, ["its columns text are in none of the forms known", "task.prompt and task.answer"]),
+        ([{"a": "x", "b": "y"}], {"prompt": "a", "answer": "c"}, ["task.answer='c'", "no column 'c'"]),
+        ([{"prompt": None, "completion": "a"}], {}, ["row 1: its prompt is empty"]),
+        ([{"prompt": {"a": 1}, "completion": "a"}], {}, ["row 1: its prompt is a dict"]),
+        ([{"messages": "hello"}], {}, ["row 1 has a str where a list of messages is needed"]),
+        ([{"messages": [{"role": "robot", "content": "x"}]}], {}, ["row 1 has a message with role 'robot'"]),
+        ([{"instruction": "a", "instances": [3]}], {}, ["row 1 has an instance that is no object"]),
+        ([{"instruction": "a", "output": ""}], {}, ["no row has an answer"]),
+    ],
+)
 def test_wrong_rows_are_reported_in_one_line(tmp_path, rows, settings, words):
     with pytest.raises(DataError) as error:
         load(tmp_path, rows, settings)
@@ -313,14 +365,17 @@ def test_wrong_rows_are_reported_in_one_line(tmp_path, rows, settings, words):
         assert word in str(error.value)
 
 
-@pytest.mark.parametrize(("settings", "words"), [
-    ({"max_length": 1}, r"task\.max_length=1: a whole number of tokens, at least 2"),
-    ({"template": "alpacca"}, r"task\.template='alpacca': not known\. Did you mean 'alpaca'\?"),
-    ({"prompt": "a"}, r"task\.answer=None: name both columns"),
-    ({"answer": 3}, r"task\.answer=3: the name of a column"),
-    ({"system": ""}, r"task\.system='': a text"),
-    ({"tempalte": "own"}, r"task\.tempalte='own': task 'instruct' has no such setting\. Did you mean 'template'\?"),
-])
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"max_length": 1}, r"task\.max_length=1: a whole number of tokens, at least 2"),
+        ({"template": "alpacca"}, r"task\.template='alpacca': not known\. Did you mean 'alpaca'\?"),
+        ({"prompt": "a"}, r"task\.answer=None: name both columns"),
+        ({"answer": 3}, r"task\.answer=3: the name of a column"),
+        ({"system": ""}, r"task\.system='': a text"),
+        ({"tempalte": "own"}, r"task\.tempalte='own': task 'instruct' has no such setting\. Did you mean 'template'\?"),
+    ],
+)
 def test_settings_that_cannot_be_are_refused(settings, words):
     with pytest.raises(ConfigError, match=words):
         get_task({"name": "instruct", **settings})
@@ -357,12 +412,16 @@ def test_the_hub_is_asked_where_no_files_are_given(monkeypatch):
         raise OSError("offline\nmore")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(DataError, match=r"tatsu-lab/alpaca cannot be fetched from the hub \(offline\); give local files"):
+    with pytest.raises(
+        DataError, match=r"tatsu-lab/alpaca cannot be fetched from the hub \(offline\); give local files"
+    ):
         get_task({"name": "instruct"}).load_data()
 
 
-@pytest.mark.parametrize(("name", "rows"), [("alpaca", 985), ("code_alpaca", 2015), ("self_instruct_seed", None),
-                                            ("math_instruct", 1143), ("gsm8k", 7473)])
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [("alpaca", 985), ("code_alpaca", 2015), ("self_instruct_seed", None), ("math_instruct", 1143), ("gsm8k", 7473)],
+)
 def test_real_rows_are_read(name, rows):
     task = get_task({"name": "instruct"})
     loaded = task.load_data({"train": str(data_pack(name) / "train.jsonl")})
@@ -372,4 +431,5 @@ def test_real_rows_are_read(name, rows):
     ready = task.prepare(type(loaded)(small), byte_tokenizer())
     for row, raw in zip(ready["train"], small["train"]):
         assert byte_tokenizer().decode([t for t in row["labels"] if t != -100]) == (
-            raw["messages"][-1]["content"].rstrip() + "</s>")
+            raw["messages"][-1]["content"].rstrip() + "</s>"
+        )

@@ -9,34 +9,56 @@ from trimtab.errors import ConfigError
 from trimtab.tasks import get_task
 from trimtab.tasks.math import flexible_answer, gold_of, is_same, number_of, strict_answer
 
-GSM = [{"question": "2 + 2?", "answer": "Two and two is <<2+2=4>>4.\n#### 4"},
-       {"question": "Half of 2400?", "answer": "It is <<2400/2=1200>>1,200.\n#### 1,200"},
-       {"question": "Owes 3?", "answer": "So:\n#### -3"},
-       {"question": "3 * 6?", "answer": "#### 18"}]
+GSM = [
+    {"question": "2 + 2?", "answer": "Two and two is <<2+2=4>>4.\n#### 4"},
+    {"question": "Half of 2400?", "answer": "It is <<2400/2=1200>>1,200.\n#### 1,200"},
+    {"question": "Owes 3?", "answer": "So:\n#### -3"},
+    {"question": "3 * 6?", "answer": "#### 18"},
+]
 
 
-@pytest.mark.parametrize(("text", "strict", "flexible"), [
-    ("It is 18.\n#### 18", "18", "18"),
-    ("#### $18.00", "$18.00", "$18.00"),
-    ("The answer is 18.", None, "18"),
-    ("####18\n\nThen 5 more", "18", "5"),
-    ("#### 7\n#### 18", "7", "18"),  # the first mark counts, as in lm-eval
-    ("20-2", None, "2"),
-    ("It is -18", None, "-18"),
-    ("#### eighteen", None, None),
-    ("", None, None),
-    ("5/18.", None, "18"),
-    ("1,800 / 100 = 18%", None, "18"),
-])
+@pytest.mark.parametrize(
+    ("text", "strict", "flexible"),
+    [
+        ("It is 18.\n#### 18", "18", "18"),
+        ("#### $18.00", "$18.00", "$18.00"),
+        ("The answer is 18.", None, "18"),
+        ("####18\n\nThen 5 more", "18", "5"),
+        ("#### 7\n#### 18", "7", "18"),  # the first mark counts, as in lm-eval
+        ("20-2", None, "2"),
+        ("It is -18", None, "-18"),
+        ("#### eighteen", None, None),
+        ("", None, None),
+        ("5/18.", None, "18"),
+        ("1,800 / 100 = 18%", None, "18"),
+    ],
+)
 def test_the_two_readings_of_a_number(text, strict, flexible):
     assert strict_answer(text, ["####"], "18") == strict
     assert flexible_answer(text, "18") == flexible
 
 
-@pytest.mark.parametrize(("text", "number"), [
-    ("18", 18), ("18.0", 18), ("$1,800.50", "1800.50"), (" -3 ", -3), ("-$3", -3), (".5", "0.5"), ("18.", 18), ("5%", 5),
-    ("1,8", 18), ("C", None), ("", None), ("1/2", None), ("nan", None), ("infinity", None), ("1e5", None), ("²", None),
-])
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("18", 18),
+        ("18.0", 18),
+        ("$1,800.50", "1800.50"),
+        (" -3 ", -3),
+        ("-$3", -3),
+        (".5", "0.5"),
+        ("18.", 18),
+        ("5%", 5),
+        ("1,8", 18),
+        ("C", None),
+        ("", None),
+        ("1/2", None),
+        ("nan", None),
+        ("infinity", None),
+        ("1e5", None),
+        ("²", None),
+    ],
+)
 def test_numbers_are_numbers_however_they_are_written(text, number):
     from decimal import Decimal
 
@@ -76,9 +98,15 @@ def score(tmp_path, reply, rows=GSM, settings=None, **more):
 
 
 def test_a_whole_evaluation_by_hand(tmp_path):
-    said = {"2 + 2": "2+2=4\n#### 4", "2400": "That is $1200.00.", "Owes": "#### 3", "3 * 6": "18\n#### 19\nQuestion: 1"}
-    scores, _ = score(tmp_path, lambda prompt: next(text for key, text in said.items() if key in prompt),
-                      folder=tmp_path / "out")
+    said = {
+        "2 + 2": "2+2=4\n#### 4",
+        "2400": "That is $1200.00.",
+        "Owes": "#### 3",
+        "3 * 6": "18\n#### 19\nQuestion: 1",
+    }
+    scores, _ = score(
+        tmp_path, lambda prompt: next(text for key, text in said.items() if key in prompt), folder=tmp_path / "out"
+    )
     # Strict: the first alone. Flexible: the first two; the last is 19 once the next question is cut off.
     assert scores == {"exact_match_flexible": 0.5, "exact_match_strict": 0.25}
     rows = [json.loads(line) for line in (tmp_path / "out" / "test_scored.jsonl").read_text().splitlines()]
@@ -95,8 +123,12 @@ def test_answers_in_the_folder_are_not_asked_for_again(tmp_path):
 
 def test_other_marks_and_an_instruction_before_every_problem(tmp_path):
     prompts = []
-    scores, _ = score(tmp_path, lambda prompt: prompts.append(prompt) or "The answer is: 4", GSM[:1],
-                      {"marks": ["The answer is:"], "instruction": "Think."})
+    scores, _ = score(
+        tmp_path,
+        lambda prompt: prompts.append(prompt) or "The answer is: 4",
+        GSM[:1],
+        {"marks": ["The answer is:"], "instruction": "Think."},
+    )
     assert scores["exact_match_strict"] == 1.0
     assert "### Instruction:\nThink.\n\n2 + 2?\n\n### Response:\n" in prompts[0]
 
@@ -141,11 +173,14 @@ def test_a_tiny_model_is_scored_from_end_to_end(tmp_path):
     assert scores == {"exact_match_flexible": 0.0, "exact_match_strict": 0.0}
 
 
-@pytest.mark.parametrize(("settings", "words"), [
-    ({"metric": "exact_match"}, r"task\.metric='exact_match': not known\. Did you mean 'exact_match_strict'\?"),
-    ({"marks": []}, r"task\.marks=\[\]: a list of texts"),
-    ({"generation": {"samples": 0}}, r"task\.generation\.samples=0"),
-])
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"metric": "exact_match"}, r"task\.metric='exact_match': not known\. Did you mean 'exact_match_strict'\?"),
+        ({"marks": []}, r"task\.marks=\[\]: a list of texts"),
+        ({"generation": {"samples": 0}}, r"task\.generation\.samples=0"),
+    ],
+)
 def test_settings_that_cannot_be_are_refused(settings, words):
     with pytest.raises(ConfigError, match=words):
         get_task({"name": "math", **settings})
@@ -164,8 +199,9 @@ def test_prompts_that_do_not_fit_keep_their_end(tmp_path):
 
 def test_every_reference_solution_of_the_real_rows_scores():
     task = get_task({"name": "math"})
-    raw = task.load_data({"test": str(data_pack("gsm8k") / "test.jsonl"),
-                          "validation": str(data_pack("math_instruct") / "train.jsonl")})
+    raw = task.load_data(
+        {"test": str(data_pack("gsm8k") / "test.jsonl"), "validation": str(data_pack("math_instruct") / "train.jsonl")}
+    )
     for split, strict, flexible in (("test", 1.0, 1.0), ("validation", 0.0, 0.99)):
         scores, _ = task.score(raw[split], [[turns[-1]["content"]] for turns in raw[split]["messages"]])
         assert scores["exact_match_strict"] == strict

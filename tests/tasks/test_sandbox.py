@@ -15,9 +15,13 @@ from trimtab.tasks.sandbox import Isolation, Limits, run_program, run_programs
 
 SHORT = Limits(cpu_seconds=1, wall_seconds=30)
 isolated = pytest.mark.skipif(bool(sandbox.isolation().lacks), reason=f"no isolation: {sandbox.isolation().missing}")
-each_layer = pytest.mark.parametrize("layer", [
-    pytest.param(name, marks=pytest.mark.skipif(name not in sandbox.isolation().layers, reason="not here"))
-    for name in sandbox.LAYERS])
+each_layer = pytest.mark.parametrize(
+    "layer",
+    [
+        pytest.param(name, marks=pytest.mark.skipif(name not in sandbox.isolation().layers, reason="not here"))
+        for name in sandbox.LAYERS
+    ],
+)
 
 
 def needs(*layers):
@@ -26,26 +30,31 @@ def needs(*layers):
 
 
 @isolated
-@pytest.mark.parametrize(("program", "reason"), [
-    ("while True: pass", "CPU time over the limit"),
-    ("x = 'a' * 10**10", "MemoryError"),
-    ("open('big', 'wb').write(b'a' * 10**8)", "File too large"),
-    ("for i in range(10**6): open(f'f{i}', 'wb').write(b'a' * 10**5)", "No space left"),
-    ("import os\nwhile True: os.fork()", "Operation not permitted"),
-    ("import subprocess; subprocess.run(['true'])", "Operation not permitted"),
-    ("import threading, time\nfor i in range(500): threading.Thread(target=time.sleep, args=(60,)).start()",
-     "can't start new thread"),
-    ("import os; os.kill(os.getppid(), 9)", "Operation not permitted"),
-    ("import os; os.kill(-1, 9)", "Operation not permitted"),
-    ("import resource; resource.setrlimit(resource.RLIMIT_CPU, (60, 60))", "not allowed"),
-    ("import sys; sys.exit(0)", "SystemExit: 0"),
-    ("import os; os._exit(0)", "left before its end, with exit code 0"),
-    ("import ctypes; ctypes.string_at(0)", "stopped by SIGSEGV"),
-    ("def f(): f()\nf()", "RecursionError"),
-    ("def f(:", "SyntaxError"),
-    ("assert 1 + 1 == 3, 'sums'", "AssertionError: sums"),
-    ("input()", "EOFError"),
-])
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("while True: pass", "CPU time over the limit"),
+        ("x = 'a' * 10**10", "MemoryError"),
+        ("open('big', 'wb').write(b'a' * 10**8)", "File too large"),
+        ("for i in range(10**6): open(f'f{i}', 'wb').write(b'a' * 10**5)", "No space left"),
+        ("import os\nwhile True: os.fork()", "Operation not permitted"),
+        ("import subprocess; subprocess.run(['true'])", "Operation not permitted"),
+        (
+            "import threading, time\nfor i in range(500): threading.Thread(target=time.sleep, args=(60,)).start()",
+            "can't start new thread",
+        ),
+        ("import os; os.kill(os.getppid(), 9)", "Operation not permitted"),
+        ("import os; os.kill(-1, 9)", "Operation not permitted"),
+        ("import resource; resource.setrlimit(resource.RLIMIT_CPU, (60, 60))", "not allowed"),
+        ("import sys; sys.exit(0)", "SystemExit: 0"),
+        ("import os; os._exit(0)", "left before its end, with exit code 0"),
+        ("import ctypes; ctypes.string_at(0)", "stopped by SIGSEGV"),
+        ("def f(): f()\nf()", "RecursionError"),
+        ("def f(:", "SyntaxError"),
+        ("assert 1 + 1 == 3, 'sums'", "AssertionError: sums"),
+        ("input()", "EOFError"),
+    ],
+)
 def test_a_program_that_misbehaves_is_stopped_and_has_failed(program, reason):
     verdict = run_program(program, SHORT)
     assert not verdict.passed
@@ -59,15 +68,18 @@ def test_a_program_that_sleeps_is_stopped():
 
 
 @isolated
-@pytest.mark.parametrize("program", [
-    "",
-    "print('x' * 10**6)",
-    "with open('notes', 'w') as f: f.write('b')\nimport os\nos.rename('notes', 'more'); os.remove('more')",
-    "import threading\nt = threading.Thread(target=print); t.start(); t.join()",
-    "import asyncio, collections, dataclasses, heapq, itertools, math, random, re, sys, typing",
-    "from dataclasses import dataclass\n@dataclass\nclass A:\n    x: 'int'\nassert A(1).x == 1",
-    "if __name__ == '__main__': raise ValueError",
-])
+@pytest.mark.parametrize(
+    "program",
+    [
+        "",
+        "print('x' * 10**6)",
+        "with open('notes', 'w') as f: f.write('b')\nimport os\nos.rename('notes', 'more'); os.remove('more')",
+        "import threading\nt = threading.Thread(target=print); t.start(); t.join()",
+        "import asyncio, collections, dataclasses, heapq, itertools, math, random, re, sys, typing",
+        "from dataclasses import dataclass\n@dataclass\nclass A:\n    x: 'int'\nassert A(1).x == 1",
+        "if __name__ == '__main__': raise ValueError",
+    ],
+)
 def test_an_honest_program_passes(program):
     assert run_program(program) == sandbox.Verdict(True)
 
@@ -82,8 +94,9 @@ def test_a_program_finds_an_empty_folder_and_nothing_of_our_environment(monkeypa
     assert "Permission denied" in verdict.reason
 
 
-@pytest.mark.parametrize("layer", [pytest.param("namespaces", marks=needs("namespaces")),
-                                   pytest.param("seccomp", marks=needs("seccomp"))])
+@pytest.mark.parametrize(
+    "layer", [pytest.param("namespaces", marks=needs("namespaces")), pytest.param("seccomp", marks=needs("seccomp"))]
+)
 def test_the_network_is_out_of_reach_by_either_layer_alone(layer):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -96,10 +109,14 @@ def test_the_network_is_out_of_reach_by_either_layer_alone(layer):
 def test_files_outside_the_folder_cannot_be_changed(tmp_path):
     kept = tmp_path / "kept"
     kept.write_text("kept")
-    for program in (f"open({str(kept)!r}, 'w')", f"import os; os.remove({str(kept)!r})",
-                    f"import os; os.truncate({str(kept)!r}, 0)", f"import os; os.rename({str(kept)!r}, 'mine')",
-                    f"import os; os.mkdir({str(tmp_path / 'new')!r})",
-                    f"import shutil; shutil.rmtree({str(tmp_path)!r})"):
+    for program in (
+        f"open({str(kept)!r}, 'w')",
+        f"import os; os.remove({str(kept)!r})",
+        f"import os; os.truncate({str(kept)!r}, 0)",
+        f"import os; os.rename({str(kept)!r}, 'mine')",
+        f"import os; os.mkdir({str(tmp_path / 'new')!r})",
+        f"import shutil; shutil.rmtree({str(tmp_path)!r})",
+    ):
         assert "Permission denied" in run_program(program, layers=["landlock"]).reason
     assert [file.name for file in tmp_path.iterdir()] == ["kept"]
     assert kept.read_text() == "kept"
@@ -124,8 +141,11 @@ def test_a_layer_that_does_not_hold_stops_the_program_from_running(layer, monkey
 
 def test_programs_are_refused_where_the_machine_offers_no_isolation(monkeypatch):
     monkeypatch.setattr(sandbox, "isolation", lambda: Isolation((), dict.fromkeys(sandbox.LAYERS, "no such call")))
-    with pytest.raises(ConfigError, match=r"task\.allow_code_execution=True: this machine cannot guarantee no network, "
-                                          r"no writing .* no other processes .*force_code_execution=true"):
+    with pytest.raises(
+        ConfigError,
+        match=r"task\.allow_code_execution=True: this machine cannot guarantee no network, "
+        r"no writing .* no other processes .*force_code_execution=true",
+    ):
         run_program("pass")
     assert run_program("pass", force=True).passed
     assert "MemoryError" in run_program("x = 'a' * 10**10", force=True).reason  # the limits stay

@@ -10,12 +10,14 @@ from trimtab.models import ModelSpec, load_config
 from trimtab.tasks import get_task
 from trimtab.tasks.summarize import by_sentences, first_tokens, rouge
 
-ROWS = [{"document": "The cat sat on the mat. It was warm.", "summary": "A cat sat."},
-        {"document": "A dog ran home.", "summary": "A dog ran."}]
+ROWS = [
+    {"document": "The cat sat on the mat. It was warm.", "summary": "A cat sat."},
+    {"document": "A dog ran home.", "summary": "A dog ran."},
+]
 
 
 def test_rouge_by_hand():
-    one, = rouge(["the cat sat on the mat"], [["the cat lay on a mat"]])
+    (one,) = rouge(["the cat sat on the mat"], [["the cat lay on a mat"]])
     # Six words each; common: the (once), cat, on, mat: 4/6. Pairs: "the cat" of five: 1/5.
     assert one["rouge1"] == pytest.approx(4 / 6)
     assert one["rouge2"] == pytest.approx(1 / 5)
@@ -23,15 +25,15 @@ def test_rouge_by_hand():
 
 
 def test_rouge_lsum_goes_by_sentences_and_rouge_l_does_not():
-    one, = rouge(["It rained. Nobody came."], [["Nobody came. It rained."]])
+    (one,) = rouge(["It rained. Nobody came."], [["Nobody came. It rained."]])
     assert one["rougeL"] == pytest.approx(2 / 4)
     assert one["rougeLsum"] == pytest.approx(1.0)
-    one, = rouge(["it rained\nnobody came"], [["nobody came\nit rained"]])
+    (one,) = rouge(["it rained\nnobody came"], [["nobody came\nit rained"]])
     assert one["rougeLsum"] == pytest.approx(1.0)
 
 
 def test_each_kind_takes_its_best_reference():
-    one, = rouge(["a b c d"], [["a c", "b x c d e f"]])
+    (one,) = rouge(["a b c d"], [["a c", "b x c d e f"]])
     # Reference 1: precision 2/4, recall 1, F 2/3; no pair. Reference 2: 3/4 and 3/6, F 0.6; "c d" of 3 and 5 pairs.
     assert one["rouge1"] == pytest.approx(2 / 3)
     assert one["rouge2"] == pytest.approx(2 * (1 / 3) * (1 / 5) / (1 / 3 + 1 / 5))
@@ -61,16 +63,21 @@ def test_a_whole_evaluation_by_hand(tmp_path):
     assert scores["rouge1"] == pytest.approx((1 / 3 + 1) / 2)
     assert scores["rouge2"] == pytest.approx(0.5)
     assert task.metric == "rougeL"
-    assert any("### Instruction:\nSummarize the article in one sentence.\n\n### Input:\nA dog ran home.\n\n" in prompt
-               for prompt in prompts)
+    assert any(
+        "### Instruction:\nSummarize the article in one sentence.\n\n### Input:\nA dog ran home.\n\n" in prompt
+        for prompt in prompts
+    )
     assert '"summary": "A dog ran."' in (tmp_path / "out" / "test_scored.jsonl").read_text()
 
 
-@pytest.mark.parametrize(("row", "document", "references"), [
-    ({"article": "D", "highlights": "S\nT", "id": "1"}, "D", ["S\nT"]),
-    ({"source": ["D1.", "D2."], "target": ["S", "T"], "paper_id": "x"}, "D1. D2.", ["S", "T"]),
-    ({"id": "1", "dialogue": "D", "summary": "S", "topic": "t"}, "D", ["S"]),
-])
+@pytest.mark.parametrize(
+    ("row", "document", "references"),
+    [
+        ({"article": "D", "highlights": "S\nT", "id": "1"}, "D", ["S\nT"]),
+        ({"source": ["D1.", "D2."], "target": ["S", "T"], "paper_id": "x"}, "D1. D2.", ["S", "T"]),
+        ({"id": "1", "dialogue": "D", "summary": "S", "topic": "t"}, "D", ["S"]),
+    ],
+)
 def test_published_forms_are_known_by_their_columns(tmp_path, row, document, references):
     task = get_task({"name": "summarize"})
     loaded = task.load_data({"test": write_jsonl(tmp_path / "t.jsonl", [row])})["test"][0]
@@ -100,8 +107,7 @@ def test_a_long_document_is_cut_and_nothing_else(tmp_path):
     raw = task.load_data({"train": file, "test": file})
     tokenizer = byte_tokenizer()
     row = task.prepare(raw, tokenizer, byte_model())["train"][0]
-    assert tokenizer.decode(row["input_ids"]) == (
-        "Summarize the article in one sentence.\n\nxxxxxxxxxxsssss</s>")
+    assert tokenizer.decode(row["input_ids"]) == ("Summarize the article in one sentence.\n\nxxxxxxxxxxsssss</s>")
     row = task.prepare(raw, tokenizer, byte_model("t5"))["train"][0]
     assert (tokenizer.decode(row["input_ids"]), tokenizer.decode(row["labels"])) == ("summarize: xxxxxxxxxx", "sssss")
 
@@ -136,10 +142,17 @@ def test_only_t5_is_given_its_prefix(tmp_path):
 @pytest.mark.parametrize("kind", ["llama", "t5", "bart"])
 def test_real_rows_are_trained_and_scored_by_both_kinds_of_model(kind):
     folder = data_pack("scitldr")
-    task = get_task({"name": "summarize", "max_source_length": 40, "max_target_length": 16,
-                     "generation": {"max_new_tokens": 6, "num_beams": 2 if kind == "bart" else 1}})
-    raw = task.load_data({"train": str(folder / "train.jsonl"), "validation": str(folder / "validation.jsonl"),
-                          "max_samples": 3})
+    task = get_task(
+        {
+            "name": "summarize",
+            "max_source_length": 40,
+            "max_target_length": 16,
+            "generation": {"max_new_tokens": 6, "num_beams": 2 if kind == "bart" else 1},
+        }
+    )
+    raw = task.load_data(
+        {"train": str(folder / "train.jsonl"), "validation": str(folder / "validation.jsonl"), "max_samples": 3}
+    )
     model, tokenizer = byte_model(kind), byte_tokenizer()
     ready = task.prepare(raw, tokenizer, model)
     batch = task.collator(tokenizer)([ready["train"][i] for i in range(3)])
@@ -149,8 +162,9 @@ def test_real_rows_are_trained_and_scored_by_both_kinds_of_model(kind):
     assert all(0 <= value < 0.2 for value in scores.values())
 
 
-@pytest.mark.parametrize(("name", "split", "references"), [("xsum", "train", 1), ("scitldr", "test", 4),
-                                                           ("dialogsum", "test", 3)])
+@pytest.mark.parametrize(
+    ("name", "split", "references"), [("xsum", "train", 1), ("scitldr", "test", 4), ("dialogsum", "test", 3)]
+)
 def test_a_reference_scores_one(name, split, references):
     task = get_task({"name": "summarize"})
     rows = task.load_data({"test": str(data_pack(name) / f"{split}.jsonl")})["test"].select(range(8))
@@ -159,23 +173,29 @@ def test_a_reference_scores_one(name, split, references):
     assert max(map(len, rows["references"])) <= references
 
 
-@pytest.mark.parametrize(("settings", "words"), [
-    ({"metric": "rouge3"}, r"task\.metric='rouge3': not known"),
-    ({"dataset": "xsumm"}, r"task\.dataset='xsumm': not known\. Did you mean 'xsum'\?"),
-    ({"document": "a"}, r"task\.summary=None: name both columns"),
-    ({"max_source_length": 0}, r"task\.max_source_length=0"),
-])
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"metric": "rouge3"}, r"task\.metric='rouge3': not known"),
+        ({"dataset": "xsumm"}, r"task\.dataset='xsumm': not known\. Did you mean 'xsum'\?"),
+        ({"document": "a"}, r"task\.summary=None: name both columns"),
+        ({"max_source_length": 0}, r"task\.max_source_length=0"),
+    ],
+)
 def test_settings_that_cannot_be_are_refused(settings, words):
     with pytest.raises(ConfigError, match=words):
         get_task({"name": "summarize", **settings})
 
 
-@pytest.mark.parametrize(("row", "words"), [
-    ({"a": "D", "b": "S"}, "its columns a, b are in none of the forms known"),
-    ({"document": " ", "summary": "S"}, "row 1 has no document"),
-    ({"document": "D", "summary": [3]}, "row 1 has a summary that is no text"),
-    ({"document": "D", "summary": None}, "no row has an answer"),
-])
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"a": "D", "b": "S"}, "its columns a, b are in none of the forms known"),
+        ({"document": " ", "summary": "S"}, "row 1 has no document"),
+        ({"document": "D", "summary": [3]}, "row 1 has a summary that is no text"),
+        ({"document": "D", "summary": None}, "no row has an answer"),
+    ],
+)
 def test_wrong_rows_are_reported(tmp_path, row, words):
     with pytest.raises(DataError, match=words):
         get_task({"name": "summarize"}).load_data({"test": write_jsonl(tmp_path / "t.jsonl", [row])})
@@ -185,7 +205,10 @@ def test_no_data_and_no_named_set_is_refused():
     with pytest.raises(ConfigError, match=r"data\.train=None: give a file"):
         get_task({"name": "summarize"}).load_data()
     assert get_task({"name": "summarize", "dataset": "cnn_dailymail"}).hub_sources["test"] == (
-        "abisee/cnn_dailymail", "3.0.0", "test")
+        "abisee/cnn_dailymail",
+        "3.0.0",
+        "test",
+    )
 
 
 def test_a_missing_package_is_named_before_anything_is_trained(monkeypatch):

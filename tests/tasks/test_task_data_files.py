@@ -58,22 +58,25 @@ def test_several_files_are_one_table(tmp_path):
         read_files("data.train", files)
 
 
-@pytest.mark.parametrize(("name", "content", "words"), [
-    ("x.jsonl", "", ["holds no rows"]),
-    ("x.csv", "text,label\n", ["holds no rows"]),
-    ("x.csv", "", ["holds no rows"]),
-    ("x.json", "[]", ["holds no rows"]),
-    ("x.jsonl", '{"a": 1}\n{"a": \n', ["line 2", "not valid JSON"]),
-    ("x.jsonl", '{"a": 1}\n[2]\n', ["line 2", "list", "not an object"]),
-    ("x.json", '[{"a": 1}, 3]', ["entry 2", "int"]),
-    ("x.json", '[{"a": 1},', ["not valid JSON"]),
-    ("x.csv", "a,b\n1,2\n3\n", ["line 3 has 1 fields", "first line has 2"]),
-    ("x.csv", 'a,b\n1,"2\n', ["after line 1", "not valid CSV"]),
-    ("x.csv", "a,a\n1,2\n", ["'a' appears twice"]),
-    ("x.parquet", "no", ["not a Parquet file"]),
-    ("x.xlsx", "no", ["cannot tell its format", ".csv"]),
-    ("x.jsonl", b'{"a": 1}\n{"a": "\xe9"}\n', ["line 2 is not UTF-8"]),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("x.jsonl", "", ["holds no rows"]),
+        ("x.csv", "text,label\n", ["holds no rows"]),
+        ("x.csv", "", ["holds no rows"]),
+        ("x.json", "[]", ["holds no rows"]),
+        ("x.jsonl", '{"a": 1}\n{"a": \n', ["line 2", "not valid JSON"]),
+        ("x.jsonl", '{"a": 1}\n[2]\n', ["line 2", "list", "not an object"]),
+        ("x.json", '[{"a": 1}, 3]', ["entry 2", "int"]),
+        ("x.json", '[{"a": 1},', ["not valid JSON"]),
+        ("x.csv", "a,b\n1,2\n3\n", ["line 3 has 1 fields", "first line has 2"]),
+        ("x.csv", 'a,b\n1,"2\n', ["after line 1", "not valid CSV"]),
+        ("x.csv", "a,a\n1,2\n", ["'a' appears twice"]),
+        ("x.parquet", "no", ["not a Parquet file"]),
+        ("x.xlsx", "no", ["cannot tell its format", ".csv"]),
+        ("x.jsonl", b'{"a": 1}\n{"a": "\xe9"}\n', ["line 2 is not UTF-8"]),
+    ],
+)
 def test_a_bad_file_is_reported_in_one_line(tmp_path, name, content, words):
     with pytest.raises(DataError) as error:
         read(tmp_path, name, content)
@@ -94,15 +97,18 @@ def test_a_missing_file_is_named_with_its_neighbour(tmp_path):
         DataSpec.read({"train": str(tmp_path)}, SPLITS)
 
 
-@pytest.mark.parametrize(("data", "words"), [
-    ({"trian": "x"}, ["data.trian='x'", "Did you mean 'train'?"]),
-    ({"train": 3}, ["data.train=3", "a path"]),
-    ({"train": []}, ["data.train=[]"]),
-    ({"max_samples": 0}, ["data.max_samples=0", "at least 1"]),
-    ({"max_samples": {"train": "many"}}, ["data.max_samples.train='many'"]),
-    ({"max_samples": {"trian": 3}}, ["data.max_samples.trian=3", "Did you mean 'train'?"]),
-    ({"sample_seed": "x"}, ["data.sample_seed='x'"]),
-])
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"trian": "x"}, ["data.trian='x'", "Did you mean 'train'?"]),
+        ({"train": 3}, ["data.train=3", "a path"]),
+        ({"train": []}, ["data.train=[]"]),
+        ({"max_samples": 0}, ["data.max_samples=0", "at least 1"]),
+        ({"max_samples": {"train": "many"}}, ["data.max_samples.train='many'"]),
+        ({"max_samples": {"trian": 3}}, ["data.max_samples.trian=3", "Did you mean 'train'?"]),
+        ({"sample_seed": "x"}, ["data.sample_seed='x'"]),
+    ],
+)
 def test_a_wrong_data_setting_is_refused_in_one_line(data, words):
     with pytest.raises(ConfigError) as error:
         DataSpec.read(data, SPLITS)

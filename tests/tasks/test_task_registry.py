@@ -34,24 +34,27 @@ def test_glue_has_its_nine_tasks():
     assert len(KINDS) == 9
 
 
-@pytest.mark.parametrize(("spec", "words"), [
-    ({"name": "glue/colla"}, ["task.name='glue/colla'", "Did you mean 'glue/cola'?"]),
-    ({"name": "text_clasification"}, ["Did you mean 'text_classification'?"]),
-    ({}, ["task.name=None", "glue/mnli"]),
-    ({"name": "glue/cola", "max_lenght": 3}, ["task.max_lenght=3", "Did you mean 'max_length'?"]),
-    ({"name": "glue/cola", "max_length": 0}, ["task.max_length=0", "at least 2"]),
-    ({"name": "glue/cola", "max_length": "64"}, ["task.max_length='64'", "whole number"]),
-    ({"name": "glue/cola", "notes": []}, ["task.notes"]),
-    ({"name": "text_classification", "metric": "accurcy"}, ["task.metric='accurcy'", "Did you mean 'accuracy'?"]),
-    ({"name": "text_classification", "metric": "mse"}, ["There is accuracy"]),
-    ({"name": "text_classification", "text": ""}, ["task.text=''", "name of a column"]),
-    ({"name": "text_classification", "labels": ["a"]}, ["task.labels", "at least two"]),
-    ({"name": "text_classification", "labels": ["a", "b", "a"]}, ["each name once"]),
-    ({"name": "text_classification", "labels": ["a", "b"], "regression": True}, ["leave it out"]),
-    ({"name": "no_such_module:make"}, ["cannot import 'no_such_module'"]),
-    ({"name": "json:lods"}, ["no 'lods'", "Did you mean 'loads'?"]),
-    ({"name": f"{__name__}:make_own", "sise": 2}, ["task.name", "sise"]),
-])
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"name": "glue/colla"}, ["task.name='glue/colla'", "Did you mean 'glue/cola'?"]),
+        ({"name": "text_clasification"}, ["Did you mean 'text_classification'?"]),
+        ({}, ["task.name=None", "glue/mnli"]),
+        ({"name": "glue/cola", "max_lenght": 3}, ["task.max_lenght=3", "Did you mean 'max_length'?"]),
+        ({"name": "glue/cola", "max_length": 0}, ["task.max_length=0", "at least 2"]),
+        ({"name": "glue/cola", "max_length": "64"}, ["task.max_length='64'", "whole number"]),
+        ({"name": "glue/cola", "notes": []}, ["task.notes"]),
+        ({"name": "text_classification", "metric": "accurcy"}, ["task.metric='accurcy'", "Did you mean 'accuracy'?"]),
+        ({"name": "text_classification", "metric": "mse"}, ["There is accuracy"]),
+        ({"name": "text_classification", "text": ""}, ["task.text=''", "name of a column"]),
+        ({"name": "text_classification", "labels": ["a"]}, ["task.labels", "at least two"]),
+        ({"name": "text_classification", "labels": ["a", "b", "a"]}, ["each name once"]),
+        ({"name": "text_classification", "labels": ["a", "b"], "regression": True}, ["leave it out"]),
+        ({"name": "no_such_module:make"}, ["cannot import 'no_such_module'"]),
+        ({"name": "json:lods"}, ["no 'lods'", "Did you mean 'loads'?"]),
+        ({"name": f"{__name__}:make_own", "sise": 2}, ["task.name", "sise"]),
+    ],
+)
 def test_a_wrong_task_is_refused_in_one_line_that_names_the_cure(spec, words):
     with pytest.raises(ConfigError) as error:
         get_task(spec)
@@ -73,8 +76,11 @@ def test_an_installed_package_can_announce_a_task(monkeypatch):
 
 
 def test_making_a_task_imports_neither_torch_nor_datasets():
-    code = ("import sys; from trimtab.tasks import get_task; get_task({'name': 'glue/cola'}); "
-            "print([m for m in ('torch', 'datasets', 'transformers', 'sklearn') if m in sys.modules])")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                          env={"PYTHONPATH": ":".join(sys.path)})
+    code = (
+        "import sys; from trimtab.tasks import get_task; get_task({'name': 'glue/cola'}); "
+        "print([m for m in ('torch', 'datasets', 'transformers', 'sklearn') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": ":".join(sys.path)}
+    )
     assert done.stdout.strip() == "[]"

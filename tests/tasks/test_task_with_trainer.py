@@ -24,14 +24,28 @@ def test_mnli_trains_and_is_scored_on_both_halves(tmp_path, kind, targets):
     torch.manual_seed(0)
     got = load_model(spec, task, tokenizer)
     ready = task.prepare(raw, tokenizer, got.model)
-    model = get_peft_model(got.model, LoraConfig(task_type=task.task_type, r=2, target_modules=targets,
-                                                 modules_to_save=list(got.modules_to_save)))
+    model = get_peft_model(
+        got.model,
+        LoraConfig(task_type=task.task_type, r=2, target_modules=targets, modules_to_save=list(got.modules_to_save)),
+    )
     trainer = Trainer(
-        model=model, train_dataset=ready["train"], eval_dataset={s: ready[s] for s in task.eval_splits(ready)},
-        data_collator=task.collator(tokenizer), compute_metrics=task.compute_metrics,
+        model=model,
+        train_dataset=ready["train"],
+        eval_dataset={s: ready[s] for s in task.eval_splits(ready)},
+        data_collator=task.collator(tokenizer),
+        compute_metrics=task.compute_metrics,
         preprocess_logits_for_metrics=task.preprocess_logits_for_metrics,
-        args=TrainingArguments(str(tmp_path / "out"), max_steps=2, per_device_train_batch_size=3, use_cpu=True,
-                               per_device_eval_batch_size=4, report_to=[], disable_tqdm=True, save_strategy="no"))
+        args=TrainingArguments(
+            str(tmp_path / "out"),
+            max_steps=2,
+            per_device_train_batch_size=3,
+            use_cpu=True,
+            per_device_eval_batch_size=4,
+            report_to=[],
+            disable_tqdm=True,
+            save_strategy="no",
+        ),
+    )
     trainer.train()
     scores = trainer.evaluate()
     for split in ("validation_matched", "validation_mismatched"):

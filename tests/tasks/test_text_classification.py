@@ -41,8 +41,9 @@ def test_whole_number_labels_are_sorted_by_value(tmp_path):
 def test_one_label_is_one_class_whatever_the_format_makes_of_it(tmp_path):
     (tmp_path / "v.csv").write_text("text,label\na,1\nb,0\n")
     task = get_task({"name": "text_classification"})
-    rows = task.load_data({"train": write_jsonl(tmp_path / "t.jsonl", labelled([0, 1, 1.0])),
-                           "validation": str(tmp_path / "v.csv")})
+    rows = task.load_data(
+        {"train": write_jsonl(tmp_path / "t.jsonl", labelled([0, 1, 1.0])), "validation": str(tmp_path / "v.csv")}
+    )
     assert rows["train"]["label"][:] == [0, 1, 1]
     assert rows["validation"]["label"][:] == [1, 0]
 
@@ -86,20 +87,23 @@ def test_class_scores_agree_with_hand_worked_numbers():
     assert scores == pytest.approx({"accuracy": 0.6, "f1_macro": (4 / 6 + 2 / 4) / 2, "matthews_correlation": 1 / 6})
 
 
-@pytest.mark.parametrize(("train", "settings", "words"), [
-    (ROWS, {"text": "sentence"}, ["task.text='sentence'", "no column 'sentence'", "It has text, label"]),
-    (ROWS, {"text": "txt"}, ["Did you mean 'text'?"]),
-    (ROWS, {"text_pair": "pair"}, ["task.text_pair='pair'"]),
-    (ROWS, {"label": "lable"}, ["task.label='lable'", "Did you mean 'label'?"]),
-    (labelled(["a", "a"]), {}, ["every row has label 'a'", "at least two classes"]),
-    (labelled([0.5, 1.5]), {}, ["row 1 has label 0.5", "task.regression=true"]),
-    (labelled([["a"], "b"]), {}, ["row 1 has label ['a']"]),
-    (labelled(["a", "b"]), {"regression": True}, ["row 1 has label 'a', not a finite number"]),
-    (labelled([1.0, float("inf")]), {"regression": True}, ["row 2 has label inf"]),
-    (labelled(range(30)), {}, ["30 different values in 30 rows", "task.label"]),
-    (labelled([None, None]), {}, ["data.train: no row has a label in column 'label'"]),
-    ([{"text": None, "label": "a"}], {}, ["row 1 is empty in column 'text'"]),
-])
+@pytest.mark.parametrize(
+    ("train", "settings", "words"),
+    [
+        (ROWS, {"text": "sentence"}, ["task.text='sentence'", "no column 'sentence'", "It has text, label"]),
+        (ROWS, {"text": "txt"}, ["Did you mean 'text'?"]),
+        (ROWS, {"text_pair": "pair"}, ["task.text_pair='pair'"]),
+        (ROWS, {"label": "lable"}, ["task.label='lable'", "Did you mean 'label'?"]),
+        (labelled(["a", "a"]), {}, ["every row has label 'a'", "at least two classes"]),
+        (labelled([0.5, 1.5]), {}, ["row 1 has label 0.5", "task.regression=true"]),
+        (labelled([["a"], "b"]), {}, ["row 1 has label ['a']"]),
+        (labelled(["a", "b"]), {"regression": True}, ["row 1 has label 'a', not a finite number"]),
+        (labelled([1.0, float("inf")]), {"regression": True}, ["row 2 has label inf"]),
+        (labelled(range(30)), {}, ["30 different values in 30 rows", "task.label"]),
+        (labelled([None, None]), {}, ["data.train: no row has a label in column 'label'"]),
+        ([{"text": None, "label": "a"}], {}, ["row 1 is empty in column 'text'"]),
+    ],
+)
 def test_wrong_data_is_reported_in_one_line(tmp_path, train, settings, words):
     with pytest.raises(DataError) as error:
         load(tmp_path, train, settings)
@@ -109,8 +113,11 @@ def test_wrong_data_is_reported_in_one_line(tmp_path, train, settings, words):
 
 
 def test_a_validation_label_that_train_lacks_is_refused(tmp_path):
-    with pytest.raises(DataError, match=r"data\.validation=.*row 2 has label 'poss', which no training row has\. "
-                                        r"Did you mean 'pos'\? Known: 'meh', 'neg', 'pos'"):
+    with pytest.raises(
+        DataError,
+        match=r"data\.validation=.*row 2 has label 'poss', which no training row has\. "
+        r"Did you mean 'pos'\? Known: 'meh', 'neg', 'pos'",
+    ):
         load(tmp_path, ROWS, validation=[ROWS[0], {"text": "x", "label": "poss"}])
 
 
@@ -142,7 +149,8 @@ def test_loading_twice_says_everything_once(tmp_path):
 def test_real_inference_rows_train_as_a_users_own():
     folder = data_pack("snli")
     task = get_task({"name": "text_classification", "text": "premise", "text_pair": "hypothesis"})
-    rows = task.load_data({"train": str(folder / "validation.jsonl"), "test": str(folder / "test.jsonl"),
-                           "max_samples": 100})
+    rows = task.load_data(
+        {"train": str(folder / "validation.jsonl"), "test": str(folder / "test.jsonl"), "max_samples": 100}
+    )
     assert {split: len(part) for split, part in rows.items()} == {"train": 100, "validation": 100, "test": 100}
     assert task.model_kwargs()["num_labels"] == 3

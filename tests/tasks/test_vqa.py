@@ -21,8 +21,10 @@ def b64(data):
     return base64.b64encode(data).decode()
 
 
-ROWS = [{"question": "what colour?", "answer": "red", "png_base64": b64(RED)},
-        {"question": "is it blue?", "answer": "yes", "png_base64": b64(BLUE)}]
+ROWS = [
+    {"question": "what colour?", "answer": "red", "png_base64": b64(RED)},
+    {"question": "is it blue?", "answer": "yes", "png_base64": b64(BLUE)},
+]
 SCIENCE = {"question": "Which is warm?", "choices": ["ice", "fire"], "answer": 1, "hint": "Think.", "lecture": "x"}
 
 
@@ -32,10 +34,24 @@ def load(tmp_path, rows, settings=None, split="train"):
     return task, task.load_data({split: file, "validation": file} if split == "train" else {split: file})
 
 
-@pytest.mark.parametrize(("text", "letter"), [
-    ("B", "B"), ("(B)", "B"), ("B. fire", "B"), ("B\nbecause", "B"), ("The answer is B.", "B"), ("the answer is: (A)", "A"),
-    ("fire", "B"), ("The fire!", "B"), ("A fire burns", None), ("C", None), ("", None), ("b", None), ("Because", None),
-])
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("B", "B"),
+        ("(B)", "B"),
+        ("B. fire", "B"),
+        ("B\nbecause", "B"),
+        ("The answer is B.", "B"),
+        ("the answer is: (A)", "A"),
+        ("fire", "B"),
+        ("The fire!", "B"),
+        ("A fire burns", None),
+        ("C", None),
+        ("", None),
+        ("b", None),
+        ("Because", None),
+    ],
+)
 def test_the_option_that_a_text_chooses(text, letter):
     assert option_of(text, ["ice", "fire"]) == letter
 
@@ -54,11 +70,11 @@ def evaluate(tmp_path, reply, rows, folder=None):
 
 def test_a_whole_evaluation_by_hand(tmp_path):
     prompts = []
-    scores = evaluate(tmp_path, lambda prompt: prompts.append(prompt) or "Red.", [*ROWS, ROWS[0]],
-                      tmp_path / "out")
+    scores = evaluate(tmp_path, lambda prompt: prompts.append(prompt) or "Red.", [*ROWS, ROWS[0]], tmp_path / "out")
     assert scores == {"accuracy": pytest.approx(2 / 3), "majority_accuracy": pytest.approx(2 / 3)}
-    assert sorted(prompts)[-1] == ("USER: " + "<image>" * 4 + "\nwhat colour?\nAnswer the question using a single word or "
-                                   "phrase. ASSISTANT:")
+    assert sorted(prompts)[-1] == (
+        "USER: " + "<image>" * 4 + "\nwhat colour?\nAnswer the question using a single word or phrase. ASSISTANT:"
+    )
     rows = [json.loads(line) for line in (tmp_path / "out" / "test_scored.jsonl").read_text().splitlines()]
     assert rows[1] == {"row": 1, "gold": "yes", "given": ["red"], "right": [False]}
 
@@ -68,7 +84,8 @@ def test_scienceqa_rows_ask_for_the_letter_of_a_choice(tmp_path):
     (tmp_path / "fire.png").write_bytes(RED)
     task, raw = load(tmp_path, rows)
     assert raw["train"][0]["messages"][0]["content"] == (
-        "Think.\nWhich is warm?\nA. ice\nB. fire\nAnswer with the option's letter from the given choices directly.")
+        "Think.\nWhich is warm?\nA. ice\nB. fire\nAnswer with the option's letter from the given choices directly."
+    )
     assert raw["train"]["gold"][:] == ["B"]
     assert "train: 1 of 2 rows have no image and were left out (task.text_rows)" in task.notes
     for said, accuracy in (("B", 1.0), ("The answer is A.", 0.0)):
@@ -114,12 +131,14 @@ def test_prompt_and_labels_and_image_tokens(tmp_path):
     processor = llava_processor()
     row = task.prepare(raw, processor, llava_model())["train"][0]
     decode = processor.tokenizer.decode
-    assert decode(row["input_ids"]) == ("USER: " + "<image>" * 4 + "\nwhat colour?\nAnswer the question using a single word "
-                                        "or phrase. ASSISTANT: red</s>")
+    assert decode(row["input_ids"]) == (
+        "USER: " + "<image>" * 4 + "\nwhat colour?\nAnswer the question using a single word "
+        "or phrase. ASSISTANT: red</s>"
+    )
     assert decode([t for t in row["labels"] if t != -100]) == " red</s>"
     assert row["pixel_values"] == RED
     asked = task.question_columns(raw["train"][0], processor, "row")["input_ids"]
-    assert row["input_ids"][:len(asked)] == asked
+    assert row["input_ids"][: len(asked)] == asked
 
 
 def test_a_processors_own_template_is_used_and_none_is_saved_for_later(tmp_path):
@@ -131,11 +150,14 @@ def test_a_processors_own_template_is_used_and_none_is_saved_for_later(tmp_path)
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi"}]}]
     assert again.apply_chat_template(messages, add_generation_prompt=True) == "USER: <image>\nHi ASSISTANT:"
     own = llava_processor()
-    own.chat_template = ("{% for m in messages %}{{ m.role }}|{% for c in m.content %}{{ '<image>' if c.type == 'image' else "
-                         "c.text }}{% endfor %}|{% endfor %}{% if add_generation_prompt %}assistant|{% endif %}")
+    own.chat_template = (
+        "{% for m in messages %}{{ m.role }}|{% for c in m.content %}{{ '<image>' if c.type == 'image' else "
+        "c.text }}{% endfor %}|{% endfor %}{% if add_generation_prompt %}assistant|{% endif %}"
+    )
     row = get_task({"name": "vqa"}).prepare(raw, own, llava_model())["train"][0]
-    assert own.tokenizer.decode(row["input_ids"]) == ("user|" + "<image>" * 4 + "what colour?\nAnswer the question using a "
-                                                      "single word or phrase.|assistant|red|</s>")
+    assert own.tokenizer.decode(row["input_ids"]) == (
+        "user|" + "<image>" * 4 + "what colour?\nAnswer the question using a single word or phrase.|assistant|red|</s>"
+    )
 
 
 def test_a_llava_trains_and_is_scored_through_the_interface(tmp_path):
@@ -153,11 +175,22 @@ def test_a_llava_trains_and_is_scored_through_the_interface(tmp_path):
     assert set(last) == {"d", "s"}  # of "red" and "yes": the end token is left out
     model = get_peft_model(got.model, LoraConfig(task_type=task.task_type, r=2, target_modules=["q_proj", "v_proj"]))
     trainer = Trainer(
-        model=model, train_dataset=ready["train"], eval_dataset=ready["validation"],
-        data_collator=task.collator(processor), compute_metrics=task.compute_metrics,
+        model=model,
+        train_dataset=ready["train"],
+        eval_dataset=ready["validation"],
+        data_collator=task.collator(processor),
+        compute_metrics=task.compute_metrics,
         preprocess_logits_for_metrics=task.preprocess_logits_for_metrics,
-        args=TrainingArguments(str(tmp_path / "out"), max_steps=2, per_device_train_batch_size=4, use_cpu=True,
-                               report_to=[], disable_tqdm=True, save_strategy="no"))
+        args=TrainingArguments(
+            str(tmp_path / "out"),
+            max_steps=2,
+            per_device_train_batch_size=4,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            save_strategy="no",
+        ),
+    )
     trainer.train()
     assert trainer.evaluate(ignore_keys=unread_outputs(model))["eval_answer_loss"] > 0
     scores = task.evaluate(model, processor, raw, "validation")
@@ -185,15 +218,18 @@ def test_two_images_of_one_question_give_two_keys(tmp_path):
     assert len({line["key"] for line in lines}) == 2
 
 
-@pytest.mark.parametrize(("row", "words"), [
-    ({"a": 1}, "its columns a are in none of the forms known"),
-    ({"question": "?", "answer": "x"}, "no row has an image"),
-    ({"question": "?", "answer": "x", "png_base64": "%%"}, "row 1: its image is not base64"),
-    ({"question": "?", "answer": "x", "image": "no.png"}, "row 1 names the image .*no.png', which is not there"),
-    ({"question": "?", "answer": "x", "image": 3}, "row 1 has a int for an image"),
-    ({**SCIENCE, "answer": 2}, "row 1 has answer 2, not the number of one of its choices"),
-    ({**SCIENCE, "choices": ["one"]}, "row 1 has no list of 2 to 10 choices"),
-])
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"a": 1}, "its columns a are in none of the forms known"),
+        ({"question": "?", "answer": "x"}, "no row has an image"),
+        ({"question": "?", "answer": "x", "png_base64": "%%"}, "row 1: its image is not base64"),
+        ({"question": "?", "answer": "x", "image": "no.png"}, "row 1 names the image .*no.png', which is not there"),
+        ({"question": "?", "answer": "x", "image": 3}, "row 1 has a int for an image"),
+        ({**SCIENCE, "answer": 2}, "row 1 has answer 2, not the number of one of its choices"),
+        ({**SCIENCE, "choices": ["one"]}, "row 1 has no list of 2 to 10 choices"),
+    ],
+)
 def test_wrong_rows_are_reported(tmp_path, row, words):
     with pytest.raises(DataError, match=words):
         load(tmp_path, [row])

@@ -23,10 +23,18 @@ def encoder_tokenizer() -> PreTrainedTokenizerFast:
     inner.normalizer = normalizers.Lowercase()
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     inner.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
-                                   sep_token="[SEP]", mask_token="[MASK]", model_max_length=64,
-                                   model_input_names=["input_ids", "token_type_ids", "attention_mask"])
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_max_length=64,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
 
 
 def decoder_tokenizer() -> PreTrainedTokenizerFast:
@@ -44,11 +52,18 @@ def byte_tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
     inner = Tokenizer(models.BPE({t: i for i, t in enumerate(special + alphabet)}, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-                                   additional_special_tokens=["<image>", "<|end|>"])
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=["<image>", "<|end|>"],
+    )
     if chat:
-        made.chat_template = ("{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}<|end|>\n{% endfor %}"
-                              "{% if add_generation_prompt %}[assistant]{% endif %}")
+        made.chat_template = (
+            "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}<|end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}[assistant]{% endif %}"
+        )
     return made
 
 
@@ -65,8 +80,14 @@ def llava_processor():
     from transformers import CLIPImageProcessorPil, LlavaProcessor
 
     images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    return LlavaProcessor(image_processor=images, tokenizer=byte_tokenizer(), patch_size=8, image_token="<image>",
-                          vision_feature_select_strategy="default", num_additional_image_tokens=1)
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=byte_tokenizer(),
+        patch_size=8,
+        image_token="<image>",
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
 
 
 def llava_model():
@@ -76,7 +97,9 @@ def llava_model():
     torch.manual_seed(0)
     text = tiny_config("llama", vocab_size=261, pad_token_id=0)
     vision = CLIPVisionConfig(**SIZES, image_size=16, patch_size=8)
-    return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=3)).eval()
+    return LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=3)
+    ).eval()
 
 
 def png(colour: str) -> bytes:
@@ -114,15 +137,41 @@ def tiny_config(kind: str, **more):
     """A config of two blocks and 16 features."""
     sizes = {
         "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2},
-        "t5": {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "pad_token_id": 0,
-               "decoder_start_token_id": 0, "eos_token_id": 3},
-        "bart": {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
-                 "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "pad_token_id": 0,
-                 "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 3},
+        "t5": {
+            "d_model": 16,
+            "d_kv": 8,
+            "d_ff": 32,
+            "num_layers": 2,
+            "num_heads": 2,
+            "pad_token_id": 0,
+            "decoder_start_token_id": 0,
+            "eos_token_id": 3,
+        },
+        "bart": {
+            "d_model": 16,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2,
+            "encoder_ffn_dim": 32,
+            "decoder_ffn_dim": 32,
+            "pad_token_id": 0,
+            "bos_token_id": 2,
+            "eos_token_id": 3,
+            "decoder_start_token_id": 3,
+        },
         "llama": {**SIZES, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2},
-        "deberta-v2": {**SIZES, "relative_attention": True, "position_biased_input": False,
-                       "pos_att_type": ["p2c", "c2p"], "share_att_key": True, "norm_rel_ebd": "layer_norm",
-                       "position_buckets": 8, "max_position_embeddings": 64, "type_vocab_size": 0},
+        "deberta-v2": {
+            **SIZES,
+            "relative_attention": True,
+            "position_biased_input": False,
+            "pos_att_type": ["p2c", "c2p"],
+            "share_att_key": True,
+            "norm_rel_ebd": "layer_norm",
+            "position_buckets": 8,
+            "max_position_embeddings": 64,
+            "type_vocab_size": 0,
+        },
     }.get(kind, {**SIZES, "max_position_embeddings": 64})
     return AutoConfig.for_model(kind, **{"vocab_size": 32, **sizes, **more})
 

@@ -35,15 +35,27 @@ class Largest(RankSettings):
         check_number("rank.target_r", self.target_r, above=0)
         check_length(self.at, "rank.at")
 
-    def build(self, modules: Mapping[str, int], total_steps: int, steps_per_epoch: int | None,
-              base_lr: float | None = None, limit: CostLimit | None = None) -> Cutter:
+    def build(
+        self,
+        modules: Mapping[str, int],
+        total_steps: int,
+        steps_per_epoch: int | None,
+        base_lr: float | None = None,
+        limit: CostLimit | None = None,
+    ) -> Cutter:
         if limit is not None:
             raise BudgetError("rank.method", self.method, "salientlora or adalora; this one counts ranks only")
         total = final_total(self.target_r, len(modules), sum(modules.values()))
         return Cutter(modules, self._step(total_steps, steps_per_epoch), total)
 
-    def budget_curve(self, total_steps: int, steps_per_epoch: int | None, initial_total: int, modules: int,
-                     final_total: int | None = None) -> list[tuple[int, int]]:
+    def budget_curve(
+        self,
+        total_steps: int,
+        steps_per_epoch: int | None,
+        initial_total: int,
+        modules: int,
+        final_total: int | None = None,
+    ) -> list[tuple[int, int]]:
         """What `trimtab plan` shows: the total rank after each step at which it changes."""
         total = int(self.target_r * modules) if final_total is None else final_total
         return [(self._step(total_steps, steps_per_epoch), total)]

@@ -40,8 +40,12 @@ class Upwards(FreezeSettings):
         start = resolve_steps(self.warmup, total_steps, steps_per_epoch, "freeze.warmup")
         end = total_steps - resolve_steps(self.final, total_steps, steps_per_epoch, "freeze.final")
         if start >= end:
-            raise ConfigError("freeze.warmup", self.warmup, f"step {start} is not before step {end}, from which "
-                              "everything is frozen; shorten freeze.warmup or freeze.final")
+            raise ConfigError(
+                "freeze.warmup",
+                self.warmup,
+                f"step {start} is not before step {end}, from which "
+                "everything is frozen; shorten freeze.warmup or freeze.final",
+            )
         looks = [*range(start + self.interval_steps, end, self.interval_steps), end]
         return [(0, 1.0), *((step, (end - step) / (end - start)) for step in looks)]
 

@@ -87,8 +87,9 @@ class LoraWithBias(NamedTuple):
     bias: Tensor  # (d,)
 
 
-def fold(W: Tensor, c: Tensor | None, D: Tensor, b1: Tensor, U: Tensor, b2: Tensor,
-         non_linearity: str = "identity") -> LoraWithBias:
+def fold(
+    W: Tensor, c: Tensor | None, D: Tensor, b1: Tensor, U: Tensor, b2: Tensor, non_linearity: str = "identity"
+) -> LoraWithBias:
     """The one bottleneck that is a LoRA: a linear φ, right after a linear ``f = W h + c``, no dropout between.
 
     ``f + U (D f + b1) + b2 = (W + U D W) h + c + U (D c + b1) + b2``; W is ``(d, in)``.
@@ -97,8 +98,10 @@ def fold(W: Tensor, c: Tensor | None, D: Tensor, b1: Tensor, U: Tensor, b2: Tens
         ExportError: φ is not linear, so that no weight gives the same function.
     """
     if non_linearity not in ("identity", "linear"):
-        raise ExportError(f"adapter.non_linearity={non_linearity!r}: a non-linear update fits no weight; "
-                          "only 'identity' folds into a linear")
+        raise ExportError(
+            f"adapter.non_linearity={non_linearity!r}: a non-linear update fits no weight; "
+            "only 'identity' folds into a linear"
+        )
     inner = b1 if c is None else D @ c + b1
     return LoraWithBias(D @ W, U, U @ inner + b2)
 
@@ -156,8 +159,11 @@ class BottleneckConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = KIND
         if self.variant not in VARIANTS:
-            raise ConfigError("adapter.variant", self.variant,
-                              f"one of {', '.join(VARIANTS)}.{did_you_mean(str(self.variant), VARIANTS)}")
+            raise ConfigError(
+                "adapter.variant",
+                self.variant,
+                f"one of {', '.join(VARIANTS)}.{did_you_mean(str(self.variant), VARIANTS)}",
+            )
         if isinstance(self.where, str):
             raise ConfigError("where", self.where, "a bare mask needs the model: trimtab.where.from_mask(model, mask)")
         for key in ("bottleneck_size", "reduction_factor"):
@@ -165,15 +171,24 @@ class BottleneckConfig(PeftConfig):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ConfigError(f"adapter.{key}", value, "a whole number of at least 1")
         if self.bottleneck_size is not None and self.reduction_factor is not None:
-            raise ConfigError("adapter.reduction_factor", self.reduction_factor,
-                              f"adapter.bottleneck_size={self.bottleneck_size} is set too; keep one of them")
+            raise ConfigError(
+                "adapter.reduction_factor",
+                self.reduction_factor,
+                f"adapter.bottleneck_size={self.bottleneck_size} is set too; keep one of them",
+            )
         if self.non_linearity is not None and self.non_linearity != "identity" and self.non_linearity not in ACT2FN:
             near = did_you_mean(str(self.non_linearity), ["identity", *ACT2FN])
-            raise ConfigError("adapter.non_linearity", self.non_linearity,
-                              f"identity, relu, gelu, silu, tanh or another of transformers' activations.{near}")
+            raise ConfigError(
+                "adapter.non_linearity",
+                self.non_linearity,
+                f"identity, relu, gelu, silu, tanh or another of transformers' activations.{near}",
+            )
         if any(True for _ in activation(self.activation_name).parameters()):
-            raise ConfigError("adapter.non_linearity", self.non_linearity,
-                              "it has parameters of its own, which would neither train nor be saved; take another")
+            raise ConfigError(
+                "adapter.non_linearity",
+                self.non_linearity,
+                "it has parameters of its own, which would neither train nor be saved; take another",
+            )
         if self.init is not True and self.init not in INITS:
             near = did_you_mean(str(self.init), INITS)
             raise ConfigError("adapter.init", self.init, f"true (the variant's) or one of {', '.join(INITS)}.{near}")
@@ -186,8 +201,11 @@ class BottleneckConfig(PeftConfig):
         if self.scale is not None and self.variant != "parallel":
             raise ConfigError("adapter.scale", self.scale, f"{self.variant} has none; it is for variant=parallel")
         if isinstance(self.target_modules, str):
-            raise ConfigError("adapter.target_modules", self.target_modules,
-                              "the variant says where adapters sit; choose layers with where")
+            raise ConfigError(
+                "adapter.target_modules",
+                self.target_modules,
+                "the variant says where adapters sit; choose layers with where",
+            )
 
     @property
     def habits(self) -> _Habits:
@@ -231,8 +249,10 @@ class BottleneckConfig(PeftConfig):
         chosen.target_modules = set(found) if self.target_modules is None else set(self.target_modules)
         for target in sorted(chosen.target_modules):
             if not any(name == target or name.endswith(f".{target}") for name in found):
-                raise ModelError(f"target_modules: {target!r} is no place of variant={self.variant} in this model; "
-                                 "leave target_modules unset, and choose layers with where")
+                raise ModelError(
+                    f"target_modules: {target!r} is no place of variant={self.variant} in this model; "
+                    "leave target_modules unset, and choose layers with where"
+                )
         return {n: p for n, p in found.items() if BottleneckModel._check_target_module_exists(chosen, n)}
 
     def to_dict(self) -> dict[str, Any]:
@@ -280,8 +300,15 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self._beside: Tensor | None = None
         self._hooks: dict[str, Any] = {}
 
-    def add(self, adapter_name: str, place: Place, config: BottleneckConfig, first: nn.Module | None,
-            device: torch.device | None, dtype: torch.dtype | None) -> None:
+    def add(
+        self,
+        adapter_name: str,
+        place: Place,
+        config: BottleneckConfig,
+        first: nn.Module | None,
+        device: torch.device | None,
+        dtype: torch.dtype | None,
+    ) -> None:
         """Give the module one more adapter, at its start.
 
         Args:
@@ -328,8 +355,10 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         x = f
         if how == "beside":
             if self._beside is None:
-                raise ModelError(f"{self.places[name].name}: the feed-forward was left without its first linear "
-                                 "being called; variant=parallel does not fit this model")
+                raise ModelError(
+                    f"{self.places[name].name}: the feed-forward was left without its first linear "
+                    "being called; variant=parallel does not fit this model"
+                )
             x, self._beside = self._beside, None
         return f + (self.scaling[name] * self._adapter(name, x)).to(f.dtype)
 
@@ -359,9 +388,15 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
             self._beside = args[0]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise ExportError(why_not_lora(BottleneckConfig(
-            variant={"after": "houlsby", "around": "pfeiffer", "beside": "parallel"}.get(
-                str(next(iter(self.places.values())).how), "houlsby"))))
+        raise ExportError(
+            why_not_lora(
+                BottleneckConfig(
+                    variant={"after": "houlsby", "around": "pfeiffer", "beside": "parallel"}.get(
+                        str(next(iter(self.places.values())).how), "houlsby"
+                    )
+                )
+            )
+        )
 
     def unmerge(self) -> None:
         pass
@@ -400,13 +435,23 @@ class BottleneckModel(BaseTuner):
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         self._places = cast(BottleneckConfig, peft_config).places(model)
 
-    def _create_and_replace(self, peft_config: PeftConfig, adapter_name: str, target: nn.Module, target_name: str,
-                            parent: nn.Module, current_key: str, parameter_name: str | None = None) -> None:
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
         config = cast(BottleneckConfig, peft_config)
         place = self._places.get(current_key)
         if place is None:
-            raise ModelError(f"target_modules: {current_key!r} is no place of variant={config.variant}; leave "
-                             "target_modules unset, and choose layers with where")
+            raise ModelError(
+                f"target_modules: {current_key!r} is no place of variant={config.variant}; leave "
+                "target_modules unset, and choose layers with where"
+            )
         projection = self.model.get_submodule(place.projection)
         layer = target if isinstance(target, BottleneckLayer) else BottleneckLayer(target)
         device, dtype = layer._get_base_layer_device_and_dtype(_base(projection))

@@ -72,8 +72,13 @@ class Place:
         return adapter + (norm_params if self.trains_norm else 0)
 
 
-def find_places(model: nn.Module, variant: Variant, train_norms: bool, where: Where | None = None,
-                layers: tuple[int, ...] | None = None) -> dict[str, Place]:
+def find_places(
+    model: nn.Module,
+    variant: Variant,
+    train_norms: bool,
+    where: Where | None = None,
+    layers: tuple[int, ...] | None = None,
+) -> dict[str, Place]:
     """Every place of a variant in a model, by module name, in the order of the model. A meta-device model will do.
 
     Args:
@@ -100,8 +105,10 @@ def find_places(model: nn.Module, variant: Variant, train_norms: bool, where: Wh
             for place in _in_block(stack, index, block, variant, train_norms, is_post_norm):
                 found[place.name] = place
     if not found:
-        raise ModelError("bottleneck: no layer is left for adapters; where (or layers_to_transform) leaves out all "
-                         f"of {', '.join(stacks)}")
+        raise ModelError(
+            "bottleneck: no layer is left for adapters; where (or layers_to_transform) leaves out all "
+            f"of {', '.join(stacks)}"
+        )
     return found
 
 
@@ -126,8 +133,9 @@ class _Sublayer:
     tail: str
 
 
-def _in_block(stack: Stack, index: int, block: nn.Module, variant: Variant, train_norms: bool,
-              is_post_norm: bool) -> Iterator[Place]:
+def _in_block(
+    stack: Stack, index: int, block: nn.Module, variant: Variant, train_norms: bool, is_post_norm: bool
+) -> Iterator[Place]:
     prefix = f"{stack.name}.{index}."
     d = stack.hidden_size
     modules: dict[str, nn.Module] = {"": block, **dict(outside_adapters(block))}
@@ -165,23 +173,35 @@ def _sublayers(modules: dict[str, nn.Module], d: int, block: str) -> list[_Subla
         into = [n for n in names if linears[n][0] == d]
         if not back or not into:
             what = "attention" if group else "feed-forward"
-            raise ModelError(f"bottleneck: the {what} of {block} has no linear {'back to' if into else 'from'} the "
-                             f"hidden width {d} (it has {', '.join(names)}); use adapter.type=lora on this model")
+            raise ModelError(
+                f"bottleneck: the {what} of {block} has no linear {'back to' if into else 'from'} the "
+                f"hidden width {d} (it has {', '.join(names)}); use adapter.type=lora on this model"
+            )
         projection = back[-1]
         home = _home(projection, into[0] if group else None, modules, d)
         found.append((bool(group), into[0], projection, home))
     for is_attention, what in ((True, "attention"), (False, "feed-forward")):
         if not any(sub[0] is is_attention for sub in found):
-            raise ModelError(f"bottleneck: {block} has no {what} made of linears (a mixture of experts, or another "
-                             "kind of block); use adapter.type=lora on this model")
+            raise ModelError(
+                f"bottleneck: {block} has no {what} made of linears (a mixture of experts, or another "
+                "kind of block); use adapter.type=lora on this model"
+            )
     found.sort(key=lambda sub: not sub[0])
     homes = [home for *_, home in found]
     tails = [_tail(*sub, homes[:i].count(sub[-1]), homes.count(sub[-1]), modules, d) for i, sub in enumerate(found)]
     return [_Sublayer(*sub, tail) for sub, tail in zip(found, tails)]
 
 
-def _tail(is_attention: bool, first: str, projection: str, home: str, place: int, shared_by: int,
-          modules: dict[str, nn.Module], d: int) -> str:
+def _tail(
+    is_attention: bool,
+    first: str,
+    projection: str,
+    home: str,
+    place: int,
+    shared_by: int,
+    modules: dict[str, nn.Module],
+    d: int,
+) -> str:
     """The last module that the sublayer's output comes out of, before it is added to its input."""
     parent = projection.rpartition(".")[0]
     if shared_by == 1 and (dropouts := _dropouts(modules, home)):

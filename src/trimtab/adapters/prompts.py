@@ -47,9 +47,12 @@ def _refuse_head_widths(config: Any) -> None:
     groups = getattr(config, "num_key_value_heads", None) or heads
     width = (getattr(config, "head_dim", None) or config.hidden_size // heads) * heads
     if width != config.hidden_size or heads % groups:
-        raise ConfigError("adapter.type", "adaption_prompt",
-                          f"PEFT's needs heads that fill the hidden width; this model has {heads} of "
-                          f"{width // heads} over {config.hidden_size}, in {groups} groups")
+        raise ConfigError(
+            "adapter.type",
+            "adaption_prompt",
+            f"PEFT's needs heads that fill the hidden width; this model has {heads} of "
+            f"{width // heads} over {config.hidden_size}, in {groups} groups",
+        )
 
 
 def prompt_sites(model: nn.Module, config: Any) -> list[Site]:
@@ -57,16 +60,21 @@ def prompt_sites(model: nn.Module, config: Any) -> list[Site]:
     base = base_of(model)
     stacks = find_stacks(base)
     width = int(base.config.hidden_size)
-    return [Site(name, width, width, *locate(name, stacks))
-            for name in _attentions(base, config)[-config.adapter_layers:]]
+    return [
+        Site(name, width, width, *locate(name, stacks)) for name in _attentions(base, config)[-config.adapter_layers :]
+    ]
 
 
 def _refuse_half_precision(attention: nn.Module) -> None:
     """PEFT makes the prompts, of size 1, in the dtype of the projections: steps of 1e-3 are lost in it."""
     weight = next(p for p in attention.parameters() if p.dim() > 1)
     if weight.dtype in (torch.bfloat16, torch.float16) and weight.device.type != "meta":
-        raise ConfigError("model.dtype", str(weight.dtype).removeprefix("torch."), "adaption_prompt trains in the "
-                          "model's dtype, where its small steps round away; use float32, or a quantised model")
+        raise ConfigError(
+            "model.dtype",
+            str(weight.dtype).removeprefix("torch."),
+            "adaption_prompt trains in the "
+            "model's dtype, where its small steps round away; use float32, or a quantised model",
+        )
 
 
 def _attentions(model: nn.Module, config: Any) -> list[str]:

@@ -86,10 +86,12 @@ class AFLoRA(FreezeSettings):
         for key, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
             if not 0 <= beta < 1:
                 raise ConfigError(f"freeze.{key}", beta, "at least 0 and below 1")
-        for key, value, known in (("schedule", self.schedule, tuple(SCHEDULES)),
-                                  ("rule", self.rule, ("element_quantile", "tensor_rank")),
-                                  ("start", self.start, ("lora", "svd")),
-                                  ("scaling", self.scaling, (None, "none", "alpha/r"))):
+        for key, value, known in (
+            ("schedule", self.schedule, tuple(SCHEDULES)),
+            ("rule", self.rule, ("element_quantile", "tensor_rank")),
+            ("start", self.start, ("lora", "svd")),
+            ("scaling", self.scaling, (None, "none", "alpha/r")),
+        ):
             if value not in known:
                 raise ConfigError(f"freeze.{key}", value, " or ".join(filter(None, known)))
         if self.start == "lora" and self.scaling == "none":
@@ -103,13 +105,13 @@ class AFLoRA(FreezeSettings):
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ConfigError("freeze.trainable_projections", pattern,
-                                  f"a regular expression ({error})") from error
+                raise ConfigError("freeze.trainable_projections", pattern, f"a regular expression ({error})") from error
 
     # -- the layer -------------------------------------------------------------------------------------
 
-    def init_factors(self, A: Tensor, e: Tensor | None, b: Tensor | None, B: Tensor,
-                     generator: torch.Generator | None = None) -> None:
+    def init_factors(
+        self, A: Tensor, e: Tensor | None, b: Tensor | None, B: Tensor, generator: torch.Generator | None = None
+    ) -> None:
         """A ~ U(±√(6/in)), B ~ U(±√(6/r)), e = 0.1, b = 0: the layer starts as a no-op and b moves first."""
         with torch.no_grad():
             nn.init.kaiming_uniform_(A, a=0, generator=generator)
@@ -135,9 +137,11 @@ class AFLoRA(FreezeSettings):
         names = list(names)
         for pattern in self.trainable_projections or ():
             if not any(_ends_with(pattern, name) for name in names):
-                raise ConfigError("freeze.trainable_projections", pattern,
-                                  f"it matches none of the {len(names)} adapted sites, "
-                                  f"such as {', '.join(names[:3])}")
+                raise ConfigError(
+                    "freeze.trainable_projections",
+                    pattern,
+                    f"it matches none of the {len(names)} adapted sites, such as {', '.join(names[:3])}",
+                )
 
     # -- the schedule ----------------------------------------------------------------------------------
 
@@ -149,9 +153,12 @@ class AFLoRA(FreezeSettings):
             warmup = resolve_steps(self.warmup, total_steps, steps_per_epoch, "freeze.warmup")
         final = resolve_steps(self.final, total_steps, steps_per_epoch, "freeze.final")
         if warmup + final >= total_steps:
-            raise ConfigError("freeze.warmup", self.warmup,
-                              f"warm-up {warmup} + final {final} steps leave none of the run's "
-                              f"{total_steps} to freeze in; shorten one, or train longer")
+            raise ConfigError(
+                "freeze.warmup",
+                self.warmup,
+                f"warm-up {warmup} + final {final} steps leave none of the run's "
+                f"{total_steps} to freeze in; shorten one, or train longer",
+            )
         return warmup, final
 
     def trainable_curve(self, total_steps: int, steps_per_epoch: int | None) -> Curve:
@@ -165,8 +172,7 @@ class AFLoRA(FreezeSettings):
                 curve.append((step + 1, left))
         return check_curve(curve)
 
-    def average_fraction(self, total_steps: int, steps_per_epoch: int | None,
-                         closed_form: bool = False) -> float:
+    def average_fraction(self, total_steps: int, steps_per_epoch: int | None, closed_form: bool = False) -> float:
         if not closed_form:
             return super().average_fraction(total_steps, steps_per_epoch)
         warmup, final = self.phases(total_steps, steps_per_epoch)
@@ -185,11 +191,14 @@ class AFLoRA(FreezeSettings):
 
     def check_budget(self) -> None:
         if self.rule != "tensor_rank":
-            raise ConfigError("freeze.rule", self.rule, "'tensor_rank' under a budget; a quantile of elements freezes "
-                              "as the scores fall, not as a number asks for")
+            raise ConfigError(
+                "freeze.rule",
+                self.rule,
+                "'tensor_rank' under a budget; a quantile of elements freezes "
+                "as the scores fall, not as a number asks for",
+            )
 
-    def build(self, tensors: Mapping[str, int], total_steps: int,
-              steps_per_epoch: int | None) -> AFLoRAFreezer:
+    def build(self, tensors: Mapping[str, int], total_steps: int, steps_per_epoch: int | None) -> AFLoRAFreezer:
         return AFLoRAFreezer(self, tensors, total_steps, steps_per_epoch)
 
 
@@ -200,8 +209,7 @@ def _ends_with(pattern: str, name: str) -> bool:
 # -- the maths -----------------------------------------------------------------------------------------
 
 
-def trainable_fraction(step: int, total_steps: int, warmup: int, final: int,
-                       schedule: str = "cubic") -> float:
+def trainable_fraction(step: int, total_steps: int, warmup: int, final: int, schedule: str = "cubic") -> float:
     """Share of the projections' elements that the schedule leaves trainable at a step: r(t).
 
     >>> round(trainable_fraction(11, 200, 10, 140), 6)
@@ -265,8 +273,9 @@ class AFLoRAFreezer(Freezer):
 
     reads_gradients = True
 
-    def __init__(self, settings: AFLoRA, tensors: Mapping[str, int], total_steps: int,
-                 steps_per_epoch: int | None) -> None:
+    def __init__(
+        self, settings: AFLoRA, tensors: Mapping[str, int], total_steps: int, steps_per_epoch: int | None
+    ) -> None:
         super().__init__(tensors, total_steps, settings.trainable_curve(total_steps, steps_per_epoch))
         self.settings = settings
         self.warmup, self.final = settings.phases(total_steps, steps_per_epoch)
@@ -282,16 +291,21 @@ class AFLoRAFreezer(Freezer):
         interval, b1, b2 = self.settings.interval_steps, self.settings.beta1, self.settings.beta2
         for name in self.trainable:
             if name in gradients and name not in self._window:
-                start = torch.zeros_like(gradients[name], requires_grad=False,
-                                         dtype=torch.promote_types(gradients[name].dtype, torch.float32))
+                start = torch.zeros_like(
+                    gradients[name],
+                    requires_grad=False,
+                    dtype=torch.promote_types(gradients[name].dtype, torch.float32),
+                )
                 for state in self._parts().values():
                     state[name] = start.clone()
         names = list(self._window)
         window = [self._window[name] for name in names]
         if not window:
             return
-        absolute = [gradients[name].detach().abs().to(w.dtype) if name in gradients else torch.zeros_like(w)
-                    for name, w in zip(names, window)]
+        absolute = [
+            gradients[name].detach().abs().to(w.dtype) if name in gradients else torch.zeros_like(w)
+            for name, w in zip(names, window)
+        ]
         assert all(g.shape == w.shape for g, w in zip(absolute, window)), "a cut without pruned()"
 
         if step // interval != self._last_observed // interval:
@@ -348,16 +362,24 @@ class AFLoRAFreezer(Freezer):
         tensors, meta = super().state_dict()
         for part, state in self._parts().items():
             tensors |= {f"{name}.{part}": tensor.clone() for name, tensor in state.items()}
-        meta |= {"n_in_window": self._n_in_window, "last_observed": self._last_observed,
-                 "last_decided": self._last_decided}
+        meta |= {
+            "n_in_window": self._n_in_window,
+            "last_observed": self._last_observed,
+            "last_decided": self._last_decided,
+        }
         return tensors, meta
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         super().load_state_dict(tensors, meta)
         for part, state in self._parts().items():
             state.clear()
-            state.update({key.removesuffix(f".{part}"): tensor.clone() for key, tensor in tensors.items()
-                          if key.endswith(f".{part}")})
+            state.update(
+                {
+                    key.removesuffix(f".{part}"): tensor.clone()
+                    for key, tensor in tensors.items()
+                    if key.endswith(f".{part}")
+                }
+            )
         self._n_in_window, self._last_observed = meta["n_in_window"], meta["last_observed"]
         self._last_decided = meta["last_decided"]
 
@@ -379,8 +401,9 @@ class AFLoRAFreezer(Freezer):
                 scores[name] = torch.zeros(self.numels[name])
         for name, mean in mean_scores(scores).items():
             if not math.isfinite(mean):
-                raise TrimtabError(f"freeze: the gradients of {name!r} are not finite; "
-                                   "lower the learning rate, or clip")
+                raise TrimtabError(
+                    f"freeze: the gradients of {name!r} are not finite; lower the learning rate, or clip"
+                )
         return scores
 
     def _means(self, names: Iterable[str]) -> dict[str, float]:

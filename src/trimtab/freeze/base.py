@@ -52,8 +52,9 @@ class FreezeSettings:
         """Whether alpha, and what may be made of it, is ignored."""
         return False
 
-    def init_factors(self, A: Tensor, e: Tensor | None, b: Tensor | None, B: Tensor,
-                     generator: torch.Generator | None = None) -> None:
+    def init_factors(
+        self, A: Tensor, e: Tensor | None, b: Tensor | None, B: Tensor, generator: torch.Generator | None = None
+    ) -> None:
         """Fill the factors in place as the paper does; the base class leaves the layer's own start.
 
         From LoRA's start only the sites whose projections never train are filled so.
@@ -102,8 +103,7 @@ class FreezeSettings:
         """Raise `ConfigError` if the freezer does not heed `Freezer.decide`'s allowance."""
         raise ConfigError("freeze.method", self.method, "aflora or at; this method cannot be held to a budget")
 
-    def average_fraction(self, total_steps: int, steps_per_epoch: int | None,
-                         closed_form: bool = False) -> float:
+    def average_fraction(self, total_steps: int, steps_per_epoch: int | None, closed_form: bool = False) -> float:
         """Mean of `trainable_curve` over the run's steps, or of the ideal smooth curve in closed form."""
         if closed_form:
             raise NotImplementedError
@@ -186,8 +186,9 @@ class Freezer:
         self._frozen.update(dict.fromkeys(names))
         return set(names)
 
-    def _over_allowance(self, step: int, scores: Mapping[str, float] | None, allowance: float,
-                        is_event: bool) -> list[str]:
+    def _over_allowance(
+        self, step: int, scores: Mapping[str, float] | None, allowance: float, is_event: bool
+    ) -> list[str]:
         """What must freeze after ``step`` so that the run's allowance is spent, and not exceeded.
 
         At an event the schedule's level is scaled by (what is left) / (what the schedule would still
@@ -210,8 +211,9 @@ class Freezer:
             frozen += [name for name, stays in zip(trainable, kept) if not stays]
         return frozen
 
-    def _down_to_level(self, step: int, trainable: list[str], scores: Mapping[str, float],
-                       allowance: float) -> list[str]:
+    def _down_to_level(
+        self, step: int, trainable: list[str], scores: Mapping[str, float], allowance: float
+    ) -> list[str]:
         total = 1.0 if self._levels else float(sum(self.numels.values()))
         planned = self._levels or self._fractions
         ahead = planned.after(step + 1) * total

@@ -29,8 +29,11 @@ class FreezeAt(FreezeSettings):
         """How many steps the projections train."""
         at = resolve_steps(self.at, total_steps, steps_per_epoch, "freeze.at")
         if not 1 <= at < total_steps:
-            raise ConfigError("freeze.at", self.at, f"that is {at} of the run's {total_steps} steps; "
-                              f"1 to {total_steps - 1} can be met")
+            raise ConfigError(
+                "freeze.at",
+                self.at,
+                f"that is {at} of the run's {total_steps} steps; 1 to {total_steps - 1} can be met",
+            )
         return at
 
     def n_ramps(self, total_steps: int, steps_per_epoch: int | None) -> int:
@@ -45,14 +48,16 @@ class FreezeAt(FreezeSettings):
     def trainable_curve(self, total_steps: int, steps_per_epoch: int | None) -> Curve:
         return [(0, 1.0), (self.resolve(total_steps, steps_per_epoch), 0.0)]
 
-    def average_fraction(self, total_steps: int, steps_per_epoch: int | None,
-                         closed_form: bool = False) -> float:
+    def average_fraction(self, total_steps: int, steps_per_epoch: int | None, closed_form: bool = False) -> float:
         return self.resolve(total_steps, steps_per_epoch) / total_steps
 
-    def build(self, tensors: Mapping[str, int], total_steps: int,
-              steps_per_epoch: int | None) -> FixedFreezer:
-        return FixedFreezer(tensors, total_steps, self.resolve(total_steps, steps_per_epoch),
-                            self.trainable_curve(total_steps, steps_per_epoch))
+    def build(self, tensors: Mapping[str, int], total_steps: int, steps_per_epoch: int | None) -> FixedFreezer:
+        return FixedFreezer(
+            tensors,
+            total_steps,
+            self.resolve(total_steps, steps_per_epoch),
+            self.trainable_curve(total_steps, steps_per_epoch),
+        )
 
 
 class FixedFreezer(Freezer):

@@ -165,8 +165,9 @@ class CompareTable:
         return json.loads(json.dumps(asdict(self), allow_nan=False, default=str))  # a recipe may hold dates
 
 
-def compare(run_folders: Iterable[str | Path], out_html: str | Path | None = None,
-            baseline: str | None = None) -> CompareTable:
+def compare(
+    run_folders: Iterable[str | Path], out_html: str | Path | None = None, baseline: str | None = None
+) -> CompareTable:
     """One row per setting over a list of run folders; writes the page too when ``out_html`` is given.
 
     Args:
@@ -346,8 +347,10 @@ def _table(rows: list[CompareRow], groups: list[list[RunFolder]], baseline: str 
     scored = [i for i, row in enumerate(rows) if row.score is not None]
     sets = {rows[i].scored_on for i in scored}
     # Mean, and of equal means the first: who leads, and whom the others are held against.
-    tops = {one: max((i for i in scored if rows[i].scored_on == one), key=lambda i: sign * (rows[i].score or 0.0))
-            for one in sets}
+    tops = {
+        one: max((i for i in scored if rows[i].scored_on == one), key=lambda i: sign * (rows[i].score or 0.0))
+        for one in sets
+    }
     runs = [_scores(row, group) for row, group in zip(rows, groups)]
     compared = []
     for i, row in enumerate(rows):
@@ -357,9 +360,17 @@ def _table(rows: list[CompareRow], groups: list[list[RunFolder]], baseline: str 
             apart = difference(runs[i], runs[to], row.metric or "", rows[to].name)
         compared.append(replace(row, difference=apart))
     top = next(iter(tops.values())) if len(sets) == 1 and len(scored) > 1 else None
-    behind = [] if top is None else [
-        difference(runs[i], runs[top], metric or "", rows[top].name) if chosen is not None else compared[i].difference
-        for i in scored if i != top]
+    behind = (
+        []
+        if top is None
+        else [
+            difference(runs[i], runs[top], metric or "", rows[top].name)
+            if chosen is not None
+            else compared[i].difference
+            for i in scored
+            if i != top
+        ]
+    )
     best = top if behind and all(d and d.is_clear and sign * d.mean < 0 for d in behind) else None
     notes = []
     for row in rows:
@@ -368,8 +379,10 @@ def _table(rows: list[CompareRow], groups: list[list[RunFolder]], baseline: str 
             notes.append(f"`{row.name}`: no score from {', '.join(missing)} (unfinished, or not a number).")
     if len(sets) > 1:
         told = [listing([f"`{rows[i].name}`" for i in scored if rows[i].scored_on == one]) for one in sorted(sets)]
-        notes.append("Scores of different data, splits or metrics are not ranked against each other. "
-                     f"Apart stand: {'; '.join(told)}.")
+        notes.append(
+            "Scores of different data, splits or metrics are not ranked against each other. "
+            f"Apart stand: {'; '.join(told)}."
+        )
     table = CompareTable(compared, metric, best, "", notes, lower, rows[chosen].name if chosen is not None else None)
     return replace(table, finding=_finding(table, top))
 
@@ -380,13 +393,19 @@ def _baseline(rows: list[CompareRow], asked: str) -> int:
         if asked == row.name or Path(asked).resolve() in [Path(folder).resolve() for folder in row.folders]:
             return i
     names = [row.name for row in rows]
-    raise ConfigError("baseline", asked, f"no such row.{did_you_mean(asked, names)} There is {'; '.join(names)}; "
-                      "or name one of the run folders")
+    raise ConfigError(
+        "baseline",
+        asked,
+        f"no such row.{did_you_mean(asked, names)} There is {'; '.join(names)}; or name one of the run folders",
+    )
 
 
 def _scores(row: CompareRow, group: list[RunFolder]) -> list[Scored]:
-    return [Scored(seed, score, next(iter(run.predictions.values()), {}))
-            for run, seed, score in zip(group, row.seeds, row.scores) if score is not None]
+    return [
+        Scored(seed, score, next(iter(run.predictions.values()), {}))
+        for run, seed, score in zip(group, row.seeds, row.scores)
+        if score is not None
+    ]
 
 
 def _finding(table: CompareTable, top: int | None) -> str:
@@ -428,8 +447,11 @@ def _unclear(table: CompareTable, top: int) -> str:
     if near:
         few = listing([f"`{row.name}`" for row in near]) if len(near) < 4 else plural(len(near), "other")
         return f", but no more than chance above {few}".replace("above", "below" if table.lower_is_better else "above")
-    return ", which one run alone cannot tell from chance" if all(len(row.scores) == 1 for row in others) else (
-        ", which so few seeds cannot tell from chance")
+    return (
+        ", which one run alone cannot tell from chance"
+        if all(len(row.scores) == 1 for row in others)
+        else (", which so few seeds cannot tell from chance")
+    )
 
 
 def _against(table: CompareTable) -> str:

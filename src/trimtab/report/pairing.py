@@ -88,8 +88,14 @@ def _over_seeds(apart: Sequence[float]) -> tuple[float, float] | tuple[None, Non
         return None, None
     if np.ptp(apart) == 0:
         return float(apart[0]), float(apart[0])
-    low, high = stats.bootstrap((apart,), np.mean, confidence_level=LEVEL, n_resamples=RESAMPLES, method="percentile",
-                                random_state=np.random.default_rng(0)).confidence_interval
+    low, high = stats.bootstrap(
+        (apart,),
+        np.mean,
+        confidence_level=LEVEL,
+        n_resamples=RESAMPLES,
+        method="percentile",
+        random_state=np.random.default_rng(0),
+    ).confidence_interval
     if len(apart) < ENOUGH_SEEDS:
         wide = stats.ttest_1samp(apart, 0).confidence_interval(LEVEL)
         low, high = min(low, wide.low), max(high, wide.high)
@@ -109,8 +115,15 @@ def _over_rows(scores: Sequence[tuple[RowScore, RowScore]], n: int) -> tuple[flo
         return float(np.mean([scores[seed][0](rows) - scores[seed][1](rows) for seed in seeds]))
 
     drawn = (np.arange(n), np.arange(len(scores))) if len(scores) > 1 else (np.arange(n),)
-    found = stats.bootstrap(drawn, apart, vectorized=False, confidence_level=LEVEL, n_resamples=RESAMPLES,
-                            method="percentile", random_state=np.random.default_rng(0)).confidence_interval
+    found = stats.bootstrap(
+        drawn,
+        apart,
+        vectorized=False,
+        confidence_level=LEVEL,
+        n_resamples=RESAMPLES,
+        method="percentile",
+        random_state=np.random.default_rng(0),
+    ).confidence_interval
     return float(found.low), float(found.high)
 
 
@@ -137,8 +150,11 @@ def _row_score(kept: Mapping[str, Any], metric: str) -> RowScore | None:
         return None if of_numbers is None else lambda rows: of_numbers(predicted[rows], label[rows])
     of_counts, classes = _OF_COUNTS.get(metric), len(kept["classes"])
     cell = classes * label + predicted
-    return None if of_counts is None else (
-        lambda rows: of_counts(np.bincount(cell[rows], minlength=classes**2).reshape(classes, classes)))
+    return (
+        None
+        if of_counts is None
+        else (lambda rows: of_counts(np.bincount(cell[rows], minlength=classes**2).reshape(classes, classes)))
+    )
 
 
 # The scores of `tasks.classification`, from counts (label, predicted): thousands of draws leave no time for more.
@@ -183,10 +199,18 @@ def _mse(x: Any, y: Any) -> float:
 
 
 _OF_COUNTS: dict[str, Callable[[Any], float]] = {
-    "accuracy": _accuracy, "f1": _f1, "f1_macro": _f1_macro, "matthews_correlation": _matthews}
+    "accuracy": _accuracy,
+    "f1": _f1,
+    "f1_macro": _f1_macro,
+    "matthews_correlation": _matthews,
+}
 _OF_NUMBERS: dict[str, Callable[[Any, Any], float]] = {
-    "pearson": _correlation, "spearmanr": _rank_correlation, "mse": _mse}
+    "pearson": _correlation,
+    "spearmanr": _rank_correlation,
+    "mse": _mse,
+}
 _OF_ANSWERS: dict[str, Callable[[float, float, float], float]] = {
     "answer_loss": lambda loss, tokens, right: loss / tokens,
     "perplexity": lambda loss, tokens, right: math.exp(min(loss / tokens, 700)),
-    "token_accuracy": lambda loss, tokens, right: right / tokens}
+    "token_accuracy": lambda loss, tokens, right: right / tokens,
+}

@@ -60,8 +60,10 @@ def _froze_early(run: RunFolder) -> str | None:
         return None
     method = str((run.recipe.get("freeze") or {}).get("method"))
     cure = {"aflora": "a smaller freeze.final", "at": "a larger freeze.at"}.get(method, "a later end of freezing")
-    return (f"every projection froze by step {count(frozen[0])} of {count(steps)}, in the first quarter of the run: "
-            f"try {cure}, or more epochs")
+    return (
+        f"every projection froze by step {count(frozen[0])} of {count(steps)}, in the first quarter of the run: "
+        f"try {cure}, or more epochs"
+    )
 
 
 def _never_fell(run: RunFolder) -> str | None:
@@ -76,8 +78,10 @@ def _never_fell(run: RunFolder) -> str | None:
     if fell > chance:
         return None
     means = " → ".join(number(statistics.fmean(some)) for some in (first, last))
-    return (f"the training loss never fell by more than chance ({means}): {_another_rate(run)}, or look whether the "
-            "labels fit the rows")
+    return (
+        f"the training loss never fell by more than chance ({means}): {_another_rate(run)}, or look whether the "
+        "labels fit the rows"
+    )
 
 
 # -- what to try ---------------------------------------------------------------------------------------
@@ -109,8 +113,12 @@ def _losses(run: RunFolder) -> list[tuple[int, float]]:
 
 
 def _held_out_losses(run: RunFolder) -> list[tuple[int, float]]:
-    return [(event["step"], float(value)) for event in run.of("eval") for name, value in event["metrics"].items()
-            if _is_loss(name) and isinstance(value, (int, float))]
+    return [
+        (event["step"], float(value))
+        for event in run.of("eval")
+        for name, value in event["metrics"].items()
+        if _is_loss(name) and isinstance(value, (int, float))
+    ]
 
 
 def _is_loss(name: str) -> bool:

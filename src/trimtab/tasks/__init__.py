@@ -143,8 +143,16 @@ class Task(Protocol):
         """What of each batch's output is kept for `compute_metrics`; the first tensor by default."""
         return logits[0] if isinstance(logits, (tuple, list)) else logits
 
-    def evaluate(self, model: Any, tokenizer: Any, rows: DatasetDict, split: str, *, folder: str | Path | None = None,
-                 make_bar: Callable[[int, str], Any] | None = None) -> dict[str, float]:
+    def evaluate(
+        self,
+        model: Any,
+        tokenizer: Any,
+        rows: DatasetDict,
+        split: str,
+        *,
+        folder: str | Path | None = None,
+        make_bar: Callable[[int, str], Any] | None = None,
+    ) -> dict[str, float]:
         """Further scores that need generation, from *raw* rows. None by default.
 
         Args:
@@ -182,17 +190,21 @@ def get_task(spec: Mapping[str, Any]) -> Task:
     elif ":" in name:
         maker = imported("task.name", name, name)
     else:
-        raise ConfigError("task.name", name,
-                          f"no such task.{did_you_mean(name, known)} There is {', '.join(known)}, "
-                          "or your own 'module:function'")
+        raise ConfigError(
+            "task.name",
+            name,
+            f"no such task.{did_you_mean(name, known)} There is {', '.join(known)}, or your own 'module:function'",
+        )
     if dataclasses.is_dataclass(maker):
         settings = [f.name for f in dataclasses.fields(maker) if f.init]
         for key in options:
             if key not in settings:
                 others = [s for s in settings if s != "name"]
-                raise ConfigError(f"task.{key}", options[key],
-                                  f"task {name!r} has no such setting.{did_you_mean(key, others)} "
-                                  f"It has {', '.join(others)}")
+                raise ConfigError(
+                    f"task.{key}",
+                    options[key],
+                    f"task {name!r} has no such setting.{did_you_mean(key, others)} It has {', '.join(others)}",
+                )
     try:  # bound first, so that a TypeError inside a user's function keeps its own traceback
         inspect.signature(maker).bind(**options)
     except TypeError as error:

@@ -47,11 +47,13 @@ ALPACA = (
     "{%- if m.input -%}{{ '### Input:\n' + m.input + '\n\n' }}{%- endif -%}"
     "{%- elif m.role == 'assistant' -%}{{ '### Response:\n' + m.content + eos_token + '\n\n' }}{%- endif -%}"
     "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '### Response:\n' }}{%- endif -%}")
+    "{%- if add_generation_prompt -%}{{ '### Response:\n' }}{%- endif -%}"
+)
 """Stanford Alpaca's prompt (Taori et al. 2023), as a chat template; a line break ends ``### Response:``."""
 
-PLAIN = ("{%- for m in messages -%}{{ m.content }}{%- if m.role == 'assistant' -%}{{ eos_token }}{%- endif -%}"
-         "{%- endfor -%}")
+PLAIN = (
+    "{%- for m in messages -%}{{ m.content }}{%- if m.role == 'assistant' -%}{{ eos_token }}{%- endif -%}{%- endfor -%}"
+)
 """Prompt and answer one after the other, with nothing between them."""
 
 HUB_ROWS = {
@@ -180,8 +182,9 @@ class Answering(Task):
                 source = f"{split} from {self.hub_sources[split][0]}"
                 table = self._from_hub(split)
             table = _kept(table, spec, split, self.notes)
-            rows[split] = Dataset.from_dict(self._with_messages(split, self.conversations(split, table, source),
-                                                                source))
+            rows[split] = Dataset.from_dict(
+                self._with_messages(split, self.conversations(split, table, source), source)
+            )
         return DatasetDict(self._with_held_out(rows))
 
     def prepare(self, rows: DatasetDict, tokenizer: Any, model: Any = None) -> DatasetDict:
@@ -192,14 +195,21 @@ class Answering(Task):
         limit = self.length_limit(tokenizer, model)
         ready = {}
         for split, part in rows.items():
-            cut = part.map(self._encoder(split, tokenizer, limit), with_indices=True, remove_columns=part.column_names,
-                           keep_in_memory=True, desc=f"Tokenising {split}")
+            cut = part.map(
+                self._encoder(split, tokenizer, limit),
+                with_indices=True,
+                remove_columns=part.column_names,
+                keep_in_memory=True,
+                desc=f"Tokenising {split}",
+            )
             kept = np.flatnonzero(np.asarray(cut["has_answer"][:]))
             if not len(kept):
                 raise DataError(f"data.{split}: no row's answer begins within task.max_length={limit}")
             if len(kept) < len(cut):
-                self.notes.append(f"{split}: {len(cut) - len(kept)} of {len(cut)} rows left out: the prompt alone has "
-                                  f"{limit} tokens or more (task.max_length)")
+                self.notes.append(
+                    f"{split}: {len(cut) - len(kept)} of {len(cut)} rows left out: the prompt alone has "
+                    f"{limit} tokens or more (task.max_length)"
+                )
                 cut = cut.select(kept)
             if n := sum(cut["was_cut"][:]):
                 self.notes.append(f"{split}: {n} of {len(cut)} rows cut to {limit} tokens (task.max_length)")
@@ -238,8 +248,16 @@ class Answering(Task):
         loss, tokens, right = _sums(eval_pred).T.tolist()
         return {"answer_loss": loss, "tokens": tokens, "right": right}
 
-    def evaluate(self, model: Any, tokenizer: Any, rows: DatasetDict, split: str, *, folder: str | Path | None = None,
-                 make_bar: MakeBar | None = None) -> dict[str, float]:
+    def evaluate(
+        self,
+        model: Any,
+        tokenizer: Any,
+        rows: DatasetDict,
+        split: str,
+        *,
+        folder: str | Path | None = None,
+        make_bar: MakeBar | None = None,
+    ) -> dict[str, float]:
         """Scores of generated answers.
 
         Args:
@@ -258,8 +276,16 @@ class Answering(Task):
             file.with_name(f"{split}_scored.jsonl").write_text(text, encoding="utf-8", newline="\n")
         return scores
 
-    def answers(self, model: Any, tokenizer: Any, rows: Dataset, split: str, *, file: Path | None = None,
-                make_bar: MakeBar | None = None) -> list[list[str]]:
+    def answers(
+        self,
+        model: Any,
+        tokenizer: Any,
+        rows: Dataset,
+        split: str,
+        *,
+        file: Path | None = None,
+        make_bar: MakeBar | None = None,
+    ) -> list[list[str]]:
         """What the model answers to each row, `generation.samples` times."""
         self.meet(tokenizer, model)
         room = self._room(tokenizer, model)
@@ -269,8 +295,10 @@ class Answering(Task):
             ids = columns["input_ids"]
             if room is not None and len(ids) > room:
                 if "pixel_values" in columns:
-                    raise DataError(f"{split} row {i + 1}: its prompt has {len(ids)} tokens with the image's; at most "
-                                    f"{room} leave room for task.generation.max_new_tokens")
+                    raise DataError(
+                        f"{split} row {i + 1}: its prompt has {len(ids)} tokens with the image's; at most "
+                        f"{room} leave room for task.generation.max_new_tokens"
+                    )
                 cut += 1  # the end of a prompt says what is asked
                 columns = {key: value[-room:] if _is_per_token(value, ids) else value for key, value in columns.items()}
             questions.append(Question(f"{split}/{i}", columns))
@@ -278,8 +306,16 @@ class Answering(Task):
             self.notes.append(f"{split}: {cut} of {len(rows)} prompts cut on the left to {room} tokens")
         side = "right" if self.is_encoder_decoder else "left"
         collate = self.collator(tokenizer)
-        return generate(model, tokenizer, questions, self.decoding_for(rows), lambda batch: collate(batch, side=side),  # type: ignore[call-arg]
-                        ends=self.ends(tokenizer, model), file=file, make_bar=make_bar)
+        return generate(
+            model,
+            tokenizer,
+            questions,
+            self.decoding_for(rows),
+            lambda batch: collate(batch, side=side),  # type: ignore[call-arg]
+            ends=self.ends(tokenizer, model),
+            file=file,
+            make_bar=make_bar,
+        )
 
     # Rows.
 
@@ -292,7 +328,8 @@ class Answering(Task):
         except (OSError, ValueError) as error:
             raise DataError(
                 f"task.name={self.name!r}: {repository} cannot be fetched from the hub "
-                f"({str(error).splitlines()[0]}); give local files: data.train and data.validation") from error
+                f"({str(error).splitlines()[0]}); give local files: data.train and data.validation"
+            ) from error
         for column, feature in part.features.items():
             if isinstance(feature, Image):
                 part = part.cast_column(column, Image(decode=False))
@@ -305,17 +342,22 @@ class Answering(Task):
         if not keep:
             raise DataError(f"{source}: no row has an answer")
         if len(keep) < len(messages):
-            self.notes.append(f"{split}: {len(messages) - len(keep)} of {len(messages)} rows have no answer "
-                              "and were left out")
+            self.notes.append(
+                f"{split}: {len(messages) - len(keep)} of {len(messages)} rows have no answer and were left out"
+            )
         table = {name: [values[i] for i in keep] for name, values in table.items()}
         table["messages"] = [self._complete(conversation) for conversation in table["messages"]]
         return table
 
     def _complete(self, conversation: list[Message]) -> list[Message]:
-        first = [{"role": "system", "content": self.system}] if self.system and (
-            conversation[0]["role"] != "system") else []
-        return [{"role": m["role"], "content": m["content"], "input": m.get("input") or ""}
-                for m in (*first, *conversation)]
+        first = (
+            [{"role": "system", "content": self.system}]
+            if self.system and (conversation[0]["role"] != "system")
+            else []
+        )
+        return [
+            {"role": m["role"], "content": m["content"], "input": m.get("input") or ""} for m in (*first, *conversation)
+        ]
 
     def _with_held_out(self, rows: dict[str, Dataset]) -> dict[str, Dataset]:
         """A tenth of the training rows, at most 500, for validation where no other split can be scored.
@@ -352,8 +394,11 @@ class Answering(Task):
         own = getattr(tokenizer, "chat_template", None) or getattr(text, "chat_template", None)
         if self.template == "own" or (self.template == "auto" and own is not None):
             if own is None:
-                raise ConfigError("task.template", self.template, "the tokenizer has no chat template; use "
-                                  f"auto, {', '.join(TEMPLATES)}, or a *.jinja file")
+                raise ConfigError(
+                    "task.template",
+                    self.template,
+                    f"the tokenizer has no chat template; use auto, {', '.join(TEMPLATES)}, or a *.jinja file",
+                )
             tokenizer.chat_template = own
         elif self.template.endswith(".jinja"):
             try:
@@ -397,12 +442,12 @@ class Answering(Task):
             done = ""
             for i in chosen:
                 prompt = self.render(messages[:i], tokenizer, True, where)
-                whole = self.render(messages[:i + 1], tokenizer, False, where).rstrip()
+                whole = self.render(messages[: i + 1], tokenizer, False, where).rstrip()
                 if not whole.startswith(prompt):  # what generation would see after the prompt
                     whole = prompt + messages[i]["content"]
                 if not prompt.startswith(done):
                     break
-                pieces += [(prompt[len(done):], False), (whole[len(prompt):], True)]
+                pieces += [(prompt[len(done) :], False), (whole[len(prompt) :], True)]
                 done = whole
             else:
                 break
@@ -422,7 +467,7 @@ class Answering(Task):
             done += piece
             together = _ids(text, done)
             # As one text, if that leaves the prompt's tokens as they will be when an answer is generated.
-            new = together[len(ids):] if together[:len(ids)] == ids else _ids(text, piece)
+            new = together[len(ids) :] if together[: len(ids)] == ids else _ids(text, piece)
             ids += new
             labels += new if is_answer else [-100] * len(new)
         return ids, labels
@@ -448,10 +493,16 @@ class Answering(Task):
             return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
         text = self._text_tokenizer(tokenizer)
         source = text(self.source_text(row["messages"]))
-        target = text(text_target=row["messages"][-1]["content"], truncation=self.max_target_length is not None,
-                      max_length=self.max_target_length)
-        return {"input_ids": source["input_ids"], "attention_mask": source["attention_mask"],
-                "labels": target["input_ids"]}
+        target = text(
+            text_target=row["messages"][-1]["content"],
+            truncation=self.max_target_length is not None,
+            max_length=self.max_target_length,
+        )
+        return {
+            "input_ids": source["input_ids"],
+            "attention_mask": source["attention_mask"],
+            "labels": target["input_ids"],
+        }
 
     def _encoder(self, split: str, tokenizer: Any, limit: int | None) -> Callable[[dict[str, Any], int], Any]:
         def encode(row: dict[str, Any], i: int) -> dict[str, Any]:
@@ -461,11 +512,13 @@ class Answering(Task):
             if not was_cut or limit is None:
                 pass
             elif self.is_encoder_decoder:
-                columns["input_ids"] = columns["input_ids"][:limit - 1] + columns["input_ids"][-1:]  # its end token
+                columns["input_ids"] = columns["input_ids"][: limit - 1] + columns["input_ids"][-1:]  # its end token
                 columns["attention_mask"] = columns["attention_mask"][:limit]
             else:
-                columns = {key: value[:limit] if isinstance(value, list) and len(value) == n else value
-                           for key, value in columns.items()}
+                columns = {
+                    key: value[:limit] if isinstance(value, list) and len(value) == n else value
+                    for key, value in columns.items()
+                }
             return {**columns, "was_cut": was_cut, "has_answer": any(label != -100 for label in columns["labels"])}
 
         return encode
@@ -486,8 +539,11 @@ class Answering(Task):
             return most
         room = most - self.decoding.max_new_tokens
         if room < 1:
-            raise ConfigError("task.generation.max_new_tokens", self.decoding.max_new_tokens,
-                              f"fewer than {most}, the positions that this model has")
+            raise ConfigError(
+                "task.generation.max_new_tokens",
+                self.decoding.max_new_tokens,
+                f"fewer than {most}, the positions that this model has",
+            )
         return room
 
     def ends(self, tokenizer: Any, model: Any = None) -> tuple[int, ...]:
@@ -503,10 +559,12 @@ class Answering(Task):
                 found.add(last)
         found.discard(None)
         if not found:
-            raise ConfigError("model.tokenizer", getattr(text, "name_or_path", ""),
-                              "has no end-of-text token, so an answer would have no end; name another tokenizer")
+            raise ConfigError(
+                "model.tokenizer",
+                getattr(text, "name_or_path", ""),
+                "has no end-of-text token, so an answer would have no end; name another tokenizer",
+            )
         return tuple(sorted(found))
-
 
     def _special_tokens(self, text: Any) -> tuple[str, ...]:
         if self._special is None or self._special[0] is not text:  # slow to list, and asked for in every row
@@ -538,8 +596,9 @@ class Padder:
             fill = {"input_ids": self.pad_token_id, "labels": -100}.get(name, 0)
             longest = max(len(value) for value in values)
             gaps = [[fill] * (longest - len(value)) for value in values]
-            out[name] = torch.tensor([gap + list(value) if side == "left" else list(value) + gap
-                                      for value, gap in zip(values, gaps)])
+            out[name] = torch.tensor(
+                [gap + list(value) if side == "left" else list(value) + gap for value, gap in zip(values, gaps)]
+            )
         return out
 
 
@@ -555,14 +614,20 @@ def answer_sums(logits: torch.Tensor, labels: torch.Tensor, shifted: bool) -> to
     """
     import torch
 
-    logits = logits[:, -labels.shape[1]:]  # prompt tuning puts tokens of its own in front
+    logits = logits[:, -labels.shape[1] :]  # prompt tuning puts tokens of its own in front
     if shifted:
         logits, labels = logits[:, :-1], labels[:, 1:]
     counts = labels != -100
     chosen, right = logits[counts].float(), labels[counts]  # (answer tokens, vocabulary), (answer tokens,)
     row = counts.nonzero()[:, 0]
-    each = torch.stack([torch.nn.functional.cross_entropy(chosen, right, reduction="none"),
-                        torch.ones_like(row, dtype=torch.float32), (chosen.argmax(-1) == right).float()], dim=1)
+    each = torch.stack(
+        [
+            torch.nn.functional.cross_entropy(chosen, right, reduction="none"),
+            torch.ones_like(row, dtype=torch.float32),
+            (chosen.argmax(-1) == right).float(),
+        ],
+        dim=1,
+    )
     return torch.zeros(len(labels), 3, device=logits.device).index_add_(0, row, each)
 
 
@@ -581,8 +646,11 @@ def answer_scores(sums: np.ndarray) -> dict[str, float]:
     """
     loss, tokens, right = np.asarray(sums, np.float64).sum(axis=0)
     mean = float(loss / tokens) if tokens else math.nan
-    return {"answer_loss": mean, "perplexity": math.inf if mean > 700 else math.exp(mean),
-            "token_accuracy": float(right / tokens) if tokens else math.nan}
+    return {
+        "answer_loss": mean,
+        "perplexity": math.inf if mean > 700 else math.exp(mean),
+        "token_accuracy": float(right / tokens) if tokens else math.nan,
+    }
 
 
 def context_length(tokenizer: Any, model: Any) -> int | None:

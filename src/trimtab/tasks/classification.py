@@ -131,8 +131,12 @@ class SequenceClassification(Task):
         names = self.label_names
         if names is None:
             return {"num_labels": 1, "problem_type": "regression"}
-        return {"num_labels": len(names), "problem_type": "single_label_classification",
-                "id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+        return {
+            "num_labels": len(names),
+            "problem_type": "single_label_classification",
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: i for i, name in enumerate(names)},
+        }
 
     def prepare(self, rows: DatasetDict, tokenizer: Any, model: Any = None) -> DatasetDict:
         from datasets import DatasetDict
@@ -144,16 +148,27 @@ class SequenceClassification(Task):
 
         def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
             pair = [batch[name] for name in self.text_columns]
-            out = {key: value for key, value in tokenizer(*pair, truncation=length is not None,
-                                                          max_length=length).items() if key in takes}
+            out = {
+                key: value
+                for key, value in tokenizer(*pair, truncation=length is not None, max_length=length).items()
+                if key in takes
+            }
             if self.label_column in batch:
                 out["labels"] = batch[self.label_column]
             return out
 
-        return DatasetDict({
-            split: part.map(encode, batched=True, remove_columns=part.column_names, keep_in_memory=True,
-                            desc=f"Tokenising {split}")
-            for split, part in rows.items()})
+        return DatasetDict(
+            {
+                split: part.map(
+                    encode,
+                    batched=True,
+                    remove_columns=part.column_names,
+                    keep_in_memory=True,
+                    desc=f"Tokenising {split}",
+                )
+                for split, part in rows.items()
+            }
+        )
 
     def _length(self, tokenizer: Any, model: Any) -> int | None:
         """Tokens a row is cut to: the setting, else what tokenizer and model can take, if they say."""
@@ -165,8 +180,9 @@ class SequenceClassification(Task):
         if self.max_length is None:
             return min(known, default=None)
         if room and self.max_length > min(known):
-            raise ConfigError("task.max_length", self.max_length,
-                              f"at most {min(known)}, the positions that this model has")
+            raise ConfigError(
+                "task.max_length", self.max_length, f"at most {min(known)}, the positions that this model has"
+            )
         return self.max_length
 
     def selection_rows(self, ready: DatasetDict) -> Dataset:
@@ -222,8 +238,9 @@ class SequenceClassification(Task):
             train = rows["train"]
             n = len(train)
             if n < 2:
-                raise DataError("data.train: holds one row, too few to split off a validation split; "
-                                "give data.validation")
+                raise DataError(
+                    "data.train: holds one row, too few to split off a validation split; give data.validation"
+                )
             held = sorted(np.random.default_rng(0).permutation(n)[: max(1, n // 10)].tolist())
             rest = sorted(set(range(n)) - set(held))
             rows = {**rows, "train": train.select(rest), "validation": train.select(held)}

@@ -71,11 +71,15 @@ class Code(Instruct):
         if not isinstance(self.k, list) or not self.k or not all(isinstance(k, int) and k >= 1 for k in self.k):
             raise ConfigError("task.k", self.k, "whole numbers, at least 1")
         if max(self.k) > self.decoding.samples:
-            raise ConfigError("task.k", self.k, f"needs task.generation.samples={max(self.k)} or more; "
-                                                f"it is {self.decoding.samples}")
+            raise ConfigError(
+                "task.k", self.k, f"needs task.generation.samples={max(self.k)} or more; it is {self.decoding.samples}"
+            )
         if self.decoding.samples > 1 and "temperature" not in self.decoding.others:
-            raise ConfigError("task.generation.temperature", None,
-                              "needed when several samples are drawn (0.2 for pass@1, 0.8 for pass@10 and more)")
+            raise ConfigError(
+                "task.generation.temperature",
+                None,
+                "needed when several samples are drawn (0.2 for pass@1, 0.8 for pass@10 and more)",
+            )
         for key in ("cpu_seconds", "memory_bytes"):
             value = getattr(self, key)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -86,8 +90,7 @@ class Code(Instruct):
 
     @property
     def hub_sources(self) -> Mapping[str, tuple[str, str | None, str]]:
-        return {"train": ("m-a-p/CodeFeedback-Filtered-Instruction", None, "train"),
-                "test": BENCHMARKS[self.benchmark]}
+        return {"train": ("m-a-p/CodeFeedback-Filtered-Instruction", None, "train"), "test": BENCHMARKS[self.benchmark]}
 
     def conversations(self, split: str, table: Columns, source: str) -> Columns:
         if {"entry_point", "canonical_solution", "test", "prompt"} <= set(table):
@@ -103,8 +106,16 @@ class Code(Instruct):
             self.notes.append("pass@k not scored: running generated code needs task.allow_code_execution=true")
         return self.allow_code_execution
 
-    def evaluate(self, model: Any, tokenizer: Any, rows: DatasetDict, split: str, *, folder: str | Path | None = None,
-                 make_bar: MakeBar | None = None) -> dict[str, float]:
+    def evaluate(
+        self,
+        model: Any,
+        tokenizer: Any,
+        rows: DatasetDict,
+        split: str,
+        *,
+        folder: str | Path | None = None,
+        make_bar: MakeBar | None = None,
+    ) -> dict[str, float]:
         if self.allow_code_execution:
             require_isolation(self.force_code_execution)
         return super().evaluate(model, tokenizer, rows, split, folder=folder, make_bar=make_bar)
@@ -159,11 +170,13 @@ def _humaneval(table: Columns, source: str) -> Columns:
     asked = "HumanEval rows"
     prompts, solutions, tests, names, ids = (
         texts(column(table, name, asked, source), name, source)
-        for name in ("prompt", "canonical_solution", "test", "entry_point", "task_id"))
+        for name in ("prompt", "canonical_solution", "test", "entry_point", "task_id")
+    )
     ask = "Complete this Python function. Answer with the whole function.\n\n"
     return {
-        "messages": [_turns(f"{ask}{OPEN}{prompt}{FENCE}", f"{prompt}{solution}")
-                     for prompt, solution in zip(prompts, solutions)],
+        "messages": [
+            _turns(f"{ask}{OPEN}{prompt}{FENCE}", f"{prompt}{solution}") for prompt, solution in zip(prompts, solutions)
+        ],
         "benchmark": ["humaneval"] * len(prompts),
         "task": ids,
         "bare_prompt": prompts,
@@ -175,19 +188,25 @@ def _humaneval(table: Columns, source: str) -> Columns:
 def _mbpp(table: Columns, source: str) -> Columns:
     asked = "MBPP rows"
     name = "text" if "text" in table else "prompt"  # the sanitised version calls it prompt
-    problems, solutions, ids = (texts(column(table, column_name, asked, source), column_name, source)
-                                for column_name in (name, "code", "task_id"))
+    problems, solutions, ids = (
+        texts(column(table, column_name, asked, source), column_name, source)
+        for column_name in (name, "code", "task_id")
+    )
     lists = column(table, "test_list", asked, source)
     n = len(lists)
-    setups = ["\n".join([*(imports or []), setup or ""]) for imports, setup in
-              zip(table.get("test_imports", [None] * n), table.get("test_setup_code", [None] * n))]
+    setups = [
+        "\n".join([*(imports or []), setup or ""])
+        for imports, setup in zip(table.get("test_imports", [None] * n), table.get("test_setup_code", [None] * n))
+    ]
     for i, tests in enumerate(lists, 1):
         if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
             raise DataError(f"{source}: row {i} has no list of tests in column 'test_list'")
     solutions = [solution.replace("\r\n", "\n") for solution in solutions]
     return {
-        "messages": [_turns(f"{problem}\n\nYour code should pass these tests:\n\n" + "\n".join(tests), solution)
-                     for problem, tests, solution in zip(problems, lists, solutions)],
+        "messages": [
+            _turns(f"{problem}\n\nYour code should pass these tests:\n\n" + "\n".join(tests), solution)
+            for problem, tests, solution in zip(problems, lists, solutions)
+        ],
         "benchmark": ["mbpp"] * n,
         "task": ids,
         # As in bigcode-evaluation-harness, after InCoder (Fried et al. 2022): a docstring with one test.
@@ -198,5 +217,7 @@ def _mbpp(table: Columns, source: str) -> Columns:
 
 
 def _turns(question: str, code: str) -> list[Message]:
-    return [{"role": "user", "content": question},
-            {"role": "assistant", "content": OPEN + code.rstrip() + "\n" + FENCE}]
+    return [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": OPEN + code.rstrip() + "\n" + FENCE},
+    ]

@@ -51,8 +51,9 @@ class DataSpec:
         known = [*splits, "max_samples", "sample_seed"]
         for key in data:
             if key not in known:
-                raise ConfigError(f"data.{key}", data[key],
-                                  f"no such setting.{did_you_mean(key, known)} There is {', '.join(known)}")
+                raise ConfigError(
+                    f"data.{key}", data[key], f"no such setting.{did_you_mean(key, known)} There is {', '.join(known)}"
+                )
         files = {}
         for split in splits:
             value = data.get(split)
@@ -66,8 +67,9 @@ class DataSpec:
         for key, limit in (limits if isinstance(limits, Mapping) else {"": limits}).items():
             name = f"data.max_samples.{key}".rstrip(".")
             if key and key not in splits:
-                raise ConfigError(name, limit, f"no such split.{did_you_mean(key, splits)} "
-                                               f"There is {', '.join(splits)}")
+                raise ConfigError(
+                    name, limit, f"no such split.{did_you_mean(key, splits)} There is {', '.join(splits)}"
+                )
             if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
                 raise ConfigError(name, limit, "a whole number of rows, at least 1")
         seed = data.get("sample_seed")
@@ -90,8 +92,9 @@ def existing_file(key: str, path: str | Path) -> Path:
     file = Path(path).expanduser()
     if file.is_dir():
         inside = sorted(p.name for p in file.iterdir() if p.suffix.lower() in SUFFIXES)
-        raise DataError(f"{key}={str(path)!r}: is a folder; name a file in it"
-                        + (f" ({', '.join(inside[:6])})" if inside else ""))
+        raise DataError(
+            f"{key}={str(path)!r}: is a folder; name a file in it" + (f" ({', '.join(inside[:6])})" if inside else "")
+        )
     if not file.is_file():
         beside = [p.name for p in file.parent.iterdir() if p.is_file()] if file.parent.is_dir() else []
         raise DataError(f"{key}={str(path)!r}: no such file.{did_you_mean(file.name, beside)}".rstrip("."))
@@ -156,6 +159,7 @@ def _read_json(where: str, text: str) -> Columns:
         numbered: Iterable[tuple[int, Any]] = enumerate(rows, 1)
         unit = "entry"
     else:
+
         def lines() -> Iterable[tuple[int, Any]]:
             for number, line in enumerate(text.split("\n"), 1):
                 if line.strip():
@@ -194,8 +198,7 @@ def _read_csv(where: str, text: str, tab: bool) -> Columns:
                     raise DataError(f"{where}: column {twice[0]!r} appears twice in the first line")
                 table = {name: [] for name in row}
             elif len(row) != len(table):
-                raise DataError(f"{where}: line {number} has {len(row)} fields, the first line "
-                                f"has {len(table)}")
+                raise DataError(f"{where}: line {number} has {len(row)} fields, the first line has {len(table)}")
             else:
                 for values, value in zip(table.values(), row):
                     values.append(value)
@@ -237,8 +240,9 @@ def column(table: Columns, name: str, asked: str, source: str) -> list[Any]:
         DataError: naming the columns that there are.
     """
     if name not in table:
-        raise DataError(f"{asked}: no column {name!r} in {source}.{did_you_mean(name, table)} "
-                        f"It has {', '.join(table)}")
+        raise DataError(
+            f"{asked}: no column {name!r} in {source}.{did_you_mean(name, table)} It has {', '.join(table)}"
+        )
     return table[name]
 
 

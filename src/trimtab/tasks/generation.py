@@ -65,9 +65,12 @@ class Decoding:
             known = [*own, "stop", *(key for key in GenerationConfig().to_dict() if not key.startswith("_"))]
             for key in others:
                 if key not in known:
-                    raise ConfigError(f"task.generation.{key}", others[key],
-                                      f"no such setting.{did_you_mean(key, known)} There is {', '.join(own)}, stop, "
-                                      "and every field of transformers' GenerationConfig")
+                    raise ConfigError(
+                        f"task.generation.{key}",
+                        others[key],
+                        f"no such setting.{did_you_mean(key, known)} There is {', '.join(own)}, stop, "
+                        "and every field of transformers' GenerationConfig",
+                    )
         return cls(**values, stop=tuple(stop), others=others)
 
     def config(self, ends: Sequence[int], pad: int) -> Any:
@@ -80,10 +83,21 @@ class Decoding:
         from transformers import GenerationConfig
 
         draws = self.samples > 1
-        neutral = {"do_sample": draws, "num_beams": 1, "temperature": 1.0, "top_p": 1.0,
-                   "top_k": 0 if draws or self.others.get("do_sample") else 50, "repetition_penalty": 1.0}
-        return GenerationConfig(**{**neutral, **self.others}, max_new_tokens=self.max_new_tokens, use_cache=True,
-                                eos_token_id=list(ends), pad_token_id=pad)
+        neutral = {
+            "do_sample": draws,
+            "num_beams": 1,
+            "temperature": 1.0,
+            "top_p": 1.0,
+            "top_k": 0 if draws or self.others.get("do_sample") else 50,
+            "repetition_penalty": 1.0,
+        }
+        return GenerationConfig(
+            **{**neutral, **self.others},
+            max_new_tokens=self.max_new_tokens,
+            use_cache=True,
+            eos_token_id=list(ends),
+            pad_token_id=pad,
+        )
 
 
 @dataclass(frozen=True)
@@ -108,9 +122,17 @@ MakeBar = Callable[[int, str], Bar]
 """From the amount of work and its name."""
 
 
-def generate(model: nn.Module, tokenizer: Any, questions: Sequence[Question], decoding: Decoding,
-             collate: Callable[[list[dict[str, Any]]], dict[str, Any]], *, ends: Sequence[int],
-             file: Path | None = None, make_bar: MakeBar | None = None) -> list[list[str]]:
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    decoding: Decoding,
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    *,
+    ends: Sequence[int],
+    file: Path | None = None,
+    make_bar: MakeBar | None = None,
+) -> list[list[str]]:
     """Each question's answers, as many as `decoding.samples`, without what comes after an end token or text.
 
     Args:
@@ -125,30 +147,53 @@ def generate(model: nn.Module, tokenizer: Any, questions: Sequence[Question], de
     found = _finished(file)
     units = [(i, sample) for i in range(len(questions)) for sample in range(decoding.samples)]
     units.sort(key=lambda unit: -len(questions[unit[0]].columns["input_ids"]))  # what may not fit in memory comes first
-    batches = [units[i:i + decoding.batch_size] for i in range(0, len(units), decoding.batch_size)]
+    batches = [units[i : i + decoding.batch_size] for i in range(0, len(units), decoding.batch_size)]
     texts: dict[tuple[int, int], str] = {
-        (i, sample): found[questions[i].id, sample, keys[i]] for i, sample in units
-        if (questions[i].id, sample, keys[i]) in found}
+        (i, sample): found[questions[i].id, sample, keys[i]]
+        for i, sample in units
+        if (questions[i].id, sample, keys[i]) in found
+    }
     with _evaluating(model), _bar(make_bar, len(units), "answers") as bar:
         for batch in batches:
             if not all(unit in texts for unit in batch):
-                new = _answer(model, tokenizer, [questions[i] for i, _ in batch], decoding, collate, ends,
-                              seed=_hash([decoding.seed, [(questions[i].id, sample) for i, sample in batch]]))
+                new = _answer(
+                    model,
+                    tokenizer,
+                    [questions[i] for i, _ in batch],
+                    decoding,
+                    collate,
+                    ends,
+                    seed=_hash([decoding.seed, [(questions[i].id, sample) for i, sample in batch]]),
+                )
                 texts.update(zip(batch, new))
-                _keep(file, [{"id": questions[i].id, "sample": sample, "key": keys[i], "text": texts[i, sample]}
-                             for i, sample in batch])
+                _keep(
+                    file,
+                    [
+                        {"id": questions[i].id, "sample": sample, "key": keys[i], "text": texts[i, sample]}
+                        for i, sample in batch
+                    ],
+                )
             bar.advance(len(batch))
     return [[texts[i, sample] for sample in range(decoding.samples)] for i in range(len(questions))]
 
 
-def _answer(model: Any, tokenizer: Any, questions: Sequence[Question], decoding: Decoding,
-            collate: Callable[[list[dict[str, Any]]], dict[str, Any]], ends: Sequence[int], seed: str) -> list[str]:
+def _answer(
+    model: Any,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    decoding: Decoding,
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    ends: Sequence[int],
+    seed: str,
+) -> list[str]:
     import torch
     from transformers import StoppingCriteriaList
 
     device = next(model.parameters()).device
-    inputs = {name: value.to(device) if hasattr(value, "to") else value
-              for name, value in collate([dict(q.columns) for q in questions]).items()}
+    inputs = {
+        name: value.to(device) if hasattr(value, "to") else value
+        for name, value in collate([dict(q.columns) for q in questions]).items()
+    }
     skip = 0 if getattr(model.config, "is_encoder_decoder", False) else inputs["input_ids"].shape[1]
     text_of = getattr(tokenizer, "tokenizer", tokenizer)
     config = decoding.config(ends, text_of.pad_token_id)
@@ -164,7 +209,7 @@ def _text(ids: list[int], tokenizer: Any, ends: set[int], stop: Sequence[str]) -
     begin = 1 if ids and ids[0] in ends and len(ids) > 1 and ids[1] not in {*ends, tokenizer.pad_token_id} else 0
     last = next((i for i in range(begin, len(ids)) if ids[i] in ends), len(ids))
     text = tokenizer.decode(ids[begin:last], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return text[:min((text.index(end) for end in stop if end in text), default=len(text))]
+    return text[: min((text.index(end) for end in stop if end in text), default=len(text))]
 
 
 class StopAt:
@@ -179,7 +224,7 @@ class StopAt:
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         import torch
 
-        tails = input_ids[:, max(self.skip, input_ids.shape[1] - self.tail_tokens):]  # (rows, tokens)
+        tails = input_ids[:, max(self.skip, input_ids.shape[1] - self.tail_tokens) :]  # (rows, tokens)
         texts = self.tokenizer.batch_decode(tails, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         hits = [any(end in text for end in self.stop) for text in texts]
         return torch.tensor(hits, dtype=torch.bool, device=input_ids.device)
@@ -193,7 +238,7 @@ def _finished(file: Path | None) -> dict[tuple[str, int, str], str]:
     if file is None or not file.is_file():
         return {}
     data = file.read_bytes()
-    whole = data[:data.rfind(b"\n") + 1]
+    whole = data[: data.rfind(b"\n") + 1]
     if whole != data:
         with file.open("rb+") as out:
             out.truncate(len(whole))
@@ -230,12 +275,14 @@ def fingerprint(model: nn.Module) -> str:
     sha = hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)
-        some = flat[::max(1, len(flat) // 32)][:32].to(torch.device("cpu"), torch.float32)
+        some = flat[:: max(1, len(flat) // 32)][:32].to(torch.device("cpu"), torch.float32)
         sha.update(f"{name} {tuple(parameter.shape)}".encode() + some.numpy().tobytes())
     for name, module in model.named_modules():
         if hasattr(module, "disable_adapters"):  # a PEFT layer
-            state = [getattr(module, key, None) for key in ("disable_adapters", "active_adapters", "merged_adapters",
-                                                            "scaling")]
+            state = [
+                getattr(module, key, None)
+                for key in ("disable_adapters", "active_adapters", "merged_adapters", "scaling")
+            ]
             sha.update(f"{name} {state}".encode())
     return sha.hexdigest()[:16]
 

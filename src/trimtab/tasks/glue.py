@@ -40,8 +40,7 @@ _ACCURACY = {"accuracy": accuracy}
 _ACCURACY_F1 = {"accuracy": accuracy, "f1": f1}
 
 KINDS = {
-    "cola": _Kind(("sentence",), ("unacceptable", "acceptable"),
-                  {"matthews_correlation": matthews_correlation}, 8_551),
+    "cola": _Kind(("sentence",), ("unacceptable", "acceptable"), {"matthews_correlation": matthews_correlation}, 8_551),
     "mnli": _Kind(("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), _ACCURACY, 392_702),
     "mrpc": _Kind(("sentence1", "sentence2"), ("not_equivalent", "equivalent"), _ACCURACY_F1, 3_668),
     "qnli": _Kind(("question", "sentence"), ("entailment", "not_entailment"), _ACCURACY, 104_743),
@@ -72,10 +71,15 @@ class Glue(SequenceClassification):
         self.metric = next(iter(self._kind.scores))
         self.train_rows = self._kind.train_rows
         halves = short == "mnli"
-        self.validation_splits = (("validation_matched", "validation", "validation_mismatched")
-                                  if halves else ("validation",))
-        self.splits = ("train", *self.validation_splits, "test",
-                       *(("test_matched", "test_mismatched") if halves else ()))
+        self.validation_splits = (
+            ("validation_matched", "validation", "validation_mismatched") if halves else ("validation",)
+        )
+        self.splits = (
+            "train",
+            *self.validation_splits,
+            "test",
+            *(("test_matched", "test_mismatched") if halves else ()),
+        )
 
     @property
     def text_columns(self) -> tuple[str, ...]:
@@ -108,10 +112,13 @@ class Glue(SequenceClassification):
         asked = f"task.name={self.name!r}"
         raw = read_files(f"data.{split}", spec.files[split])
         table: dict[str, list[Any]] = {
-            name: texts(column(raw, name, asked, source), name, source) for name in self.text_columns}
+            name: texts(column(raw, name, asked, source), name, source) for name in self.text_columns
+        }
         if "label" in raw or not split.startswith("test"):
-            table["label"] = [self._label(value, number, source)
-                              for number, value in enumerate(column(raw, "label", asked, source), 1)]
+            table["label"] = [
+                self._label(value, number, source)
+                for number, value in enumerate(column(raw, "label", asked, source), 1)
+            ]
         return Dataset.from_dict(self.without_unlabelled(split, table))
 
     def _label(self, value: Any, number: int, source: str) -> float | None:
@@ -131,8 +138,9 @@ class Glue(SequenceClassification):
             return as_number
         if names is not None and as_number in range(len(names)):
             return int(as_number)
-        allowed = "a number from 0 to 5" if names is None else ", ".join(
-            f"{i} ({name})" for i, name in enumerate(names))
+        allowed = (
+            "a number from 0 to 5" if names is None else ", ".join(f"{i} ({name})" for i, name in enumerate(names))
+        )
         raise DataError(f"{source}: row {number} has label {value!r}; {self.name} knows {allowed}")
 
     def _from_hub(self) -> dict[str, Any]:

@@ -74,14 +74,17 @@ def form_of(table: Columns, source: str) -> str:
         if all(name in table for name in needed):
             return form
     forms = "; ".join(" and ".join(names) for names in FORMS.values())
-    raise DataError(f"{source}: its columns {', '.join(table)} are in none of the forms known ({forms}); "
-                    "name two of them in task.prompt and task.answer")
+    raise DataError(
+        f"{source}: its columns {', '.join(table)} are in none of the forms known ({forms}); "
+        "name two of them in task.prompt and task.answer"
+    )
 
 
 def pairs(prompts: Sequence[Any], answers: Sequence[Any], source: str) -> list[list[Message] | None]:
     """One question and one answer a row. Either may be a list of messages (TRL's conversational form)."""
-    return [_turn(prompt, answer, "", f"{source}: row {i}") for i, (prompt, answer) in
-            enumerate(zip(prompts, answers), 1)]
+    return [
+        _turn(prompt, answer, "", f"{source}: row {i}") for i, (prompt, answer) in enumerate(zip(prompts, answers), 1)
+    ]
 
 
 def _turn(prompt: Any, answer: Any, about: Any, where: str) -> list[Message] | None:
@@ -125,12 +128,13 @@ def _messages(turns: Any, where: str) -> list[Message]:
 
 def _up_to_last_answer(messages: list[Message]) -> list[Message] | None:
     said = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m["content"].strip()]
-    return messages[:said[-1] + 1] if said and said[-1] > 0 else None
+    return messages[: said[-1] + 1] if said and said[-1] > 0 else None
 
 
 def _from_chat(name: str) -> Callable[[Columns, str], list[list[Message] | None]]:
-    return lambda table, source: [_up_to_last_answer(_messages(turns, f"{source}: row {i}"))
-                                  for i, turns in enumerate(table[name], 1)]
+    return lambda table, source: [
+        _up_to_last_answer(_messages(turns, f"{source}: row {i}")) for i, turns in enumerate(table[name], 1)
+    ]
 
 
 def _from_columns(prompt: str, answer: str) -> Callable[[Columns, str], list[list[Message] | None]]:
@@ -139,8 +143,12 @@ def _from_columns(prompt: str, answer: str) -> Callable[[Columns, str], list[lis
 
 def _from_alpaca(table: Columns, source: str) -> list[list[Message] | None]:
     n = len(table["instruction"])
-    return [_turn(prompt, answer, about, f"{source}: row {i}") for i, (prompt, about, answer) in
-            enumerate(zip(table["instruction"], table.get("input", [None] * n), table["output"]), 1)]
+    return [
+        _turn(prompt, answer, about, f"{source}: row {i}")
+        for i, (prompt, about, answer) in enumerate(
+            zip(table["instruction"], table.get("input", [None] * n), table["output"]), 1
+        )
+    ]
 
 
 def _from_instances(table: Columns, source: str) -> list[list[Message] | None]:

@@ -52,7 +52,9 @@ class Math(Instruct):
 
     greater_is_better = True
     decoding_defaults: ClassVar[Mapping[str, Any]] = {
-        "max_new_tokens": 256, "stop": ("\nQuestion:", "### Instruction:")}
+        "max_new_tokens": 256,
+        "stop": ("\nQuestion:", "### Instruction:"),
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,8 +77,9 @@ class Math(Instruct):
         # A Self-Instruct row may become several; then there is no column of answers to go with them.
         given = [None if value is None else str(value) for value in stated]
         given = given if len(given) == len(messages) else [None] * len(messages)
-        out["gold"] = [None if not turns else value or gold_of(turns[-1]["content"])
-                       for turns, value in zip(messages, given)]
+        out["gold"] = [
+            None if not turns else value or gold_of(turns[-1]["content"]) for turns, value in zip(messages, given)
+        ]
         return out
 
     def _asked(self, turns: list[Message] | None) -> list[Message] | None:
@@ -101,8 +104,10 @@ class Math(Instruct):
             strict = [is_same(strict_answer(text, self.marks, gold), gold) for text in samples]
             flexible = [is_same(flexible_answer(text, gold), gold) for text in samples]
             scored.append({"row": i, "gold": gold, "strict": strict, "flexible": flexible})
-        return {"exact_match_flexible": mean_of(mean_of(row["flexible"]) for row in scored),
-                "exact_match_strict": mean_of(mean_of(row["strict"]) for row in scored)}, scored
+        return {
+            "exact_match_flexible": mean_of(mean_of(row["flexible"]) for row in scored),
+            "exact_match_strict": mean_of(mean_of(row["strict"]) for row in scored),
+        }, scored
 
 
 def gold_of(solution: str) -> str | None:
@@ -135,7 +140,7 @@ def strict_answer(text: str, marks: Sequence[str], gold: str) -> str | None:
     if not places:
         return None
     at, mark = min(places)
-    after = text[at + len(mark):].lstrip(" :")
+    after = text[at + len(mark) :].lstrip(" :")
     if number_of(gold) is not None:
         found = re.match(_NUMBER, after)
         return found[0] if found else None

@@ -86,8 +86,9 @@ def isolation() -> Isolation:
     _, outcome = _start("", Limits(), LAYERS, require=())
     if not outcome:
         return Isolation((), dict.fromkeys(LAYERS, "a bare Python process does not start here"))
-    return Isolation(tuple(name for name in LAYERS if outcome[name] == ""),
-                     {name: why for name, why in outcome.items() if why})
+    return Isolation(
+        tuple(name for name in LAYERS if outcome[name] == ""), {name: why for name, why in outcome.items() if why}
+    )
 
 
 def require_isolation(force: bool = False) -> Isolation:
@@ -99,14 +100,18 @@ def require_isolation(force: bool = False) -> Isolation:
     found = isolation()
     if found.lacks and not force:
         why = "; ".join(f"{name}: {reason}" for name, reason in found.missing.items())
-        raise ConfigError("task.allow_code_execution", True,
-                          f"this machine cannot guarantee {', '.join(found.lacks)} ({why}); run it in a container or "
-                          "virtual machine that holds nothing of value, with task.force_code_execution=true")
+        raise ConfigError(
+            "task.allow_code_execution",
+            True,
+            f"this machine cannot guarantee {', '.join(found.lacks)} ({why}); run it in a container or "
+            "virtual machine that holds nothing of value, with task.force_code_execution=true",
+        )
     return found
 
 
-def run_program(program: str, limits: Limits | None = None, *, layers: Sequence[str] | None = None,
-                force: bool = False) -> Verdict:
+def run_program(
+    program: str, limits: Limits | None = None, *, layers: Sequence[str] | None = None, force: bool = False
+) -> Verdict:
     """Runs Python source to its end, or to a limit.
 
     Args:
@@ -127,32 +132,47 @@ def run_program(program: str, limits: Limits | None = None, *, layers: Sequence[
     return Verdict(False, f"not run: {lost[0]}: {outcome[lost[0]]}") if lost else verdict
 
 
-def run_programs(programs: Sequence[str], limits: Limits | None = None, *, force: bool = False,
-                 workers: int | None = None) -> Iterator[Verdict]:
+def run_programs(
+    programs: Sequence[str], limits: Limits | None = None, *, force: bool = False, workers: int | None = None
+) -> Iterator[Verdict]:
     """The programs' verdicts, in order, several programs at a time (by default one for each processor)."""
     require_isolation(force)
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
         yield from pool.map(lambda program: run_program(program, limits, force=force), programs)
 
 
-def _start(program: str, limits: Limits, layers: Iterable[str],
-           require: Iterable[str]) -> tuple[Verdict, dict[str, str]]:
+def _start(
+    program: str, limits: Limits, layers: Iterable[str], require: Iterable[str]
+) -> tuple[Verdict, dict[str, str]]:
     """The verdict, and what became of each layer (empty when the child said nothing)."""
     token = secrets.token_hex(8)  # tells the child's own answers from what a program might print
-    job = {"program": program, "token": token, "limits": asdict(limits), "layers": list(layers),
-           "require": list(require)}
+    job = {
+        "program": program,
+        "token": token,
+        "limits": asdict(limits),
+        "layers": list(layers),
+        "require": list(require),
+    }
     folder = tempfile.mkdtemp(prefix="trimtab-program-")
     try:
         process = subprocess.Popen(
             [sys.executable, "-s", "-B", "-X", "utf8", "-c", _confine_source()],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
             # Fixed hashing: a program that depends on the order of a set ends the same way every time.
-            env={"PYTHONHASHSEED": "0"}, start_new_session=True)
+            env={"PYTHONHASHSEED": "0"},
+            start_new_session=True,
+        )
         said, stopped = _watch(process, json.dumps(job).encode(), limits, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    answers = [json.loads(line.removeprefix(token)) for line in said.decode(errors="replace").split("\n")
-               if line.startswith(token)]
+    answers = [
+        json.loads(line.removeprefix(token))
+        for line in said.decode(errors="replace").split("\n")
+        if line.startswith(token)
+    ]
     outcome: dict[str, str] = next((answer["layers"] for answer in answers if "layers" in answer), {})
     error = next((answer["error"] for answer in answers if "error" in answer), None)
     if stopped:

@@ -37,8 +37,12 @@ class _Kind:
 _ONE = "Summarize the {} in one sentence."
 KINDS = {
     "xsum": _Kind(("document", "summary"), _ONE.format("article"), "EdinburghNLP/xsum"),
-    "cnn_dailymail": _Kind(("article", "highlights"), "Summarize the article in three or four short sentences.",
-                           "abisee/cnn_dailymail", "3.0.0"),
+    "cnn_dailymail": _Kind(
+        ("article", "highlights"),
+        "Summarize the article in three or four short sentences.",
+        "abisee/cnn_dailymail",
+        "3.0.0",
+    ),
     "scitldr": _Kind(("source", "target"), _ONE.format("paper"), "allenai/scitldr", "Abstract"),
     "dialogsum": _Kind(("dialogue", "summary"), "Summarize the dialogue.", "knkarthick/dialogsum"),
 }
@@ -103,29 +107,36 @@ class Summarize(Answering):
         references = [_references(value, i, source) for i, value in enumerate(summaries, 1)]
         if split != "train":
             texts, references = _together(texts, references)
-        return {"messages": [self._turns(instruction, text, refs[0]) if refs else None
-                             for text, refs in zip(texts, references)],
-                "references": references}
+        return {
+            "messages": [
+                self._turns(instruction, text, refs[0]) if refs else None for text, refs in zip(texts, references)
+            ],
+            "references": references,
+        }
 
     def _columns(self, table: Columns, source: str) -> tuple[list[Any], list[Any], str]:
         if self.document is not None and self.summary is not None:
             names: tuple[str, str] = (self.document, self.summary)
             instruction = KINDS[self.dataset].instruction if self.dataset else "Summarize the text."
         else:
-            known = [KINDS[self.dataset]] if self.dataset else [
-                kind for kind in KINDS.values() if set(kind.columns) <= set(table)]
+            known = (
+                [KINDS[self.dataset]]
+                if self.dataset
+                else [kind for kind in KINDS.values() if set(kind.columns) <= set(table)]
+            )
             if not known:
                 forms = "; ".join(" and ".join(kind.columns) for kind in KINDS.values())
-                raise DataError(f"{source}: its columns {', '.join(table)} are in none of the forms known ({forms}); "
-                                "name two of them in task.document and task.summary")
+                raise DataError(
+                    f"{source}: its columns {', '.join(table)} are in none of the forms known ({forms}); "
+                    "name two of them in task.document and task.summary"
+                )
             names, instruction = known[0].columns, known[0].instruction
         documents = column(table, names[0], f"task.document={names[0]!r}", source)
         return documents, column(table, names[1], f"task.summary={names[1]!r}", source), self.instruction or instruction
 
     @staticmethod
     def _turns(instruction: str, document: str, summary: str) -> list[Message]:
-        return [{"role": "user", "content": instruction, "input": document},
-                {"role": "assistant", "content": summary}]
+        return [{"role": "user", "content": instruction, "input": document}, {"role": "assistant", "content": summary}]
 
     # Long documents.
 
@@ -195,7 +206,7 @@ def first_tokens(text: str, n: int, tokenizer: Any) -> str:
         return text
     if getattr(tokenizer, "is_fast", False):
         ends = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        return text if len(ends) <= n else text[:ends[n - 1][1]]
+        return text if len(ends) <= n else text[: ends[n - 1][1]]
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return text if len(ids) <= n else tokenizer.decode(ids[:n], skip_special_tokens=True)
 

@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from datasets import DatasetDict
 
 CLASS_SCORES: dict[str, Score] = {
-    "accuracy": accuracy, "f1_macro": f1_macro, "matthews_correlation": matthews_correlation}
+    "accuracy": accuracy,
+    "f1_macro": f1_macro,
+    "matthews_correlation": matthews_correlation,
+}
 NUMBER_SCORES: dict[str, Score] = {"pearson": pearson, "spearmanr": spearmanr, "mse": mse}
 SPLITS = ("train", "validation", "test")
 
@@ -72,9 +75,11 @@ class TextClassification(SequenceClassification):
         if not self.metric:
             self.metric = next(iter(self.scores))
         elif self.metric not in self.scores:
-            raise ConfigError("task.metric", self.metric,
-                              f"no such score here.{did_you_mean(self.metric, self.scores)} "
-                              f"There is {', '.join(self.scores)}")
+            raise ConfigError(
+                "task.metric",
+                self.metric,
+                f"no such score here.{did_you_mean(self.metric, self.scores)} There is {', '.join(self.scores)}",
+            )
         self.greater_is_better = self.metric != "mse"
         self._names = self.labels
 
@@ -91,8 +96,9 @@ class TextClassification(SequenceClassification):
         if self.regression:
             return None
         if self._names is None:
-            raise ConfigError("task.labels", None,
-                              "not known before the training rows are read; name them here, or load the data")
+            raise ConfigError(
+                "task.labels", None, "not known before the training rows are read; name them here, or load the data"
+            )
         return self._names
 
     @property
@@ -118,11 +124,16 @@ class TextClassification(SequenceClassification):
 
     def _columns(self, split: str, raw: Columns, source: str) -> Columns:
         keys = {"text": self.text, "text_pair": self.text_pair}
-        table: Columns = {name: texts(column(raw, name, f"task.{key}={name!r}", source), name, source)
-                 for key, name in keys.items() if name is not None}
+        table: Columns = {
+            name: texts(column(raw, name, f"task.{key}={name!r}", source), name, source)
+            for key, name in keys.items()
+            if name is not None
+        }
         if self.label in raw or split != "test":
-            table[self.label] = [None if value == "" else value
-                                 for value in column(raw, self.label, f"task.label={self.label!r}", source)]
+            table[self.label] = [
+                None if value == "" else value
+                for value in column(raw, self.label, f"task.label={self.label!r}", source)
+            ]
         return table
 
     def _ids(self, split: str, values: list[Any], source: str) -> list[float]:
@@ -135,8 +146,10 @@ class TextClassification(SequenceClassification):
         for number, name in enumerate(names, 1):
             if name not in ids:
                 known = "task.labels does not name" if self.labels else "no training row has"
-                raise DataError(f"{source}: row {number} has label {name!r}, which {known}."
-                                f"{did_you_mean(name, ids)} Known: {_some(self._names)}")
+                raise DataError(
+                    f"{source}: row {number} has label {name!r}, which {known}."
+                    f"{did_you_mean(name, ids)} Known: {_some(self._names)}"
+                )
         return [ids[name] for name in names]
 
     def _found(self, names: list[str], source: str) -> list[str]:
@@ -144,9 +157,11 @@ class TextClassification(SequenceClassification):
         if len(different) < 2:
             raise DataError(f"{source}: every row has label {names[0]!r}; at least two classes are needed")
         if len(names) >= 20 and len(different) > len(names) / 2:
-            raise DataError(f"{source}: column {self.label!r} has {len(different)} different values in "
-                            f"{len(names)} rows; name the label's column in task.label, "
-                            "or set task.regression=true for numbers")
+            raise DataError(
+                f"{source}: column {self.label!r} has {len(different)} different values in "
+                f"{len(names)} rows; name the label's column in task.label, "
+                "or set task.regression=true for numbers"
+            )
         try:
             return sorted(different, key=lambda name: (int(name), name))
         except ValueError:

@@ -37,12 +37,14 @@ OPTION_WORDS = "Answer with the option's letter from the given choices directly.
 SHORT_WORDS = "Answer the question using a single word or phrase."
 TRUE_WORDS = "Is this true of the image? Answer true or false."
 
-LLAVA = ("{%- for m in messages -%}"
-         "{%- if m.role == 'user' -%}{{ 'USER: ' }}{%- elif m.role == 'assistant' -%}{{ ' ASSISTANT: ' }}{%- endif -%}"
-         "{%- for part in m.content -%}{{ 'IMAGE\n' if part.type == 'image' else part.text }}{%- endfor -%}"
-         "{%- if m.role == 'assistant' -%}{{ eos_token }}{%- elif m.role == 'system' -%}{{ ' ' }}{%- endif -%}"
-         "{%- endfor -%}"
-         "{%- if add_generation_prompt -%}{{ ' ASSISTANT:' }}{%- endif -%}")
+LLAVA = (
+    "{%- for m in messages -%}"
+    "{%- if m.role == 'user' -%}{{ 'USER: ' }}{%- elif m.role == 'assistant' -%}{{ ' ASSISTANT: ' }}{%- endif -%}"
+    "{%- for part in m.content -%}{{ 'IMAGE\n' if part.type == 'image' else part.text }}{%- endfor -%}"
+    "{%- if m.role == 'assistant' -%}{{ eos_token }}{%- elif m.role == 'system' -%}{{ ' ' }}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ ' ASSISTANT:' }}{%- endif -%}"
+)
 """LLaVA-1.5's prompt, for a processor without a template of its own; the image's token stands for IMAGE."""
 
 
@@ -97,8 +99,10 @@ class Vqa(Answering):
             asked = [f"{text}\n{SHORT_WORDS}" for text in texts(table["question"], "question", source)]
             answers, options = texts(table["answer"], "answer", source), [[] for _ in asked]
         else:
-            raise DataError(f"{source}: its columns {', '.join(table)} are in none of the forms known (question, "
-                            "choices and answer; question and answer; sentence and label)")
+            raise DataError(
+                f"{source}: its columns {', '.join(table)} are in none of the forms known (question, "
+                "choices and answer; question and answer; sentence and label)"
+            )
         images = self._images(split, table, source)
         n = len(asked)
         kept = [i for i in range(n) if images[i] is not None or self.text_rows]
@@ -107,27 +111,39 @@ class Vqa(Answering):
         if len(kept) < n:
             self.notes.append(f"{split}: {n - len(kept)} of {n} rows have no image and were left out (task.text_rows)")
         # A message's `input` only says that there is an image.
-        return {"messages": [[{"role": "user", "content": asked[i], "input": "image" if images[i] is not None else ""},
-                              {"role": "assistant", "content": answers[i]}] for i in kept],
-                "gold": [answers[i] for i in kept],
-                "options": [options[i] for i in kept],
-                "image": [images[i] for i in kept]}
+        return {
+            "messages": [
+                [
+                    {"role": "user", "content": asked[i], "input": "image" if images[i] is not None else ""},
+                    {"role": "assistant", "content": answers[i]},
+                ]
+                for i in kept
+            ],
+            "gold": [answers[i] for i in kept],
+            "options": [options[i] for i in kept],
+            "image": [images[i] for i in kept],
+        }
 
     def _images(self, split: str, table: Columns, source: str) -> list[bytes | None]:
         """Each row's image as PNG or JPEG data."""
         n = len(next(iter(table.values())))
         for name in ("png_base64", "image_base64"):
             if name in table:
-                return [None if value is None else _decoded(value, f"{source}: row {i}")
-                        for i, value in enumerate(table[name], 1)]
+                return [
+                    None if value is None else _decoded(value, f"{source}: row {i}")
+                    for i, value in enumerate(table[name], 1)
+                ]
         place = self.images.get(split) if isinstance(self.images, dict) else self.images
         if "image_id" in table:
             shared = self._shared(split, place, source)
-            missing = next((i for i, key in enumerate(table["image_id"]) if key is not None and str(key) not in shared),
-                           None)
+            missing = next(
+                (i for i, key in enumerate(table["image_id"]) if key is not None and str(key) not in shared), None
+            )
             if missing is not None:
-                raise DataError(f"{source}: row {missing + 1} names image {table['image_id'][missing]!r}, which the "
-                                "file of images does not have")
+                raise DataError(
+                    f"{source}: row {missing + 1} names image {table['image_id'][missing]!r}, which the "
+                    "file of images does not have"
+                )
             return [None if key is None else shared[str(key)] for key in table["image_id"]]
         if "image" not in table:
             return [None] * n
@@ -151,8 +167,10 @@ class Vqa(Answering):
 
     def meet(self, tokenizer: Any, model: Any) -> None:
         if not hasattr(tokenizer, "image_processor"):
-            raise ModelError(f"model: {type(tokenizer).__name__} reads no images; task vqa needs a model with a "
-                             "processor (LLaVA and its kin)")
+            raise ModelError(
+                f"model: {type(tokenizer).__name__} reads no images; task vqa needs a model with a "
+                "processor (LLaVA and its kin)"
+            )
         super().meet(tokenizer, model)
         self._takes = forward_names(model) if model is not None else None
         self._dtype = getattr(model, "dtype", None)
@@ -169,7 +187,7 @@ class Vqa(Answering):
         columns = self._processed(prompt, row["image"], tokenizer, where)
         text = tokenizer.tokenizer
         asked, both = (text(part, add_special_tokens=False)["input_ids"] for part in (prompt, prompt + answer))
-        new = both[len(asked):] if both[:len(asked)] == asked else text(answer, add_special_tokens=False)["input_ids"]
+        new = both[len(asked) :] if both[: len(asked)] == asked else text(answer, add_special_tokens=False)["input_ids"]
         n = len(columns["input_ids"])
         fill = {"input_ids": new, "attention_mask": [1] * len(new)}
         columns = {name: value + fill.get(name, [0] * len(new)) for name, value in columns.items()}
@@ -182,11 +200,18 @@ class Vqa(Answering):
     def _processed(self, text: str, image: bytes | None, tokenizer: Any, where: str) -> dict[str, list[int]]:
         """What the model takes for each token of the text, each image's token written out as often as it needs."""
         begins = tokenizer.tokenizer.bos_token
-        out = tokenizer(text=[text], return_tensors="pt", add_special_tokens=not (begins and text.startswith(begins)),
-                        **({} if image is None else {"images": [_pixels(image, where)]}))
+        out = tokenizer(
+            text=[text],
+            return_tensors="pt",
+            add_special_tokens=not (begins and text.startswith(begins)),
+            **({} if image is None else {"images": [_pixels(image, where)]}),
+        )
         size = out["input_ids"].shape
-        columns = {name: value[0].tolist() for name, value in out.items()
-                   if getattr(value, "shape", None) == size and (self._takes is None or name in self._takes)}
+        columns = {
+            name: value[0].tolist()
+            for name, value in out.items()
+            if getattr(value, "shape", None) == size and (self._takes is None or name in self._takes)
+        }
         end = tokenizer.tokenizer.eos_token
         if columns["input_ids"][-1] == tokenizer.tokenizer.eos_token_id and not text.endswith(end):
             columns = {name: value[:-1] for name, value in columns.items()}  # some tokenizers end every text
@@ -199,8 +224,11 @@ class Vqa(Answering):
             if not images:
                 return {}
             made = tokenizer.image_processor([_pixels(image, "image") for image in images], return_tensors="pt")
-            return {name: value.to(dtype) if dtype is not None and value.is_floating_point() else value
-                    for name, value in made.items() if takes is None or name in takes}
+            return {
+                name: value.to(dtype) if dtype is not None and value.is_floating_point() else value
+                for name, value in made.items()
+                if takes is None or name in takes
+            }
 
         return Padder(tokenizer.tokenizer.pad_token_id, pixels)
 
@@ -216,8 +244,10 @@ class Vqa(Answering):
             right = [one == (gold if options else short_answer(gold)) for one in given]
             scored.append({"row": i, "gold": gold, "given": given, "right": right})
         most = Counter(row["gold"] for row in scored).most_common(1)[0][1]
-        return {"accuracy": mean_of(mean_of(row["right"]) for row in scored),
-                "majority_accuracy": most / len(scored)}, scored
+        return {
+            "accuracy": mean_of(mean_of(row["right"]) for row in scored),
+            "majority_accuracy": most / len(scored),
+        }, scored
 
 
 def option_of(text: str, options: Sequence[str]) -> str | None:
@@ -230,7 +260,7 @@ def option_of(text: str, options: Sequence[str]) -> str | None:
     ['B', 'A', 'B', 'B', None, None]
     """
     text = text.strip()
-    letters = LETTERS[:len(options)]
+    letters = LETTERS[: len(options)]
     # A lone capital before a small word is an article, not a choice.
     for pattern in (rf"\(?([{letters}])(?:\)|[.:,]|\s*$|\n)", rf".*?[Aa]nswer is:? \(?([{letters}])(?![A-Za-z])"):
         if found := re.match(pattern, text, re.DOTALL):

@@ -105,8 +105,9 @@ def check_name(method: str) -> None:
     known = available()
     if method not in known and ":" not in method:
         near = did_you_mean(method, known)
-        raise ConfigError("where.method", method, f"must be one of {', '.join(known)}, or your own "
-                                                  f"'module:function'.{near}")
+        raise ConfigError(
+            "where.method", method, f"must be one of {', '.join(known)}, or your own 'module:function'.{near}"
+        )
 
 
 def load_own(method: str) -> Callable[..., Where | str | Mapping[str, str]]:
@@ -139,8 +140,11 @@ def reads_batches(method: str) -> bool:
 
 def own_settings(method: str) -> dict[str, Any]:
     """Settings of a method that is not built in, with their defaults (`inspect.Parameter.empty` for none)."""
-    return {p.name: p.default for p in _parameters(method)
-            if p.name != "batches" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    return {
+        p.name: p.default
+        for p in _parameters(method)
+        if p.name != "batches" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    }
 
 
 def choose_own(method: str, model: Any, settings: Mapping[str, Any], batches: Iterable[Any] | None = None) -> Where:

@@ -68,8 +68,11 @@ def restrict(config: PeftConfig, where: Where | str | Mapping[str, str], model: 
 
     out: Any = copy.deepcopy(config)
     if getattr(out, "layer_replication", None):
-        raise ConfigError("layer_replication", out.layer_replication,
-                          "the layers that it makes have other numbers than where was chosen for; drop one")
+        raise ConfigError(
+            "layer_replication",
+            out.layer_replication,
+            "the layers that it makes have other numbers than where was chosen for; drop one",
+        )
     untie_targets(out)
     if parameters:  # exclude_modules has no say over fused experts
         out = prepared(base, out)
