@@ -240,9 +240,8 @@ def test_a_finished_run_is_not_overwritten_unless_asked(finished):
 
 def test_overwrite_leaves_the_user_s_own_files(tmp_path):
     recipe = write_recipe(tmp_path, where=None, train={"max_steps": 1, "use_cpu": True})
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "notes.txt").write_text("mine")
     trimtab("train", recipe)
+    (tmp_path / "run" / "notes.txt").write_text("mine")
     trimtab("train", recipe, code=2)
     trimtab("train", recipe, "--overwrite")
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"

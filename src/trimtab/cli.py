@@ -61,6 +61,10 @@ class _Commands(click.Group):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         except Exception as error:
+            from .runfolder import storage_fault
+
+            if fault := storage_fault(error):
+                _fail(fault, 2)
             text = " ".join(str(error).split()) or type(error).__name__
             _fail(f"{type(error).__name__}: {text[:300]} (traceback: {_write_log()}, or run with --debug)", 1)
 
@@ -168,9 +172,10 @@ def select(recipe: str, overrides: Sequence[str], overwrite: bool, as_json: bool
     chosen, path = _load(recipe, overrides)
     if chosen.where is None:
         raise ConfigError("where", None, "the recipe adapts every layer; choose some, for example where.ratio=0.5")
-    with _screen(as_json) as screen:
-        folder = runfolder.begin(chosen, path, overwrite=overwrite)
-        where = runs.select(runs.load(chosen, screen), folder, screen)
+    with _screen(as_json) as screen, runfolder.session(chosen, path, overwrite=overwrite) as session:
+        job = runs.load(chosen, screen)
+        folder = session.begin()
+        where = runs.select(job, folder, screen, anew=overwrite)
     assert where is not None
     if as_json:
         _print_json(where.to_json())
@@ -195,10 +200,11 @@ def train(recipe: str, overrides: Sequence[str], overwrite: bool, resume: bool, 
     from . import runfolder
 
     chosen, path = _load(recipe, overrides)
-    with _screen(as_json) as screen:
-        folder = runfolder.begin(chosen, path, overwrite=overwrite, resume=resume)
+    with _screen(as_json) as screen, runfolder.session(chosen, path, overwrite=overwrite, resume=resume) as session:
         job = runs.load(chosen, screen)
-        trained = runs.train(job, runs.select(job, folder, screen), folder, screen, resume=resume)
+        folder = session.begin()
+        where = runs.select(job, folder, screen, anew=overwrite)
+        trained = runs.train(job, where, folder, screen, resume=resume)
         runs.export_run(job, trained.model, folder, screen)
         runs.warn(folder, screen)
     if as_json:
@@ -230,7 +236,7 @@ def evaluate(
 ) -> None:
     """Score a run's adapter on the labelled splits."""
     from . import run as runs
-    from .runfolder import RunFolder, refuse_base_of_another
+    from .runfolder import RunFolder, at_work, refuse_base_of_another
 
     if harness or tasks or harness_args:
         _hand_over(source, overrides, harness, tasks, harness_args, base, as_json)
@@ -239,7 +245,7 @@ def evaluate(
         chosen, path = _load(source, overrides)
         if path != Path(source):
             refuse_base_of_another(chosen, RunFolder(path))
-        with _screen(as_json) as screen:
+        with _screen(as_json) as screen, at_work(path):
             scored = runs.evaluate_base(runs.load(chosen, screen), RunFolder(path), screen)
         if as_json:
             _print_json({"folder": str(path), **scored})
@@ -248,7 +254,8 @@ def evaluate(
         return
     with _screen(as_json) as screen:
         job, folder = _open(source, overrides, screen)
-        runs.evaluate(job, runs.load_trained(job, folder, screen), folder, screen)
+        with at_work(folder.path):
+            runs.evaluate(job, runs.load_trained(job, folder, screen), folder, screen)
     _show_run(folder, as_json)
 
 

@@ -50,14 +50,15 @@ TRAIN_DEFAULTS: dict[str, Any] = {
 
 def run(recipe: Recipe, folder: Path, screen: Screen, *, overwrite: bool = False, resume: bool = False) -> RunFolder:
     """The whole flow. Returns the folder; its `metrics.json` and `report.html` say how it went."""
-    out = runfolder.begin(recipe, folder, overwrite=overwrite, resume=resume)
-    job = load(recipe, screen)
-    where = select(job, out, screen)
-    trained = train(job, where, out, screen, resume=resume)
-    export_run(job, trained.model, out, screen)
-    evaluate(job, trained, out, screen)
-    warn(out, screen)
-    write_report(out, screen)
+    with runfolder.session(recipe, folder, overwrite=overwrite, resume=resume) as session:
+        job = load(recipe, screen)
+        out = session.begin()
+        where = select(job, out, screen, anew=overwrite)
+        trained = train(job, where, out, screen, resume=resume)
+        export_run(job, trained.model, out, screen)
+        evaluate(job, trained, out, screen)
+        warn(out, screen)
+        write_report(out, screen)
     return out
 
 
@@ -115,13 +116,14 @@ def load(recipe: Recipe, screen: Screen) -> Job:
 # -- select --------------------------------------------------------------------------------------------
 
 
-def select(job: Job, folder: RunFolder, screen: Screen) -> Where | None:
-    """Which layers are adapted -> where.json. A selection already in the folder is taken as it is."""
+def select(job: Job, folder: RunFolder, screen: Screen, *, anew: bool = False) -> Where | None:
+    """Which layers are adapted -> where.json. A selection already in the folder is taken as it is, unless ``anew``:
+    then it is an earlier run's, which the main process may not have moved away yet."""
     settings = job.recipe.where
     if settings is None:
         return None
     with screen.stage("select") as stage:
-        saved = folder.saved_where()
+        saved = None if anew else folder.saved_where()
         where = saved or _choose(job, settings, stage)
         if not saved:
             folder.write(folder.where, where.to_json())
@@ -207,8 +209,9 @@ def train(job: Job, where: Where | None, folder: RunFolder, screen: Screen, *, r
     callback = trimtab.TrimCallback(history=folder.history)
     with screen.stage("train") as stage:
         model = peft.get_peft_model(job.model, config)
-        checkpoint = _checkpoint_to_resume(folder, resume)
-        trainer = make_trainer(job, model, folder, [callback, _bar(stage), _save_at_end()], recipe.rates)
+        checkpoint = runfolder.checkpoint_to_resume(folder) if resume else None
+        callbacks = [callback, _bar(stage), _save_at_end(), _let_go_of_previous(folder)]
+        trainer = make_trainer(job, model, folder, callbacks, recipe.rates)
         _reset_peak_memory()
         began = time.monotonic()
         try:
@@ -294,19 +297,6 @@ def training_arguments(recipe: Recipe, task: Task, output_dir: Path, *, has_eval
         raise ConfigError("train", recipe.train, " ".join(str(error).split())) from None
 
 
-def _checkpoint_to_resume(folder: RunFolder, resume: bool) -> str | None:
-    if not resume:
-        return None
-    import trimtab
-
-    found = trimtab.last_checkpoint(folder.checkpoints)
-    if found is None:
-        raise DataError(
-            f"run folder {str(folder.path)!r}: no complete checkpoint to resume from; start again with --overwrite"
-        )
-    return str(found)
-
-
 def _split(job: Job, name: str) -> Dataset:
     if name not in job.ready:
         raise DataError(f"task {job.task.name!r}: the data has no {name!r} split; it has {', '.join(job.ready)}")
@@ -325,6 +315,17 @@ def _save_at_end() -> Any:
                 control.should_save = True
 
     return SaveAtEnd()
+
+
+def _let_go_of_previous(folder: RunFolder) -> Any:
+    """From the first checkpoint on there is something to go on from: the run that was replaced may go."""
+    from transformers import TrainerCallback
+
+    class LetGo(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            folder.let_go()
+
+    return LetGo()
 
 
 def _bar(stage: Stage) -> Any:
@@ -418,11 +419,17 @@ def trained_adapter(folder: RunFolder) -> Path:
 def load_trained(job: Job, folder: RunFolder, screen: Screen) -> Trained:
     """The run's adapter on its base model, by stock PEFT, with what the folder says about its training."""
     from peft import PeftModel
+    from safetensors import SafetensorError
 
     place = trained_adapter(folder)
     if place != folder.adapter:
         screen.note(f"no adapter/ yet: taking {place}")
-    model = PeftModel.from_pretrained(job.model, str(place))
+    try:
+        model = PeftModel.from_pretrained(job.model, str(place))
+    except (SafetensorError, ValueError, RuntimeError, OSError) as error:
+        text = " ".join(str(error).split())[:200]
+        cure = "" if place != folder.adapter else "; delete it, and the newest checkpoint is taken"
+        raise DataError(f"{place}: damaged, or not of this model ({text}){cure}") from error
     known = folder.read(folder.metrics) if folder.is_finished else {}
     plan = Plan.from_json(folder.read(folder.need(folder.plan, "train")))
     return Trained(model, plan, known.get("seconds") or _seconds(folder), known.get("peak_memory_bytes", 0))
@@ -448,23 +455,24 @@ def export_run(job: Job, model: nn.Module, folder: RunFolder, screen: Screen) ->
 
 def keep(job: Job, model: nn.Module, target: Path, screen: Screen) -> Path:
     """The adapter in its own form, with the tokenizer beside it."""
-    return _write(job, target, job.recipe.adapter.type, screen, lambda: cast(Any, model).save_pretrained(str(target)))
+    save = cast(Any, model).save_pretrained
+    return _write(job, target, job.recipe.adapter.type, screen, lambda half: save(str(half)))
 
 
 def export(job: Job, model: nn.Module, target: Path, form: str, screen: Screen) -> Path:
     """The adapter in one form (peft, padded or merged), with the tokenizer beside it."""
     import trimtab
 
-    return _write(job, target, form, screen, lambda: trimtab.export(model, target, format=form))
+    return _write(job, target, form, screen, lambda half: trimtab.export(model, half, format=form))
 
 
-def _write(job: Job, target: Path, what: str, screen: Screen, save: Callable[[], object]) -> Path:
+def _write(job: Job, target: Path, what: str, screen: Screen, save: Callable[[Path], object]) -> Path:
     if not runfolder.is_main():
         return target
-    with screen.stage("export") as stage:
-        save()
-        job.tokenizer.save_pretrained(target)
-        written = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+    with screen.stage("export") as stage, runfolder.whole(target) as half:
+        save(half)
+        job.tokenizer.save_pretrained(half)
+        written = sum(file.stat().st_size for file in half.rglob("*") if file.is_file())
         stage.result = f"{what} · {target} ({byte_size(written)})"
     return target
 

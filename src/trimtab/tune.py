@@ -23,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -32,7 +32,7 @@ from . import recipe as recipes
 from .errors import ConfigError, DataError, TrimtabError
 from .lookup import parse_yaml
 from .recipe import Recipe
-from .runfolder import RunFolder, same_recipe, write_text
+from .runfolder import RunFolder, alone, same_recipe, write_recipe, write_text
 from .screen import Screen
 
 HELD_OUT = 0.2
@@ -152,7 +152,7 @@ def tune(
         _check(search)
         tried = len(search.trials)
         stage.result = f"{tried} trials, chosen by {search.chosen_by}, {jobs} at a time"
-    with _alone(out) as lock:
+    with alone(out, "out", patience=5.0) as lock:  # trials of a search that was just killed are about to end
         _take_folder(search, overwrite)
         _run_all(search, screen, jobs, lock)
         return _choose(search, source, texts)
@@ -289,33 +289,10 @@ def _check(search: Search) -> None:
 # -- the folder ----------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _alone(out: Path) -> Iterator[IO[str] | None]:
-    """Nobody else searches in this folder. Trials inherit the lock, so that one which outlives its search holds it."""
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield None
-        return
-    with (out / ".lock").open("w") as lock:
-        for left in reversed(range(50)):
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if not left:
-                    raise ConfigError(
-                        "out", str(out), "another search is running in this folder; wait for it, or name another folder"
-                    ) from None
-                time.sleep(0.1)  # trials of a search that was just killed are about to end
-        yield lock
-
-
 def _take_folder(search: Search, overwrite: bool) -> None:
     """Refuses a folder whose trials are of another recipe or other data, and marks what is done."""
     state = search.folder / "search.json"
-    if overwrite:
+    if overwrite and state.is_file():
         shutil.rmtree(search.folder / "trials", ignore_errors=True)
         for name in ("search.json", "best.yaml"):
             (search.folder / name).unlink(missing_ok=True)
@@ -395,7 +372,7 @@ def _run_all(search: Search, screen: Screen, jobs: int, lock: IO[str] | None) ->
 def _start(trial: Trial, jobs: int, lock: IO[str] | None) -> subprocess.Popen[bytes]:
     """`trimtab run` of the trial's folder: from its last checkpoint where there is one, else anew."""
     folder = trial.folder
-    write_text(folder.recipe, trial.recipe.to_yaml())
+    write_recipe(trial.recipe, folder)
     goes_on = any(folder.checkpoints.glob("checkpoint-*/trainer_state.json"))
     threads = {"OMP_NUM_THREADS": "1"} if jobs > 1 else {}
     with (folder.path / "output.txt").open("wb") as output:
