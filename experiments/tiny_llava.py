@@ -67,6 +67,7 @@ def main() -> None:
         "data": {
             **{s: str(options.data / f"{s}.jsonl") for s in rows},
             "max_samples": {"test": TEST_ROWS, "train": TRAIN_ROWS},
+            "sample_seed": "first",
         },
         "adapter": {
             "r": 16,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import glob
 import importlib.util
 import re
 import sys
@@ -133,6 +134,23 @@ def find_file(key: str, text: str, folder: Path | None = None) -> str:
     folders = [(place / wanted).parent for place in places]
     siblings = [file.name for folder in folders if folder.is_dir() for file in folder.iterdir()]
     raise ConfigError(key, text, f"no such file.{did_you_mean(wanted.name, siblings)}")
+
+
+def find_rows(key: str, text: str, folder: Path | None = None) -> str:
+    """Absolute path of a file, a folder or a pattern (``part-*.jsonl``) of a user's rows.
+
+    Raises:
+        ConfigError: as `find_file`, and for a pattern that fits no file.
+    """
+    if "://" in text:
+        raise ConfigError(key, text, "is an address; download the file, or name a hub dataset in data.hub")
+    for place in (Path(), *([folder] if folder else [])):
+        path = place / Path(text).expanduser()
+        if path.is_dir() or (glob.has_magic(text) and glob.glob(str(path), recursive=True)):
+            return str(path.resolve())
+    if glob.has_magic(text) and not Path(text).exists():
+        raise ConfigError(key, text, "no file fits this pattern")
+    return find_file(key, text, folder)
 
 
 def package_folder(text: str) -> Path:

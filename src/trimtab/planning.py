@@ -81,7 +81,7 @@ def plan_recipe(recipe: Recipe, horizon: Horizon | None = None, task: Task | Non
     if task is None and recipe.task is not None:
         task = get_task(recipe.task.model_dump())
         rows = _rows_on_the_hub(recipe, task)
-        if recipe.data.train is not None:  # some tasks learn their labels here
+        if recipe.data.has_own:  # some tasks learn their labels here
             rows = len(load_rows(recipe, task)["train"])
     notes: list[str] = []
     horizon = horizon or horizon_of(recipe, rows)
@@ -346,7 +346,7 @@ def horizon_of(recipe: Recipe, rows: int | None) -> Horizon | None:
 
 def _rows_on_the_hub(recipe: Recipe, task: Task) -> int | None:
     """Training rows that the task will fetch, less what ``data.max_samples`` leaves out; None if that is unknown."""
-    if any(paths for key, paths in recipe.data if key not in recipes.NOT_FILES):
+    if recipe.data.hub or any(getattr(recipe.data, split) for split in recipes.FILES):
         return None
     rows = getattr(task, "train_rows", None)
     most = recipe.data.max_samples
@@ -386,24 +386,11 @@ def n_held(held_out: float | int, n: int) -> int:
 
 
 def held_rows(held_out: float | int, n: int, labels: Sequence[float] | None, seed: int) -> list[int]:
-    """Which of n training rows are held out, in file order.
+    """Which of n training rows are held out, in file order: of every class (or range of numbers) its share, and never
+    all of a class."""
+    from .tasks.data import drawn
 
-    Rows are put in the order of their labels, cut into as many equal stretches as are to be held out, and one is drawn
-    from each: every class (or every range of numbers) has its share. A class of one row stays in training.
-    """
-    import numpy as np
-
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(n)
-    if labels is not None:
-        known = np.asarray(labels)
-        order = order[np.argsort(known[order], kind="stable")]
-        _, index, counts = np.unique(known, return_inverse=True, return_counts=True)
-        several = order[counts[index[order]] > 1]
-        order = order if known.dtype.kind == "f" or not len(several) else several
-    k = min(n_held(held_out, n), len(order))
-    drawn = np.floor((np.arange(k) + rng.random(k)) * len(order) / k).astype(int)
-    return sorted(order[np.minimum(drawn, len(order) - 1)].tolist())
+    return drawn(n, n_held(held_out, n), seed, labels, spare=1)
 
 
 def _where_without_data(recipe: Recipe, model: nn.Module, notes: list[str]) -> Where | None:

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
 
 from .errors import ConfigError, did_you_mean
-from .lookup import PACKAGE_PREFIX, dataclass_fields, find_file, parse_yaml
+from .lookup import PACKAGE_PREFIX, dataclass_fields, find_file, find_rows, parse_yaml
 from .rates import check_rates
 from .where import METHODS
 from .where import check_name as check_method
@@ -62,7 +62,7 @@ Paths = str | list[str]
 
 
 class Data(_Section):
-    """Local JSONL, CSV or Parquet files instead of the hub, by split."""
+    """One's own rows, by split: files, folders or patterns; or a dataset of the hub."""
 
     train: Paths | None = None
     validation: Paths | None = None
@@ -73,8 +73,26 @@ class Data(_Section):
     test_mismatched: Paths | None = None
     max_samples: int | dict[str, int] | None = None
     """Rows kept, in all splits or by split; for trials."""
-    sample_seed: int | None = None
-    """Draws those rows at random; without it they are the first ones."""
+    sample_seed: int | Literal["first"] | None = None
+    """Draws those rows; 0 when not given. ``first`` keeps the first ones."""
+    validation_share: float | int | None = None
+    """Share (or number) of the training rows split off where no rows are given for validation; 0.1 when not given."""
+    stratify: bool | str | None = None
+    """Whether each class has its share there (it has, unless false); or the column whose values have."""
+    separator: str | None = None
+    """Of columns: one character, or comma, semicolon, tab, pipe; found out when not given."""
+    encoding: str | None = None
+    """Of text files, where they are neither UTF-8 nor begin with a byte order mark."""
+    quotes: bool | None = None
+    """Whether quotes around a cell are undone; found out when not given."""
+    missing: list[str] | str | None = None
+    """Words that stand for no value, in place of pandas' (NA, nan, null, None, …); blanks always do."""
+    hub: str | None = None
+    """A dataset by its name on the hub, or a folder that `datasets` reads."""
+    config: str | None = None
+    """Which of that dataset's configurations."""
+    split: str | dict[str, str] | None = None
+    """That dataset's name of the training split, or of each of ours."""
     held_out: float | int | None = None
     """A share of the training rows (0.2), or a number of them, scored in place of validation and test: for choices
     that those may not see. `trimtab tune` sets it."""
@@ -93,8 +111,21 @@ class Data(_Section):
         """What a task's `load_data` takes."""
         return self.model_dump(exclude_none=True, exclude={"held_out", "held_out_seed"}) or None
 
+    @property
+    def has_own(self) -> bool:
+        """Whether training rows come from the user's own files or dataset."""
+        return self.train is not None or self.hub is not None
 
-NOT_FILES = ("max_samples", "sample_seed", "held_out", "held_out_seed")
+
+FILES = (
+    "train",
+    "validation",
+    "test",
+    "validation_matched",
+    "validation_mismatched",
+    "test_matched",
+    "test_mismatched",
+)
 
 
 class Adapter(_Section):
@@ -435,11 +466,16 @@ def _resolve_paths(recipe: Recipe, folder: Path | None) -> dict[str, Any]:
     """Relative paths in `data` and `model.config`, taken from the current directory, then from the
     recipe's own folder; absolute afterwards, so that the run folder's recipe works from anywhere."""
     found: dict[str, Any] = {}
-    for split, paths in recipe.data:
-        if split in NOT_FILES or not paths:
+    for split in FILES:
+        paths = getattr(recipe.data, split)
+        if not paths:
             continue
-        places = [find_file(f"data.{split}", path, folder) for path in ([paths] if isinstance(paths, str) else paths)]
+        places = [find_rows(f"data.{split}", path, folder) for path in ([paths] if isinstance(paths, str) else paths)]
         found[split] = places[0] if isinstance(paths, str) else places
+    if recipe.data.hub is not None:
+        place = next((p for base in (Path(), folder or Path()) if (p := base / recipe.data.hub).is_dir()), None)
+        if place is not None:
+            found["hub"] = str(place.resolve())
     model = recipe.model
     changed: dict[str, Any] = {}
     if isinstance(model.config, str):

@@ -241,13 +241,14 @@ def make_trainer(
     from transformers import PrinterCallback, Trainer
 
     splits = job.task.eval_splits(job.ready)
-    evaluated: Any = {name: job.ready[name] for name in splits} if len(splits) > 1 else None
+    # While training, one split is watched, and where there is another never the one for testing.
+    watched = next((name for name in splits if not name.startswith("test")), splits[0] if splits else None)
     args = training_arguments(job.recipe, job.task, folder.checkpoints, has_eval=bool(splits))
     trainer = Trainer(
         model=model,
         args=args,
         train_dataset=job.ready.get("train"),
-        eval_dataset=evaluated or (job.ready[splits[0]] if splits else None),
+        eval_dataset=job.ready[watched] if watched else None,
         data_collator=job.task.collator(job.tokenizer),
         compute_metrics=job.task.compute_metrics,
         preprocess_logits_for_metrics=job.task.preprocess_logits_for_metrics,

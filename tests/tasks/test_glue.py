@@ -156,10 +156,10 @@ def test_without_a_validation_file_the_same_tenth_is_always_split_off(tmp_path):
     assert "split off" in task.notes[0]
 
 
-def test_max_samples_keeps_the_first_rows_of_each_split(tmp_path):
+def test_max_samples_keeps_the_first_rows_of_each_split_where_the_seed_says_so(tmp_path):
     task = get_task({"name": "glue/cola"})
     file = write_jsonl(tmp_path / "t.jsonl", rows_of("cola", 20))
-    rows = task.load_data({"train": file, "validation": file, "max_samples": {"train": 6}})
+    rows = task.load_data({"train": file, "validation": file, "max_samples": {"train": 6}, "sample_seed": "first"})
     assert (len(rows["train"]), len(rows["validation"])) == (6, 20)
     assert rows["train"]["sentence"][:] == rows["validation"]["sentence"][:6]
 

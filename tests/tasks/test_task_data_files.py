@@ -4,7 +4,8 @@ import pytest
 
 from tasks.tiny import data_pack, write_jsonl
 from trimtab.errors import ConfigError, DataError
-from trimtab.tasks.data import DataSpec, read_file, read_files
+from trimtab.tasks.data import DataSpec, column
+from trimtab.tasks.files import read_file, read_files
 
 SPLITS = ("train", "validation", "test")
 
@@ -53,9 +54,11 @@ def test_several_files_are_one_table(tmp_path):
     write_jsonl(files[0], [{"a": 1}])
     write_jsonl(files[1], [{"a": 2}])
     assert read_files("data.train", files) == {"a": [1, 2]}
-    write_jsonl(files[1], [{"b": 2}])
-    with pytest.raises(DataError, match=r"2\.jsonl.*columns differ"):
-        read_files("data.train", files)
+    write_jsonl(files[1], [{"a": 2, "b": 3}])
+    table = read_files("data.train", files)
+    assert table == {"a": [1, 2], "b": [None, 3]}
+    with pytest.raises(DataError, match=r"task\.label='b': no column 'b' in 1\.jsonl, which is among"):
+        column(table, "b", "task.label='b'", "data.train")
 
 
 @pytest.mark.parametrize(
@@ -93,8 +96,8 @@ def test_a_missing_file_is_named_with_its_neighbour(tmp_path):
         DataSpec.read({"train": str(tmp_path / "tran.jsonl")}, SPLITS)
     with pytest.raises(DataError, match=r"data\.test='.*x\.csv': no such file$"):
         DataSpec.read({"test": str(tmp_path / "nowhere" / "x.csv")}, SPLITS)
-    with pytest.raises(DataError, match=r"is a folder; name a file in it \(train\.jsonl\)"):
-        DataSpec.read({"train": str(tmp_path)}, SPLITS)
+    with pytest.raises(DataError, match=r"no test file in this folder .*; it holds train\.jsonl"):
+        DataSpec.read({"test": str(tmp_path)}, SPLITS)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +120,8 @@ def test_a_wrong_data_setting_is_refused_in_one_line(data, words):
 
 
 def test_samples_are_the_first_or_drawn_with_the_seed():
-    assert DataSpec(max_samples=3).kept("train", 10) == [0, 1, 2]
+    assert DataSpec(max_samples=3, sample_seed="first").kept("train", 10) == [0, 1, 2]
+    assert DataSpec(max_samples=3).kept("train", 10) == DataSpec(max_samples=3, sample_seed=0).kept("train", 10)
     assert DataSpec(max_samples=3).kept("train", 3) is None
     assert DataSpec(max_samples={"train": 3}).kept("test", 10) is None
     drawn = DataSpec(max_samples=3, sample_seed=1).kept("train", 1000)

@@ -101,7 +101,7 @@ def test_class_scores_agree_with_hand_worked_numbers():
         (labelled([1.0, float("inf")]), {"regression": True}, ["row 2 has label inf"]),
         (labelled(range(30)), {}, ["30 different values in 30 rows", "task.label"]),
         (labelled([None, None]), {}, ["data.train: no row has a label in column 'label'"]),
-        ([{"text": None, "label": "a"}], {}, ["row 1 is empty in column 'text'"]),
+        ([{"text": None, "label": "a"}], {}, ["no row has a text in column 'text'"]),
     ],
 )
 def test_wrong_data_is_reported_in_one_line(tmp_path, train, settings, words):
@@ -143,7 +143,11 @@ def test_loading_twice_says_everything_once(tmp_path):
     data = {"train": write_jsonl(tmp_path / "t.jsonl", labelled(["a", "b"] * 10))}
     task.load_data(data)
     task.load_data(data)
-    assert task.notes == ["no data.validation: 2 of 20 training rows were split off for it"]
+    assert task.notes == [
+        "no data.validation: 2 of 20 training rows were split off for it",
+        "train: 2 classes: 'a' 9, 'b' 9",
+        "validation: 2 classes: 'a' 1, 'b' 1",
+    ]
 
 
 def test_real_inference_rows_train_as_a_users_own():

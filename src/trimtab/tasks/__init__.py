@@ -27,9 +27,8 @@ validation split made from train, unlabelled rows left out) for the caller to sh
 `task.model_kwargs()` is known without data where the task alone settles it (GLUE, or `labels:` in the
 recipe); otherwise it needs `load_data` first and says so.
 
-The recipe's ``data:`` is a mapping: a path (or a list of paths) for each split name, and optionally
-``max_samples`` (a number, or one for each split) with ``sample_seed`` (without it the first rows are
-taken).
+The recipe's ``data:`` is a mapping: a path (or a list of paths) for each split name, or a dataset of the
+hub, and how they are read, split and sampled (`data.DataSpec`).
 
 A task that is scored by generating text overrides `Task.evaluate`; the others leave it as it is, and
 are scored by `compute_metrics` alone. Its headline score is not known while training: `training_metric`

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -22,7 +22,8 @@ import numpy as np
 
 from ..errors import ConfigError, DataError, did_you_mean
 from . import Task
-from .data import Columns, DataSpec, read_files
+from .data import Columns, DataSpec
+from .files import Table, from_dataset
 from .generation import Decoding, MakeBar, Question, generate
 
 if TYPE_CHECKING:
@@ -171,16 +172,11 @@ class Answering(Task):
 
         spec = DataSpec.read(data, SPLITS)
         self.notes.clear()
-        if not spec.files and not self.hub_sources:
+        if not spec.is_given and not self.hub_sources:
             raise ConfigError("data.train", None, "give a file with training rows (JSONL, CSV or Parquet)")
         rows: dict[str, Dataset] = {}
-        for split in spec.files or self.hub_sources:
-            if spec.files:
-                source = f"data.{split}={str(spec.files[split][0])!r}"
-                table = read_files(f"data.{split}", spec.files[split])
-            else:
-                source = f"{split} from {self.hub_sources[split][0]}"
-                table = self._from_hub(split)
+        for split, source, table in spec.tables() if spec.is_given else self._hub_tables():
+            self.notes += [f"{split}: {note}" for note in table.notes]
             table = _kept(table, spec, split, self.notes)
             rows[split] = Dataset.from_dict(
                 self._with_messages(split, self.conversations(split, table, source), source)
@@ -319,21 +315,19 @@ class Answering(Task):
 
     # Rows.
 
-    def _from_hub(self, split: str) -> Columns:
-        from datasets import Image, load_dataset
+    def _hub_tables(self) -> Iterator[tuple[str, str, Table]]:
+        """The task's own rows from the hub, by split, where the recipe names none."""
+        from datasets import load_dataset
 
-        repository, configuration, name = self.hub_sources[split]
-        try:
-            part = load_dataset(repository, configuration, split=name)
-        except (OSError, ValueError) as error:
-            raise DataError(
-                f"task.name={self.name!r}: {repository} cannot be fetched from the hub "
-                f"({str(error).splitlines()[0]}); give local files: data.train and data.validation"
-            ) from error
-        for column, feature in part.features.items():
-            if isinstance(feature, Image):
-                part = part.cast_column(column, Image(decode=False))
-        return {column: part[column][:] for column in part.column_names}
+        for split, (repository, configuration, name) in self.hub_sources.items():
+            try:
+                part = load_dataset(repository, configuration, split=name)
+            except (OSError, ValueError) as error:
+                raise DataError(
+                    f"task.name={self.name!r}: {repository} cannot be fetched from the hub "
+                    f"({str(error).splitlines()[0]}); give local files: data.train and data.validation"
+                ) from error
+            yield split, f"{split} from {repository}", from_dataset(part)
 
     def _with_messages(self, split: str, table: Columns, source: str) -> Columns:
         """Without the rows that have no answer, and with the system message where one is set."""
@@ -671,13 +665,14 @@ def _is_per_token(value: Any, ids: Sequence[int]) -> bool:
     return isinstance(value, list) and len(value) == len(ids)
 
 
-def _kept(table: Columns, spec: DataSpec, split: str, notes: list[str]) -> Columns:
+def _kept(table: Table, spec: DataSpec, split: str, notes: list[str]) -> Table:
     n = len(next(iter(table.values())))
     kept = spec.kept(split, n)
     if kept is None:
         return table
-    notes.append(f"{split}: {len(kept)} of {n} rows kept (data.max_samples)")
-    return {name: [values[i] for i in kept] for name, values in table.items()}
+    how = "first" if spec.sample_seed == "first" else "drawn"
+    notes.append(f"{split}: {len(kept)} of {n} rows kept, {how} (data.max_samples)")
+    return table.rows(kept)
 
 
 def check_choice(key: str, value: Any, known: Iterable[str]) -> None:

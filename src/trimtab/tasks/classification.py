@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +103,8 @@ class SequenceClassification(Task):
     task_type = "SEQ_CLS"
     max_length: int | None = None
     validation_splits: tuple[str, ...] = ("validation",)
+    scored_splits: tuple[str, ...] | None = None
+    """Those that are scored where they have labels, the headline one first; None: those for validation."""
 
     @property
     def text_columns(self) -> tuple[str, ...]:
@@ -194,7 +197,8 @@ class SequenceClassification(Task):
         return DataCollatorWithPadding(tokenizer)
 
     def eval_splits(self, ready: DatasetDict) -> list[str]:
-        return [s for s in self.validation_splits if s in ready and "labels" in ready[s].column_names]
+        splits = self.scored_splits or self.validation_splits
+        return [s for s in splits if s in ready and "labels" in ready[s].column_names]
 
     def compute_metrics(self, eval_pred: Any) -> dict[str, float]:
         return score_all(self.scores, eval_pred, regression=self.label_names is None)
@@ -229,26 +233,49 @@ class SequenceClassification(Task):
     def split_and_sample(self, rows: dict[str, Dataset], spec: DataSpec) -> DatasetDict:
         """Makes a validation split where there is none, then keeps at most ``max_samples`` rows of each.
 
-        The tenth that is split off depends on the number of rows alone, not on the run's seed, so that
-        runs over several seeds are scored on the same rows.
+        Each class has its share in both. What is drawn depends on the rows alone, not on the run's seed, so that runs
+        over several seeds are scored on the same rows.
         """
         from datasets import DatasetDict
 
+        labels = {
+            split: part[self.label_column][:] if self.label_column in part.column_names else None
+            for split, part in rows.items()
+        }
         if not any(split in rows for split in self.validation_splits):
             train = rows["train"]
             n = len(train)
-            if n < 2:
-                raise DataError(
-                    "data.train: holds one row, too few to split off a validation split; give data.validation"
-                )
-            held = sorted(np.random.default_rng(0).permutation(n)[: max(1, n // 10)].tolist())
+            strata = spec.strata({name: train[name][:] for name in train.column_names}, labels["train"])
+            held = spec.held_out(n, strata)
             rest = sorted(set(range(n)) - set(held))
             rows = {**rows, "train": train.select(rest), "validation": train.select(held)}
             self.notes.append(f"no data.validation: {len(held)} of {n} training rows were split off for it")
+            if whole := labels["train"]:
+                trained, scored = [whole[i] for i in rest], [whole[i] for i in held]
+                labels |= {"train": trained, "validation": scored}
+                self._name_unscored(trained, scored)
         out = {}
         for split, part in rows.items():
-            kept = spec.kept(split, len(part))
+            kept = spec.kept(split, len(part), labels.get(split))
             if kept is not None:
-                self.notes.append(f"{split}: {len(kept)} of {len(part)} rows kept (data.max_samples)")
+                how = "first" if spec.sample_seed == "first" else "drawn"
+                self.notes.append(f"{split}: {len(kept)} of {len(part)} rows kept, {how} (data.max_samples)")
             out[split] = part if kept is None else part.select(kept)
         return DatasetDict(out)
+
+    def _name_unscored(self, trained: Sequence[Any], scored: Sequence[Any]) -> None:
+        """Says which classes are too rare to be in both parts of a split."""
+        names = self.label_names
+        if names is None:
+            return
+        counts = Counter(trained)
+        rare = [f"{names[i]!r} ({counts[i]})" for i in range(len(names)) if counts[i] and i not in set(scored)]
+        if rare:
+            self.notes.append(
+                f"too rare to be split, so all their rows are trained on and none is scored: class {some(rare)}"
+            )
+
+
+def some(words: Sequence[str], limit: int = 12) -> str:
+    """The first few of a list, as text."""
+    return ", ".join(words[:limit]) + (", …" if len(words) > limit else "")

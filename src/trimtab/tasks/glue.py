@@ -20,7 +20,7 @@ from .classification import (
     pearson,
     spearmanr,
 )
-from .data import DataSpec, column, read_files, texts
+from .data import Columns, DataSpec, column, texts
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -99,18 +99,18 @@ class Glue(SequenceClassification):
 
     def load_data(self, data: Mapping[str, Any] | None = None) -> DatasetDict:
         spec = DataSpec.read(data, self.splits)
-        if spec.files and "train" not in spec.files:
+        if spec.files and "train" not in spec.files and not spec.hub:
             raise ConfigError("data.train", None, "a file with training rows is needed beside the others")
         self.notes.clear()
-        tables = {split: self._from_files(split, spec) for split in spec.files} or self._from_hub()
+        tables = {
+            split: self._from_table(split, raw, source) for split, source, raw in spec.tables()
+        } or self._from_hub()
         return self.split_and_sample(tables, spec)
 
-    def _from_files(self, split: str, spec: DataSpec) -> Any:
+    def _from_table(self, split: str, raw: Columns, source: str) -> Any:
         from datasets import Dataset
 
-        source = f"data.{split}={str(spec.files[split][0])!r}"
         asked = f"task.name={self.name!r}"
-        raw = read_files(f"data.{split}", spec.files[split])
         table: dict[str, list[Any]] = {
             name: texts(column(raw, name, asked, source), name, source) for name in self.text_columns
         }

@@ -1,0 +1,327 @@
+"""Kinds of data files as people have them: what is in the file -> what is trained on, what is said, what is refused."""
+
+import bz2
+import gzip
+import io
+import json
+import zipfile
+from collections import Counter
+
+import pytest
+
+from trimtab.errors import TrimtabError
+from trimtab.tasks import get_task
+
+PAIRS = [(f"the film was {word} {i}", "good" if i % 2 else "bad") for i, word in enumerate(["dull", "warm"] * 10)]
+
+
+def separated(mark=",", rows=PAIRS, header=("text", "label")):
+    return "".join(mark.join(map(str, row)) + "\n" for row in (header, *rows))
+
+
+def objects(rows=PAIRS):
+    return [{"text": text, "label": label} for text, label in rows]
+
+
+def lines(rows=PAIRS):
+    return "".join(json.dumps(row) + "\n" for row in objects(rows))
+
+
+def with_labels(*labels, times=8):
+    return [(f"the film {i}", label) for i, label in enumerate(labels * times)]
+
+
+def zipped(name, data):
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr(name, data)
+    return out.getvalue()
+
+
+def zstd(data):
+    import pyarrow
+
+    return pyarrow.compress(data.encode(), codec="zstd", asbytes=True)
+
+
+def load(tmp_path, name, content, settings=(), data=(), **others):
+    """The task, its rows, and the counts of the class names over training and validation."""
+    file = tmp_path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    for other, text in others.items():
+        (tmp_path / other.replace("__", ".")).write_text(text)
+    task = get_task({"name": "text_classification", **dict(settings)})
+    given = {key: str(tmp_path / value) if key == "validation" else value for key, value in dict(data).items()}
+    rows = task.load_data({"train": str(file), **given})
+    names = task.label_names
+    counts = Counter(names[i] for part in rows.values() for i in part["label"][:]) if names else None
+    return task, rows, counts
+
+
+EVEN = {"bad": 10, "good": 10}
+READ = {
+    "semicolons": ("x.csv", separated(";"), EVEN, "separated by semicolon (data.separator)"),
+    "tabs in a csv": ("x.csv", separated("\t"), EVEN, "separated by tab"),
+    "pipes": ("x.csv", separated("|"), EVEN, "separated by pipe"),
+    "commas in a tsv": ("x.tsv", separated(","), EVEN, "separated by comma"),
+    "commas in a txt": ("x.txt", separated(","), EVEN, ""),
+    "semicolons, commas in texts": ("x.csv", separated(";", [(f"{t}, yes, really", la) for t, la in PAIRS]), EVEN, ""),
+    "Excel's sep line": ("x.csv", "sep=;\n" + separated(";"), EVEN, ""),
+    "Windows line ends": ("x.csv", separated().replace("\n", "\r\n"), EVEN, ""),
+    "old Mac line ends": ("x.csv", separated().replace("\n", "\r"), EVEN, ""),
+    "blanks in the header": ("x.csv", separated(header=(" text ", " label")), EVEN, ""),
+    "empty columns": ("x.csv", separated(rows=[(*p, "", "") for p in PAIRS], header=("text", "label", "", "")), EVEN, ""),
+    "commas at the ends of rows": ("x.csv", separated(rows=[(*p, "", "") for p in PAIRS]), EVEN, ""),
+    "empty columns left off": ("x.csv", separated(header=("text", "label", "", "")), EVEN, ""),
+    "pandas' index": (
+        "x.csv",
+        separated(rows=[(i, *p) for i, p in enumerate(PAIRS)], header=("", "text", "label")),
+        EVEN,
+        "column 1 has no name in the first line and is not read",
+    ),
+    "UTF-8 with a mark": ("x.csv", separated().encode("utf-8-sig"), EVEN, ""),
+    "UTF-16": ("x.csv", separated().encode("utf-16"), EVEN, ""),
+    "UTF-16 without a mark": ("x.csv", separated().encode("utf-16-le"), EVEN, ""),
+    "UTF-16 from the other end": ("x.tsv", separated("\t").encode("utf-16-be"), EVEN, ""),
+    "JSON lines": ("x.jsonl", lines(), EVEN, ""),
+    "JSON lines called json": ("x.json", lines(), EVEN, ""),
+    "JSON lines called txt": ("x.txt", lines(), EVEN, ""),
+    "a list called jsonl": ("x.jsonl", json.dumps(objects()), EVEN, ""),
+    "an indented list": ("x.json", json.dumps(objects(), indent=2), EVEN, ""),
+    "an indented list called jsonl": ("x.jsonl", json.dumps(objects(), indent=2), EVEN, ""),
+    "indented objects": ("x.jsonl", "\n".join(json.dumps(row, indent=2) for row in objects()), EVEN, ""),
+    "objects with commas between": ("x.json", ",\n".join(json.dumps(row) for row in objects()), EVEN, ""),
+    "a wrapped list": ("x.json", json.dumps({"data": objects()}), EVEN, ""),
+    "a wrapped list beside other things": ("x.json", json.dumps({"version": 1, "rows": objects()}, indent=1), EVEN, ""),
+    "a list wrapped twice": ("x.json", json.dumps({"set": {"rows": objects()}}), EVEN, ""),
+    "one list a split": ("x.json", json.dumps({"train": objects(), "test": objects()[:2]}), EVEN, ""),
+    "by columns": ("x.json", json.dumps({k: [row[k] for row in objects()] for k in ("text", "label")}), EVEN, ""),
+    "pandas' to_json": (
+        "x.json",
+        json.dumps({k: {str(i): row[k] for i, row in enumerate(objects())} for k in ("text", "label")}),
+        EVEN,
+        "",
+    ),
+    "pandas' split": ("x.json", json.dumps({"columns": ["text", "label"], "index": [], "data": PAIRS}), EVEN, ""),
+    "gzip": ("x.csv.gz", gzip.compress(separated().encode()), EVEN, ""),
+    "gzip that does not say so": ("x.jsonl", gzip.compress(lines().encode()), EVEN, ""),
+    "bzip2": ("x.csv.bz2", bz2.compress(separated().encode()), EVEN, ""),
+    "zstd": ("x.jsonl.zst", zstd(lines()), EVEN, ""),
+    "zip": ("x.zip", zipped("x.csv", separated()), EVEN, ""),
+    "zip of JSON lines": ("x.jsonl.zip", zipped("x.jsonl", lines()), EVEN, ""),
+    "an NA label": ("x.csv", separated(rows=[*PAIRS, ("a", "NA"), ("b", "NA")]), EVEN, "2 of 22 rows have no label and were left out ('NA' 2"),
+    "a nan label": ("x.csv", separated(rows=[*PAIRS, ("a", "nan")]), EVEN, "('nan' 1; task.labels or data.missing"),
+    "an empty label": ("x.csv", separated(rows=[*PAIRS, ("a", "")]), EVEN, "1 of 21 rows have no label and were left out"),
+    "a null label": ("x.jsonl", lines([*PAIRS, ("a", None)]), EVEN, "1 of 21 rows have no label"),
+    "a NaN label": ("x.jsonl", lines([*PAIRS, ("a", float("nan"))]), EVEN, "1 of 21 rows have no label"),
+    "a NaN text": ("x.jsonl", lines([*PAIRS, (float("nan"), "bad")]), EVEN, "1 of 21 rows have no text and were left out"),
+    "a null text": ("x.jsonl", lines([*PAIRS, (None, "bad")]), EVEN, "1 of 21 rows have no text"),
+    "a nan word": ("x.csv", separated(rows=[*PAIRS, ("nan", "bad")]), EVEN, "no text and were left out ('nan' 1"),
+    "blank texts": ("x.csv", separated(rows=[*PAIRS, (" ", "bad"), ("", "good")]), EVEN, "2 of 22 rows have no text"),
+    "numbers, written as floats": ("x.csv", separated(rows=with_labels("0.0", "1.0", "1")), {"0": 8, "1": 16}, ""),
+    "true beside 1": ("x.jsonl", lines(with_labels(True, False, 1, 0)), {"0": 16, "1": 16}, ""),
+    "true": ("x.jsonl", lines(with_labels(True, False)), {"false": 8, "true": 8}, ""),
+    "True in a csv": ("x.csv", separated(rows=with_labels("True", "False")), {"False": 8, "True": 8}, ""),
+    "whole numbers with blanks": ("x.csv", separated(rows=with_labels(" 1", "0", "1 ")), {"0": 8, "1": 16}, ""),
+    "steps of a half": ("x.csv", separated(rows=with_labels("1.0", "1.5")), {"1": 8, "1.5": 8}, ""),
+    "blanks and case in labels": (
+        "x.csv",
+        separated(rows=with_labels(" bad", "Bad ", "bad", "good")),
+        {" bad": 8, "Bad ": 8, "bad": 8, "good": 8},
+        "differ in blanks or case only: ' bad', 'Bad ', 'bad'; task.fold_labels=true makes them one",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_a_kind_of_file_is_read_and_what_was_done_is_said(tmp_path, kind):
+    name, content, expected, note = READ[kind]
+    task, rows, counts = load(tmp_path, name, content)
+    assert counts == expected
+    assert note in " · ".join(task.notes)
+    assert all(text.strip() and text == text.strip() for part in rows.values() for text in part["text"][:])
+
+
+QUOTED = [(f'she said ""{text}""', label) for text, label in PAIRS]
+SETTLED = {
+    "folded labels": ({"fold_labels": True}, {}, "x.csv", separated(rows=with_labels(" bad", "Bad ", "bad", "good")), {"bad": 24, "good": 8}),
+    "folded into named ones": (
+        {"fold_labels": True, "labels": ["Good", "Bad"]}, {}, "x.csv", separated(rows=with_labels(" bad", "GOOD")), {"Bad": 8, "Good": 8},
+    ),
+    "NA as a named class": ({"labels": ["NA", "yes"]}, {}, "x.csv", separated(rows=with_labels("NA", "yes")), {"NA": 8, "yes": 8}),
+    "None as a word": ({}, {"missing": []}, "x.csv", separated(rows=with_labels("None", "yes")), {"None": 8, "yes": 8}),
+    "missing words of one's own": ({}, {"missing": ["?"]}, "x.csv", separated(rows=with_labels("?", "no", "yes")), {"no": 8, "yes": 8}),
+    "a separator that is said": ({}, {"separator": "~"}, "x.csv", separated("~"), EVEN),
+    "a tab by its name": ({}, {"separator": "tab"}, "x.csv", separated("\t"), EVEN),
+    "Windows' encoding": ({}, {"encoding": "cp1252"}, "x.csv", separated(rows=[(f"caf\xe9 {t}", la) for t, la in PAIRS]).encode("cp1252"), EVEN),
+    "quotes that stay": ({}, {"quotes": False}, "x.csv", separated(rows=[(f'"{t}', la) for t, la in PAIRS]), EVEN),
+    "named classes written as numbers": ({"labels": ["0", "1"]}, {}, "x.csv", separated(rows=with_labels("1.0", "0.0")), {"0": 8, "1": 8}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SETTLED)
+def test_a_key_settles_what_a_file_leaves_open(tmp_path, kind):
+    settings, data, name, content, expected = SETTLED[kind]
+    assert load(tmp_path, name, content, settings, data)[2] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "first"),
+    [
+        ("x.tsv", separated("\t", [(f'"{text}"', label) for text, label in QUOTED]), 'she said "the film was dull 0"'),
+        ("x.csv", separated(",", [(f'"{text}"', label) for text, label in QUOTED]), 'she said "the film was dull 0"'),
+        ("x.csv", separated(";", [(f'"{text}"', label) for text, label in QUOTED]), 'she said "the film was dull 0"'),
+        (
+            "x.tsv",
+            separated("\t", [(f'"{t}\nand more"', label) for t, label in PAIRS]),
+            "the film was dull 0\nand more",
+        ),
+        ("x.tsv", separated("\t", [(f'"{text}', label) for text, label in PAIRS]), '"the film was dull 0'),
+        ("x.tsv", separated("\t", [(f'"Oh," {text}', label) for text, label in PAIRS]), '"Oh," the film was dull 0'),
+        ("x.csv", separated(",", [(f'so "{text}"', label) for text, label in PAIRS]), 'so "the film was dull 0"'),
+    ],
+)
+def test_quotes_around_a_cell_are_undone_and_others_stay(tmp_path, name, content, first):
+    _, rows, counts = load(tmp_path, name, content)
+    assert first in [text for part in rows.values() for text in part["text"][:]]
+    assert counts == EVEN
+
+
+REFUSED = {
+    "no text at all": ("x.csv", separated(rows=[(" ", la) for _, la in PAIRS]), {}, ["no row has a text in column 'text'"]),
+    "no label at all": ("x.csv", separated(rows=[(t, "NA") for t, _ in PAIRS]), {}, ["no row has a label"]),
+    "another encoding": ("x.csv", separated(rows=[("caf\xe9", "a")]).encode("latin-1"), {}, ["line 2 is not UTF-8", "data.encoding=cp1252", "caf\xe9,a"]),
+    "a wrong encoding": ("x.csv", separated(rows=[("caf\xe9", "a")]).encode("latin-1"), {"encoding": "ascii"}, ["line 2 is not ascii", "data.encoding"]),
+    "an encoding that is none": ("x.csv", separated(), {"encoding": "utf-9"}, ["data.encoding='utf-9'"]),
+    "a separator that is too long": ("x.csv", separated(), {"separator": "::"}, ["data.separator='::'", "semicolon"]),
+    "two lists": ("x.json", json.dumps({"a": objects(), "b": objects()}), {}, ["2 lists of objects (a, b)", "expected is"]),
+    "an object without rows": ("x.json", json.dumps({"a": {"b": 1}, "c": {"d": []}}, indent=1), {}, ["expected is a list of objects"]),
+    "a list cut short": ("x.json", json.dumps(objects(), indent=1)[:-30], {}, ["not valid JSON", "line"]),
+    "a broken line": ("x.jsonl", lines() + '{"text": \n', {}, ["line 21 is not valid JSON"]),
+    "a broken object": ("x.json", '{\n "text": "a",\n "label" 1\n}', {}, ["not valid JSON", "line 3"]),
+    "gzip cut short": ("x.csv.gz", gzip.compress(separated().encode())[:-12], {}, ["packed as gzip"]),
+    "zstd cut short": ("x.csv.zst", zstd(separated())[:-4], {}, ["packed as zstd"]),
+    "a zip of two": ("x.zip", zipped("a.md", "b"), {}, ["must hold one file of rows", "a.md"]),
+    "a workbook": ("x.xlsx", b"PK", {}, ["cannot tell its format"]),
+    "an empty file": ("x.csv", "", {}, ["holds no rows"]),
+    "an unclosed quote": ("x.csv", 'text,label\n"a,b\n', {}, ["not valid CSV", "data.quotes=false"]),
+    "another word than missing's": ("x.csv", separated(), {"missing": 3}, ["data.missing=3"]),
+    "a share of all": ("x.csv", separated(), {"validation_share": 1.5}, ["data.validation_share=1.5"]),
+    "all rows": ("x.csv", separated(), {"validation_share": 20}, ["data.validation_share=20", "leaves none"]),
+    "to be stratified by what is not there": ("x.csv", separated(), {"stratify": "site"}, ["no column 'site'"]),
+    "an address": ("x.csv", separated(), {"hub": 3}, ["data.hub=3"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_read_is_refused_in_one_line(tmp_path, kind):
+    name, content, data, words = REFUSED[kind]
+    with pytest.raises(TrimtabError) as error:
+        load(tmp_path, name, content, data=data)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_validation_may_write_the_same_class_otherwise(tmp_path):
+    for train, validation in (("1.0", "1"), ("1", "1.0"), ("true", "1"), ("1", "True")):
+        other = {"1": "0", "1.0": "0.0", "true": "false", "True": "False"}
+        _, _, counts = load(
+            tmp_path,
+            "x.csv",
+            separated(rows=with_labels(train, other[train])),
+            data={"validation": "v.csv"},
+            v__csv=separated(rows=with_labels(validation, other[validation])),
+        )
+        assert sorted(counts.values()) == [16, 16]
+
+
+def test_a_class_of_validation_in_other_letters_is_named_with_the_key(tmp_path):
+    with pytest.raises(
+        TrimtabError, match=r"'good' differs in blanks or case only: task\.fold_labels=true makes them one"
+    ):
+        load(tmp_path, "x.csv", separated(), data={"validation": "v.csv"}, v__csv=separated(rows=[("a", "Good")]))
+
+
+def test_sorted_files_give_every_class_its_share_under_max_samples(tmp_path):
+    rows = [(f"film {i}", "bad" if i < 90 else "good") for i in range(120)]
+    counts = load(tmp_path, "x.csv", separated(rows=rows), data={"max_samples": 40})[1]["train"]["label"][:]
+    assert Counter(counts) == {0: 30, 1: 10}
+    first = load(tmp_path, "x.csv", separated(rows=rows), data={"max_samples": 40, "sample_seed": "first"})[1]
+    assert Counter(first["train"]["label"][:]) == {0: 40}
+
+
+def test_what_is_split_off_holds_every_class_and_what_is_too_rare_is_named(tmp_path):
+    rows = [(f"film {i}", "common" if i < 95 else "rare" if i < 99 else "lone") for i in range(100)]
+    task, parts, _ = load(tmp_path, "x.csv", separated(rows=rows))
+    names = task.label_names
+    assert {names[i] for i in parts["validation"]["label"][:]} == {"common", "rare"}
+    assert len(parts["validation"]) == 10
+    assert any("too rare to be split" in note and "'lone' (1)" in note for note in task.notes)
+    half = load(tmp_path, "x.csv", separated(rows=rows), data={"validation_share": 0.5})[1]
+    assert Counter(names[i] for i in half["validation"]["label"][:]) == {"common": 48, "rare": 2}
+
+
+def test_a_split_can_be_stratified_by_another_column(tmp_path):
+    rows = [(text, label, "a" if i < 18 else "b") for i, (text, label) in enumerate(PAIRS)]
+    content = separated(rows=rows, header=("text", "label", "site"))
+    _, parts, _ = load(tmp_path, "x.csv", content, data={"stratify": "site", "validation_share": 4})
+    assert Counter(parts["validation"]["site"][:]) == {"a": 3, "b": 1}
+
+
+def test_a_column_that_one_file_lacks_does_no_harm_unless_it_is_asked_for(tmp_path):
+    (tmp_path / "1.csv").write_text(separated())
+    (tmp_path / "2.csv").write_text(separated(rows=[(*p, "x") for p in PAIRS], header=("text", "label", "note")))
+    task = get_task({"name": "text_classification"})
+    rows = task.load_data({"train": [str(tmp_path / "1.csv"), str(tmp_path / "2.csv")]})
+    assert len(rows["train"]) == 36
+    asking = get_task({"name": "text_classification", "label": "note"})
+    with pytest.raises(TrimtabError, match=r"no column 'note' in 1\.csv"):
+        asking.load_data({"train": [str(tmp_path / "1.csv"), str(tmp_path / "2.csv")]})
+
+
+def test_folders_and_patterns_stand_for_their_files(tmp_path):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for name in ("a.csv", "b.csv"):
+        (folder / name).write_text(separated())
+    (folder / "README.md").write_text("no rows")
+    task = get_task({"name": "text_classification"})
+    for place in (str(folder), str(folder / "*.csv"), [str(folder / "a.csv"), str(folder / "b.csv")]):
+        assert len(task.load_data({"train": place, "validation": str(folder / "a.csv")})["train"]) == 40
+    (folder / "train-00000-of-00001.csv").write_text(separated())
+    (folder / "test-00000-of-00001.csv").write_text(separated())
+    rows = task.load_data({"train": str(folder), "test": str(folder), "validation": str(folder / "a.csv")})
+    assert len(rows["train"]) == len(rows["test"]) == 20
+
+
+def test_saved_datasets_and_the_hubs_own_are_read_with_the_names_of_their_classes(tmp_path):
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
+    part = Dataset.from_dict({"text": [t for t, _ in PAIRS], "label": [int(la == "good") for _, la in PAIRS]}, features)
+    whole = DatasetDict({"train": part, "validation": part, "test": part.select(range(4))})
+    whole.save_to_disk(tmp_path / "saved")
+    part.save_to_disk(tmp_path / "one")
+    part.to_parquet(tmp_path / "x.parquet")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    part.to_parquet(folder / "train.parquet")
+    part.select(range(4)).to_parquet(folder / "test.parquet")
+    for data, sizes in (
+        ({"hub": str(tmp_path / "saved")}, {"train": 20, "validation": 20, "test": 4}),
+        ({"hub": str(tmp_path / "saved"), "split": {"train": "train", "validation": "test"}}, {"train": 20, "validation": 4}),
+        ({"train": str(tmp_path / "saved"), "validation": str(tmp_path / "one")}, {"train": 20, "validation": 20}),
+        ({"train": str(tmp_path / "x.parquet")}, {"train": 18, "validation": 2}),
+        ({"hub": str(folder)}, {"train": 18, "test": 4, "validation": 2}),
+        ({"hub": str(folder), "split": "train[:10]"}, {"train": 9, "validation": 1}),
+    ):  # fmt: skip
+        task = get_task({"name": "text_classification"})
+        rows = task.load_data(data)
+        assert {name: len(part) for name, part in rows.items()} == sizes
+        assert task.label_names == ["bad", "good"]
+
+
+def test_rows_that_are_trained_on_and_scored_are_counted(tmp_path):
+    task, _, _ = load(tmp_path, "x.csv", separated(), data={"validation": "v.csv"}, v__csv=separated(rows=PAIRS[:3]))
+    assert "validation: 3 of 3 rows are among the training rows, too" in task.notes
