@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 import trimtab
-from trimtab.lookup import package_folder
+from trimtab.app.lookup import package_folder
 
 from .common import Row, main, timed
 

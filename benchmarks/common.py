@@ -27,7 +27,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import trimtab
-from trimtab.allocator import keep_freed_memory
+from trimtab.app.malloc import keep_freed_memory
 
 from . import RESULTS
 

@@ -18,7 +18,7 @@ from functools import partial
 
 import torch
 
-from trimtab.allocator import keep_freed_memory
+from trimtab.app.malloc import keep_freed_memory
 
 from .common import BERT, MINILM, SMOLLM2, Row, adapted, batch, lora, main, timed
 

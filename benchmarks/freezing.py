@@ -10,7 +10,7 @@ import statistics
 import peft
 
 import trimtab
-from trimtab.peft_host import PROJECTIONS, hosted_layers
+from trimtab.host.layers import PROJECTIONS, hosted_layers
 
 from .common import MINILM, Products, Row, Step, adapted, floor, lora, main, paired, ratio, training_step
 

@@ -61,7 +61,7 @@ def run(recipe: Path, folder: Path, overrides: list[str]) -> int:
 
 
 def write(sweep: Path, table: str, folders: list[str]) -> None:
-    from trimtab.report import compare
+    from trimtab.app.report import compare
 
     results = sweep.parent / "results"
     results.mkdir(exist_ok=True)

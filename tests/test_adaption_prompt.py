@@ -15,8 +15,8 @@ from tasks.tiny import byte_model, byte_tokenizer, write_jsonl
 from test_run import read
 from test_run import trimtab as command
 from trimtab.adapters.prompts import check
+from trimtab.app.models import meta_model
 from trimtab.errors import ConfigError, ExportError
-from trimtab.models import meta_model
 
 FAMILIES = ("llama", "mistral", "gpt2")
 

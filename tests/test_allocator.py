@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
 MIB = 2**20
 PROGRAM = """
 import ctypes, json, resource, sys
-from trimtab.allocator import keep_freed_memory
+from trimtab.app.malloc import keep_freed_memory
 
 kept = keep_freed_memory() if sys.argv[1] == "keep" else None
 library = ctypes.CDLL(None)

@@ -20,7 +20,7 @@ import short_runs as runs
 import tiny
 from trimtab import AdaLoRA, AFLoRA, Controller, TrimCallback, TrimConfig
 from trimtab.errors import ConfigError, ModelError, StaleAdapterError
-from trimtab.steps import NOT_FINITE_LIMIT
+from trimtab.train.steps import NOT_FINITE_LIMIT
 
 ADALORA = AdaLoRA(target_r=2, warmup=2, final=6, interval_steps=1)
 

@@ -22,9 +22,9 @@ from test_run import read, write_recipe
 from test_run import trimtab as command
 from trimtab import BottleneckConfig, Where
 from trimtab.adapters.bottleneck import BottleneckLayer, bottleneck, fold
+from trimtab.app.models import meta_model
 from trimtab.errors import ConfigError, ExportError, ModelError
-from trimtab.models import meta_model
-from trimtab.peft_host import peft_model_of
+from trimtab.host.layers import peft_model_of
 
 VARIANTS = ("houlsby", "pfeiffer", "parallel")
 
@@ -191,7 +191,7 @@ def test_a_block_computes_the_formula_of_the_paper(family, variant):
     base = tiny.build(family).double().eval()
     plain = copy.deepcopy(base)
     model = stir(adapted(family, base, variant=variant)).eval()
-    stacks = trimtab.sites.find_stacks(plain)
+    stacks = trimtab.host.sites.find_stacks(plain)
     stack = next(iter(stacks.values()))
     block = model.get_base_model().get_submodule(f"{stack.name}.0")
     seen = {}

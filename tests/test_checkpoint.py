@@ -15,8 +15,8 @@ from transformers import Trainer
 import short_runs as runs
 import trimtab
 from trimtab import AFLoRA, SalientLoRA
-from trimtab.checkpoint import checkpoints, read_state, what_is_wrong, write_state
 from trimtab.errors import CheckpointError
+from trimtab.train.checkpoint import checkpoints, read_state, what_is_wrong, write_state
 
 METHOD = "salientlora+aflora"
 

@@ -13,8 +13,8 @@ from transformers import AutoModel
 
 from tasks.tiny import write_jsonl
 from test_run import paraphrases, write_recipe
-from trimtab import cli as command_line
-from trimtab.cli import cli
+from trimtab.app import cli as command_line
+from trimtab.app.cli import cli
 
 
 def run(*args):
@@ -48,7 +48,7 @@ def test_help_answers_at_once():
 
 def test_help_imports_nothing_heavy():
     code = (
-        "import sys, trimtab.cli as c; from click.testing import CliRunner; "
+        "import sys, trimtab.app.cli as c; from click.testing import CliRunner; "
         "assert CliRunner().invoke(c.cli, ['run', '--help']).exit_code == 0; "
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'pydantic', 'rich')))"
     )
@@ -181,7 +181,7 @@ def test_methods_names_every_axis_with_defaults_and_papers():
 
 
 def test_a_failure_of_ours_is_one_line_with_the_place_of_its_traceback(monkeypatch, recipe):
-    monkeypatch.setattr("trimtab.planning.plan_recipe", lambda recipe: 1 / 0)
+    monkeypatch.setattr("trimtab.app.planning.plan_recipe", lambda recipe: 1 / 0)
     monkeypatch.delenv(command_line.DEBUG, raising=False)
     result = run("plan", recipe)
     assert result.exit_code == 1
@@ -202,7 +202,7 @@ def test_ctrl_c_ends_quietly(monkeypatch, recipe):
     def interrupted(recipe):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("trimtab.planning.plan_recipe", interrupted)
+    monkeypatch.setattr("trimtab.app.planning.plan_recipe", interrupted)
     result = run("plan", recipe)
     assert result.exit_code == 130
     assert result.stderr.strip() == "error: stopped"

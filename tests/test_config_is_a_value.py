@@ -21,7 +21,7 @@ import tiny
 import trimtab
 from trimtab import AdaLoRA, Controller, TrimConfig
 from trimtab.errors import ConfigError, TrimtabError
-from trimtab.peft_host import hosted_layers
+from trimtab.host.layers import hosted_layers
 from trimtab.where.controls import first, last
 
 METHODS = list(runs.METHODS)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trimtab import demo
+from trimtab.app import demo
 from trimtab.errors import DataError, ModelError
 
 PARAGRAPH = "Return the {} of everything that was given to this call, one value for every row of it."

@@ -20,7 +20,7 @@ import tiny
 import trimtab
 from trimtab import AdaLoRA, TrimConfig
 from trimtab.errors import ConfigError, ExportError
-from trimtab.sites import base_of
+from trimtab.host.sites import base_of
 from trimtab.where import last
 
 IDS = torch.randint(3, tiny.VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))

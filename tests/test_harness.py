@@ -12,8 +12,8 @@ from click.testing import CliRunner
 
 from tasks.tiny import byte_model, byte_tokenizer, write_jsonl
 from test_run import write_recipe
-from trimtab import harness
-from trimtab.cli import cli
+from trimtab.app import harness
+from trimtab.app.cli import cli
 from trimtab.errors import ConfigError
 
 STANDIN = """

@@ -9,7 +9,7 @@ import torch
 
 from tasks.tiny import tiny_config
 from test_run import trimtab
-from trimtab import latency, recipe
+from trimtab.app import latency, recipe
 
 LLAMA = {"model": {"config": tiny_config("llama").to_dict()}, "adapter": {"r": 2, "target_modules": ["q_proj"]}}
 NAMES = ["base", "merged LoRA", "unmerged LoRA", "bottleneck"]

@@ -27,18 +27,18 @@ from transformers import (
 
 import tiny
 from tasks.tiny import WORDS, decoder_tokenizer, encoder_tokenizer, tiny_config
-from trimtab import models
-from trimtab.errors import ConfigError, ModelError
-from trimtab.models import (
+from trimtab.app import model_facts, models
+from trimtab.app.model_facts import pool_of
+from trimtab.app.models import (
     ModelSpec,
     load_config,
     load_model,
     load_tokenizer,
     meta_model,
     new_modules,
-    pool_of,
 )
-from trimtab.tasks import get_task
+from trimtab.app.tasks import get_task
+from trimtab.errors import ConfigError, ModelError
 
 RTE = get_task({"name": "glue/rte"})
 TARGETS = {
@@ -532,7 +532,7 @@ TABLES = [
 def test_a_row_of_every_position_runs_and_one_more_does_not(name, config, fits):
     cls = getattr(transformers, name)
     model = cls(cls.config_class(**config)).eval()
-    assert models.positions(model) == fits
+    assert model_facts.positions(model) == fits
     for tokens in (fits, fits + 1):
         batch = {"input_ids": torch.full((1, tokens), 5)}
         if model.config.is_encoder_decoder:
@@ -544,7 +544,7 @@ def test_a_row_of_every_position_runs_and_one_more_does_not(name, config, fits):
 @pytest.mark.parametrize(("family", "figure"), [("llama", 64), ("t5", None), ("deberta", 64)])
 def test_models_without_a_table_say_what_their_config_says(family, figure):
     model = tiny.build(family)
-    assert models.positions(model) == (model.config.max_position_embeddings if figure else None)
+    assert model_facts.positions(model) == (model.config.max_position_embeddings if figure else None)
 
 
 @pytest.mark.parametrize("family", ["roberta", "bert"])
@@ -556,7 +556,7 @@ def test_rows_of_a_tokenizer_without_a_limit_fit_the_table(tmp_path, family):
     model, tokenizer = tiny.build(family), encoder_tokenizer()
     tokenizer.model_max_length = int(1e30)  # what transformers gives a tokenizer that states none
     row = torch.tensor([task.prepare(raw, tokenizer, model)["train"][0]["input_ids"]]).clamp(2, 63)
-    assert row.shape[1] == models.positions(model)
+    assert row.shape[1] == model_facts.positions(model)
     model(input_ids=row)
     longer = get_task({"name": "text_classification", "text": "text", "label": "label", "max_length": row.shape[1] + 1})
     with pytest.raises(ConfigError, match=rf"at most {row.shape[1]}, the positions"):

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from test_run import read, trimtab, write_recipe
-from trimtab import TrimCallback, runfolder
+from trimtab import TrimCallback
+from trimtab.app import runfolder
+from trimtab.app.runfolder import RunFolder
 from trimtab.errors import DataError
-from trimtab.runfolder import RunFolder
 
 
 def contents(folder):

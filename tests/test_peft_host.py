@@ -14,7 +14,7 @@ import tiny
 from fakes import Halving
 from trimtab import Controller, TrimConfig, Where
 from trimtab.errors import ConfigError, ModelError
-from trimtab.peft_host import TrimLayer, hosted_layers, portable_fields
+from trimtab.host.layers import TrimLayer, hosted_layers, portable_fields
 
 
 def adaptive(family: str = "bert", **more) -> peft.PeftModel:

@@ -8,9 +8,9 @@ from transformers import AutoConfig
 
 import trimtab
 from tasks.tiny import tiny_config, write_jsonl
-from trimtab import planning, recipe
+from trimtab.app import planning, recipe
+from trimtab.app.models import meta_model
 from trimtab.errors import BudgetError, ConfigError, ModelError
-from trimtab.models import meta_model
 from trimtab.plans import Plan
 
 RECIPES = Path(__file__).parents[1] / "recipes"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import tiny
 from fakes import Halving
 from trimtab import AFLoRA, Controller, SalientLoRA, SoRA, TrimConfig
-from trimtab.peft_host import hosted_layers
+from trimtab.host.layers import hosted_layers
 
 SALIENT = SalientLoRA(target_r=2, warmup=2, allocation=6, initial_window=2, final_window=3)
 

@@ -11,9 +11,9 @@ import pytest
 import yaml
 from transformers import AutoConfig
 
-from trimtab.models import meta_model
-from trimtab.planning import auto_class_of
-from trimtab.recipe import load
+from trimtab.app.models import meta_model
+from trimtab.app.planning import auto_class_of
+from trimtab.app.recipe import load
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"

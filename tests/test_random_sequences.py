@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 import tiny
 import trimtab
 from trimtab import AdaLoRA, AFLoRA, Controller, SalientLoRA, SoRA, TrimConfig
-from trimtab.peft_host import hosted_layers
+from trimtab.host.layers import hosted_layers
 
 TOTAL = 24
 RANK = {

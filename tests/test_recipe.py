@@ -6,7 +6,7 @@ import textwrap
 
 import pytest
 
-from trimtab import lookup, recipe
+from trimtab.app import lookup, recipe
 from trimtab.errors import ConfigError
 
 BASE = {"model": "some/model", "task": "glue/mrpc"}
@@ -169,7 +169,7 @@ def test_field_names_read_from_source_are_the_real_ones():
 def test_a_misspelt_key_is_found_without_torch():
     code = textwrap.dedent("""\
         import sys
-        from trimtab import recipe
+        from trimtab.app import recipe
         try:
             recipe.load({"model": "m"}, ["train.learning_rat=1"])
         except ValueError:

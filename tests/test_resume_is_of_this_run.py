@@ -19,7 +19,7 @@ import tiny
 import trimtab
 from trimtab import Controller, TrimCallback
 from trimtab.errors import CheckpointError, TrimtabError
-from trimtab.peft_host import adapter_layers
+from trimtab.host.layers import adapter_layers
 
 METHODS = list(runs.METHODS)
 OFTEN = dict(save_steps=10, logging_steps=5)
@@ -138,7 +138,7 @@ def test_a_trainer_can_be_told_to_train_on(tmp_path, method):
 
 def test_a_finished_run_that_ddp_would_not_average_is_refused_with_the_cure(unbroken, tmp_path, monkeypatch):
     folder, _ = unbroken("salientlora")
-    monkeypatch.setattr("trimtab.callback.is_distributed", lambda: True)
+    monkeypatch.setattr("trimtab.train.callback.is_distributed", lambda: True)
     with pytest.raises(CheckpointError, match=r"would not average.*from_pretrained"):
         runs.train(runs.model_for("bert", "salientlora"), "bert", tmp_path,
                    resume=str(folder / "checkpoint-40"), **OFTEN | dict(max_steps=60))  # fmt: skip

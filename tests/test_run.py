@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModel, Trainer
 
 from tasks.tiny import WORDS, encoder_tokenizer, tiny_config, write_jsonl
-from trimtab import run as runs
-from trimtab.cli import cli
+from trimtab.app import run as runs
+from trimtab.app.cli import cli
 from trimtab.plans import Plan
 
 FILES = {

@@ -8,8 +8,8 @@ from torch import nn
 
 import tiny
 from trimtab.errors import ConfigError, ModelError
+from trimtab.host.sites import find_sites, find_stacks, matched_names
 from trimtab.plans import Where
-from trimtab.sites import find_sites, find_stacks, matched_names
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
 T5 = {"vocab_size": 64, "d_model": 16, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 2, "d_ff": 32, "d_kv": 8}

@@ -15,7 +15,7 @@ from rank.allocator_host import IN, OUT
 from trimtab import AdaLoRA, AFLoRA, Controller, SalientLoRA, SoRA, TrimCallback, TrimConfig
 from trimtab.adapters.lowrank import delta_weight
 from trimtab.errors import ConfigError
-from trimtab.peft_host import hosted_layers
+from trimtab.host.layers import hosted_layers
 from trimtab.rank.base import Factors
 from trimtab.rank.orthogonality import Orthogonality
 

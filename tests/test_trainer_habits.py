@@ -20,9 +20,9 @@ import tiny
 import trimtab
 from fakes import Halving
 from trimtab import AdaLoRA, AFLoRA, Controller, FreezeAt, SalientLoRA, SoRA, TrimCallback, TrimConfig
-from trimtab.checkpoint import what_is_wrong
 from trimtab.errors import ConfigError, StaleAdapterError
-from trimtab.peft_host import adapter_layers, hosted_layers
+from trimtab.host.layers import adapter_layers, hosted_layers
+from trimtab.train.checkpoint import what_is_wrong
 from two_process import METHODS, STEPS
 
 SALIENT = SalientLoRA(target_r=2, warmup=2, allocation=8, initial_window=2, final_window=4)

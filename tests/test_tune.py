@@ -16,10 +16,10 @@ from datasets import Dataset, DatasetDict
 from tasks.tiny import write_jsonl
 from test_cli import one_line_error
 from test_run import write_recipe
-from trimtab import planning, tune
-from trimtab import recipe as recipes
+from trimtab.app import planning, tune
+from trimtab.app import recipe as recipes
+from trimtab.app.tasks import get_task
 from trimtab.errors import ConfigError
-from trimtab.tasks import get_task
 
 RATES = "train.learning_rate=1e-3,5e-3"
 

@@ -16,26 +16,26 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "AFLoRA": "freeze.aflora",
     "AdaLoRA": "rank.adalora",
-    "AdapterSwitch": "switching",
+    "AdapterSwitch": "exporting.switching",
     "BottleneckConfig": "adapters.bottleneck",
     "Budget": "plans",
-    "Controller": "controller",
+    "Controller": "train.controller",
     "FreezeAt": "freeze.controls",
     "LayerScores": "where.cka",
     "Plan": "plans",
     "SalientLoRA": "rank.salientlora",
     "Site": "plans",
     "SoRA": "rank.sora",
-    "TrimCallback": "callback",
-    "TrimConfig": "peft_host",
+    "TrimCallback": "train.callback",
+    "TrimConfig": "host.layers",
     "TrimtabError": "errors",
     "Where": "plans",
-    "export": "exporting",
-    "last_checkpoint": "checkpoint",
+    "export": "exporting.formats",
+    "last_checkpoint": "train.checkpoint",
     "layer_similarity": "where.cka",
-    "parameter_groups": "rates",
-    "plan": "planning",
-    "restrict": "where.restrict",
+    "parameter_groups": "train.rates",
+    "plan": "app.planning",
+    "restrict": "host.restrict",
     "select_layers": "where.cka",
 }
 __all__ = sorted(_PUBLIC)
@@ -44,7 +44,7 @@ __all__ = sorted(_PUBLIC)
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
-    if name in {"where", "rank", "freeze", "adapters", "tasks", "report"}:
+    if name in {"where", "rank", "freeze", "adapters"}:
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -6,13 +6,14 @@ model, which `where` looks up itself.)
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from importlib import import_module
+from importlib import import_module, metadata
+from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 from .errors import ConfigError, did_you_mean
-from .lookup import announced, imported
 
 Settings = TypeVar("Settings")
 
@@ -94,3 +95,33 @@ class Registry(Generic[Settings]):
 def _load(target: str) -> Any:
     module, _, name = target.partition(":")
     return getattr(import_module(module), name)
+
+
+def announced(group: str) -> dict[str, tuple[str, str]]:
+    """What installed packages announce in a group of entry points: name -> (``module:attribute``, package)."""
+    points = metadata.entry_points(group=group)
+    return {point.name: (point.value, point.dist.name if point.dist else "another package") for point in points}
+
+
+def imported(key: str, name: str, target: str) -> Any:
+    """What ``module:attribute`` names; the module may lie in the current directory.
+
+    Args:
+        key, name: the recipe's key and its value, for the error.
+    Raises:
+        ConfigError: no such module, or nothing of that name in it.
+    """
+    module_name, _, attribute = target.partition(":")
+    if not all(part.isidentifier() for part in module_name.split(".")):
+        raise ConfigError(key, name, f"{module_name!r} is no name of a module; write package.module:name")
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:  # the `trimtab` command does not look there by itself
+        sys.path.append(here)
+    try:
+        module = import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(key, name, f"cannot import {module_name!r}: {error}") from error
+    if not hasattr(module, attribute):
+        near = did_you_mean(attribute, dir(module))
+        raise ConfigError(key, name, f"{module_name!r} has no {attribute!r}.{near}")
+    return getattr(module, attribute)

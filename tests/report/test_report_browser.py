@@ -9,7 +9,7 @@ import pytest
 import synthetic_runs as runs
 from chromium_pipe import CHROMIUM, Page
 
-from trimtab.report import compare, write
+from trimtab.app.report import compare, write
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import synthetic_runs as runs
 
+from trimtab.app.report import compare, pairing
+from trimtab.app.report.compare_page import pareto_front
+from trimtab.app.report.comparing import names_of
+from trimtab.app.tasks import classification
 from trimtab.errors import ConfigError, DataError
-from trimtab.report import compare, pairing
-from trimtab.report.compare_page import pareto_front
-from trimtab.report.comparing import names_of
-from trimtab.tasks import classification
 
 CKA = {"method": "cka", "ratio": 0.5, "samples": 512}
 

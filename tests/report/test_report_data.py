@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import synthetic_runs as runs
 
+from trimtab.app.report import load
+from trimtab.app.report.data import Curve
 from trimtab.errors import DataError
 from trimtab.plans import Plan, Site, SitePlan
-from trimtab.report import load
-from trimtab.report.data import Curve
 
 
 def log(step: int, loss: float, **more: float) -> dict:
@@ -44,7 +44,7 @@ def folder(tmp_path: Path, *history: dict, **pieces: object) -> Path:
 
 
 def test_importing_the_report_imports_neither_torch_nor_plotly() -> None:
-    code = "import sys, trimtab.report; sys.exit(bool({'torch', 'plotly', 'pandas'} & set(sys.modules)))"
+    code = "import sys, trimtab.app.report; sys.exit(bool({'torch', 'plotly', 'pandas'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}).returncode == 0
 
 

@@ -12,10 +12,10 @@ import plotly.graph_objects as go
 import pytest
 import synthetic_runs as runs
 
-from trimtab.report import compare, load, write
-from trimtab.report.charts import Section
-from trimtab.report.compare_page import sections as compare_sections
-from trimtab.report.sections import sections
+from trimtab.app.report import compare, load, write
+from trimtab.app.report.charts import Section
+from trimtab.app.report.compare_page import sections as compare_sections
+from trimtab.app.report.sections import sections
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from trimtab.report import comparing, runfolder, words
+from trimtab.app.report import comparing, runfolder, words
 
 
 @pytest.mark.parametrize("module", [words, runfolder, comparing], ids=lambda m: m.__name__)

@@ -6,9 +6,9 @@ import json
 import pytest
 
 from tasks.tiny import Reciter, byte_model, byte_tokenizer, data_pack, write_jsonl
+from trimtab.app.tasks import get_task, sandbox
+from trimtab.app.tasks.code import pass_at_k
 from trimtab.errors import ConfigError, DataError
-from trimtab.tasks import get_task, sandbox
-from trimtab.tasks.code import pass_at_k
 
 isolated = pytest.mark.skipif(bool(sandbox.isolation().lacks), reason=f"no isolation: {sandbox.isolation().missing}")
 

@@ -9,8 +9,8 @@ from collections import Counter
 
 import pytest
 
+from trimtab.app.tasks import get_task
 from trimtab.errors import TrimtabError
-from trimtab.tasks import get_task
 
 PAIRS = [(f"the film was {word} {i}", "good" if i % 2 else "bad") for i, word in enumerate(["dull", "warm"] * 10)]
 

@@ -8,9 +8,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from tasks.tiny import byte_model, byte_tokenizer
+from trimtab.app.tasks.answering import Padder
+from trimtab.app.tasks.generation import Decoding, Question, fingerprint, generate
 from trimtab.errors import ConfigError
-from trimtab.tasks.answering import Padder
-from trimtab.tasks.generation import Decoding, Question, fingerprint, generate
 
 TEXTS = ["the cat", "a dog ran home again", "so", "it is very good", "mat"]
 

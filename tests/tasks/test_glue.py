@@ -9,9 +9,9 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from transformers import AutoModelForSequenceClassification
 
 from tasks.tiny import data_pack, encoder_tokenizer, tiny_config, write_jsonl
+from trimtab.app.tasks import GLUE_NAMES, get_task
+from trimtab.app.tasks.glue import KINDS
 from trimtab.errors import ConfigError, DataError
-from trimtab.tasks import GLUE_NAMES, get_task
-from trimtab.tasks.glue import KINDS
 
 
 def rows_of(short, n=8):

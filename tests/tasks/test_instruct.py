@@ -9,11 +9,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from tasks.tiny import byte_model, byte_tokenizer, data_pack, decoder_tokenizer, tiny_config, write_jsonl
+from trimtab.app.models import ModelSpec, load_config, load_model
+from trimtab.app.tasks import get_task
+from trimtab.app.tasks.answering import answer_scores, answer_sums
+from trimtab.app.tasks.instruct import CONVERTERS, form_of
 from trimtab.errors import ConfigError, DataError
-from trimtab.models import ModelSpec, load_config, load_model
-from trimtab.tasks import get_task
-from trimtab.tasks.answering import answer_scores, answer_sums
-from trimtab.tasks.instruct import CONVERTERS, form_of
 
 ROWS = [
     {"instruction": "Name a colour.", "input": "", "output": "Red."},

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from tasks.tiny import Reciter, byte_model, byte_tokenizer, data_pack, write_jsonl
+from trimtab.app.tasks import get_task
+from trimtab.app.tasks.math import flexible_answer, gold_of, is_same, number_of, strict_answer
 from trimtab.errors import ConfigError
-from trimtab.tasks import get_task
-from trimtab.tasks.math import flexible_answer, gold_of, is_same, number_of, strict_answer
 
 GSM = [
     {"question": "2 + 2?", "answer": "Two and two is <<2+2=4>>4.\n#### 4"},

@@ -9,9 +9,9 @@ import sys
 import pytest
 
 from tasks.tiny import data_pack
+from trimtab.app.tasks import confine, sandbox
+from trimtab.app.tasks.sandbox import Isolation, Limits, run_program, run_programs
 from trimtab.errors import ConfigError
-from trimtab.tasks import confine, sandbox
-from trimtab.tasks.sandbox import Isolation, Limits, run_program, run_programs
 
 SHORT = Limits(cpu_seconds=1, wall_seconds=30)
 isolated = pytest.mark.skipif(bool(sandbox.isolation().lacks), reason=f"no isolation: {sandbox.isolation().missing}")

@@ -5,10 +5,10 @@ import sys
 import pytest
 
 from tasks.tiny import Reciter, byte_model, byte_tokenizer, data_pack, decoder_tokenizer, write_jsonl
+from trimtab.app.models import ModelSpec, load_config
+from trimtab.app.tasks import get_task
+from trimtab.app.tasks.summarize import by_sentences, first_tokens, rouge
 from trimtab.errors import ConfigError, DataError
-from trimtab.models import ModelSpec, load_config
-from trimtab.tasks import get_task
-from trimtab.tasks.summarize import by_sentences, first_tokens, rouge
 
 ROWS = [
     {"document": "The cat sat on the mat. It was warm.", "summary": "A cat sat."},
@@ -216,6 +216,6 @@ def test_a_missing_package_is_named_before_anything_is_trained(monkeypatch):
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     with pytest.raises(ConfigError, match=r"pip install 'trimtab\[summarize\]'"):
         rouge(["a"], [["a"]])
-    monkeypatch.setattr("trimtab.tasks.summarize.find_spec", lambda _: None)
+    monkeypatch.setattr("trimtab.app.tasks.summarize.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"pip install 'trimtab\[summarize\]'"):
         get_task({"name": "summarize"})

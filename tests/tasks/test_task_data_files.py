@@ -3,9 +3,9 @@
 import pytest
 
 from tasks.tiny import data_pack, write_jsonl
+from trimtab.app.tasks.data import DataSpec, column
+from trimtab.app.tasks.files import read_file, read_files
 from trimtab.errors import ConfigError, DataError
-from trimtab.tasks.data import DataSpec, column
-from trimtab.tasks.files import read_file, read_files
 
 SPLITS = ("train", "validation", "test")
 

@@ -7,9 +7,9 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from trimtab import tasks
+from trimtab.app import tasks
+from trimtab.app.tasks import GLUE_NAMES, get_task, known_tasks
 from trimtab.errors import ConfigError
-from trimtab.tasks import GLUE_NAMES, get_task, known_tasks
 
 
 def make_own(size=1):
@@ -28,7 +28,7 @@ def test_the_examples_in_the_docstrings_hold():
 
 
 def test_glue_has_its_nine_tasks():
-    from trimtab.tasks.glue import KINDS
+    from trimtab.app.tasks.glue import KINDS
 
     assert sorted(GLUE_NAMES) == sorted(KINDS)
     assert len(KINDS) == 9
@@ -70,14 +70,14 @@ def test_a_users_function_makes_a_task():
 
 def test_an_installed_package_can_announce_a_task(monkeypatch):
     point = EntryPoint("theirs", f"{__name__}:make_own", "trimtab.tasks")
-    monkeypatch.setattr(tasks, "entry_points", lambda group: [point])
+    monkeypatch.setattr("trimtab.registry.metadata.entry_points", lambda group: [point])
     assert known_tasks()["theirs"] == f"{__name__}:make_own"
     assert get_task({"name": "theirs"}) == ("own", 1)
 
 
 def test_making_a_task_imports_neither_torch_nor_datasets():
     code = (
-        "import sys; from trimtab.tasks import get_task; get_task({'name': 'glue/cola'}); "
+        "import sys; from trimtab.app.tasks import get_task; get_task({'name': 'glue/cola'}); "
         "print([m for m in ('torch', 'datasets', 'transformers', 'sklearn') if m in sys.modules])"
     )
     done = subprocess.run(

@@ -6,8 +6,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModel, Trainer, TrainingArguments
 
 from tasks.tiny import encoder_tokenizer, tiny_config, write_jsonl
-from trimtab.models import ModelSpec, load_model, load_tokenizer
-from trimtab.tasks import get_task
+from trimtab.app.models import ModelSpec, load_model, load_tokenizer
+from trimtab.app.tasks import get_task
 
 
 @pytest.mark.parametrize(("kind", "targets"), [("bert", ["query"]), ("bart", ["q_proj"])])

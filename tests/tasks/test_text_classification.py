@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tasks.tiny import data_pack, encoder_tokenizer, write_jsonl
+from trimtab.app.tasks import get_task
 from trimtab.errors import ConfigError, DataError
-from trimtab.tasks import get_task
 
 ROWS = [{"text": "very good", "label": "pos"}, {"text": "so bad", "label": "neg"}, {"text": "it is", "label": "meh"}]
 

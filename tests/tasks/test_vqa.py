@@ -9,10 +9,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoProcessor, Trainer, TrainingArguments
 
 from tasks.tiny import Reciter, byte_model, byte_tokenizer, data_pack, llava_model, llava_processor, png, write_jsonl
+from trimtab.app.model_facts import unread_outputs
+from trimtab.app.models import ModelSpec, load_model, load_tokenizer
+from trimtab.app.tasks import get_task
+from trimtab.app.tasks.vqa import option_of, short_answer
 from trimtab.errors import ConfigError, DataError, ModelError
-from trimtab.models import ModelSpec, load_model, load_tokenizer, unread_outputs
-from trimtab.tasks import get_task
-from trimtab.tasks.vqa import option_of, short_answer
 
 RED, BLUE = png("red"), png("blue")
 
@@ -245,7 +246,7 @@ def test_what_cannot_work_is_refused_by_name(tmp_path, monkeypatch):
         task.prepare(raw, byte_tokenizer(), byte_model())
     with pytest.raises(DataError, match="train row 1: its image cannot be read"):
         task.prepare(load(tmp_path, [{**ROWS[0], "png_base64": b64(b"no image")}])[1], llava_processor(), llava_model())
-    monkeypatch.setattr("trimtab.tasks.vqa.find_spec", lambda _: None)
+    monkeypatch.setattr("trimtab.app.tasks.vqa.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"pip install 'trimtab\[vqa\]'"):
         get_task({"name": "vqa"})
 

@@ -146,7 +146,7 @@ def test_the_language_model_head_never_runs_and_each_block_runs_once_a_batch(fam
 
     watch("head", model.get_output_embeddings())
     watch("classifier", getattr(model, "classifier", None))
-    from trimtab.sites import find_stacks
+    from trimtab.host.sites import find_stacks
 
     for stack in find_stacks(model).values():
         for i, block in enumerate(stack.blocks):

@@ -12,10 +12,10 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 import tiny
 from test_sites import llava_config
 from trimtab.errors import ConfigError, ModelError
+from trimtab.host.restrict import restrict
+from trimtab.host.sites import find_stacks, matched_names
 from trimtab.plans import Where
-from trimtab.sites import find_stacks, matched_names
 from trimtab.where import from_mask
-from trimtab.where.restrict import restrict
 
 
 def headless_bert():

@@ -1,6 +1,6 @@
 """A task that makes its own rows: are these brackets balanced?
 
-What a run asks of a task is written down in `trimtab.tasks.Task`. One that classifies texts gets most of it from
+What a run asks of a task is written down in `trimtab.app.tasks.Task`. One that classifies texts gets most of it from
 `SequenceClassification`, and says which columns there are, which classes, which scores, and how rows are read.
 """
 
@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from trimtab.app.tasks.classification import SequenceClassification, accuracy
+from trimtab.app.tasks.data import DataSpec
 from trimtab.errors import ConfigError
-from trimtab.tasks.classification import SequenceClassification, accuracy
-from trimtab.tasks.data import DataSpec
 
 PAIRS = ("()", "[]", "{}")
 

@@ -20,8 +20,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..plans import Where
-from ..sites import (
+from ..host.sites import (
     Stack,
     bare,
     base_of,
@@ -32,6 +31,7 @@ from ..sites import (
     is_linear,
     outside_adapters,
 )
+from ..plans import Where
 
 Variant = Literal["houlsby", "pfeiffer", "parallel"]
 

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
+from ..host.sites import base_of, find_stacks, locate
 from ..plans import Site
-from ..sites import base_of, find_stacks, locate
 
 
 def check(model: nn.Module, config: Any, task_type: str | None) -> None:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import ConfigError, did_you_mean
-from ..lookup import announced, imported
 from ..plans import Where
+from ..registry import announced, imported
 from . import controls
 from .controls import first, from_mask, last, random, uniform
 

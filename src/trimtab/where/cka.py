@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, DataError, ModelError, SelectionError, did_you_mean
+from ..host.sites import base_of, find_stacks, is_on_meta
 from ..plans import Where
-from ..sites import base_of, find_stacks, is_on_meta
 from .controls import mask_of, wanted
 from .moments import StreamingCKA, centred, covariance_hsic, gram, gram_hsic
 from .moments import ratio as cka_ratio

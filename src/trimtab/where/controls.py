@@ -70,7 +70,7 @@ def from_mask(model: Any, mask: str | Mapping[str, str]) -> Where:
 def depths_of(model: Any) -> dict[str, int]:
     """Number of blocks per stack, of a model or of a mapping from path to stack or depth."""
     if not isinstance(model, Mapping):
-        from ..sites import find_stacks
+        from ..host.sites import find_stacks
 
         model = find_stacks(model)
     return {path: stack if isinstance(stack, int) else len(stack) for path, stack in model.items()}

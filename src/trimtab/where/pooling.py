@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, DataError, ModelError, SelectionError
-from ..sites import Stack, backbone_of, base_of
+from ..host.sites import Stack, backbone_of, base_of
 
 POOLS = ("last", "cls", "mean")
 _NOT_INPUTS = {

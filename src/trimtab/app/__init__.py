@@ -1,0 +1,1 @@
+"""Everything behind the `trimtab` command. Nothing outside of this package imports it."""

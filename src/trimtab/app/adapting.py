@@ -1,0 +1,205 @@
+"""The recipe's `adapter`, `where`, `rank` and `freeze` -> one PEFT config."""
+
+from __future__ import annotations
+
+import inspect
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError
+from ..plans import Budget, Where
+from . import recipe as recipes
+from .recipe import ADAPTERS, Adapter, Rank, Recipe
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from torch import nn
+
+
+WITHOUT_LORA_FORM = ("bottleneck", "adaption_prompt")
+"""Adapter types that nothing but their own layers can compute."""
+NOT_STOCK_PEFT = ("bottleneck",)
+"""Adapter types that PEFT reads only where Trimtab is imported too."""
+
+
+def method_settings(axis: str, section: Rank | None, defaults: dict[str, Any] | None = None) -> Any:
+    """The settings object that ``rank:`` or ``freeze:`` describes; None for none.
+
+    Args:
+        defaults: values for settings that the recipe leaves open.
+    Raises:
+        ConfigError: an unknown method or setting, or a value that cannot work.
+    """
+    if section is None:
+        return None
+    try:
+        return import_module(f"trimtab.{axis}").make(section.method, dict(section.options) | (defaults or {}))
+    except TypeError as error:  # a value of a type that cannot be compared
+        raise ConfigError(axis, section.options, " ".join(str(error).split())) from None
+
+
+def free_settings(recipe: Recipe) -> tuple[str, ...]:
+    """What a budget may choose: whatever the recipe leaves open."""
+    free = []
+    where = recipe.where
+    if where is not None and where.ratio is None and where.count is None and _takes_ratio(where):
+        free.append("where.ratio")
+    if recipe.rank is not None and "target_r" not in recipe.rank.options:
+        free.append("rank.target_r")
+    if recipe.freeze is not None and not {"warmup", "final", "at"} & set(recipe.freeze.options):
+        free.append("freeze.ramp")
+    return tuple(free)
+
+
+def _takes_ratio(settings: recipes.Where) -> bool:
+    from ..where import METHODS, own_settings
+
+    return settings.method != "mask" if settings.method in METHODS else "ratio" in own_settings(settings.method)
+
+
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """The settings objects of ``rank:`` and ``freeze:``; under a budget a target it will choose may be left out."""
+    stands_in = recipe.budget is not None and "rank.target_r" in free_settings(recipe)
+    return {
+        "rank": method_settings("rank", recipe.rank, {"target_r": 1} if stands_in else None),
+        "freeze": method_settings("freeze", recipe.freeze),
+    }
+
+
+def budget_of(recipe: Recipe) -> Budget | None:
+    return None if recipe.budget is None else Budget(**recipe.budget.model_dump())
+
+
+def choose_without_data(model: nn.Module, settings: recipes.Where, seed: int) -> Where:
+    """The selection of a method that looks at no data: a control, the user's own mask or function."""
+    from ..where import METHODS, controls
+
+    if settings.method not in METHODS:
+        return choose_own(model, settings, seed)
+    if settings.method == "mask":
+        return controls.from_mask(model, settings.mask or "")
+    if settings.method == "random":
+        return controls.random(model, settings.ratio, settings.count, seed if settings.seed is None else settings.seed)
+    return getattr(controls, settings.method)(model, settings.ratio, settings.count)
+
+
+def choose_own(model: nn.Module, settings: recipes.Where, seed: int, batches: Any = None) -> Where:
+    """The selection of a method that is not built in."""
+    from .. import where
+
+    takes = where.own_settings(settings.method)
+    rows = ("samples", "batch_size", "seed") if reads_rows(settings) else ()  # which batches there are
+    given = settings.options
+    for key, field in recipes.Where.model_fields.items():
+        value = getattr(settings, key)
+        # A run folder's recipe holds every default; only what differs from it was asked for.
+        if key != "method" and value is not None and (key in takes or (key not in rows and value != field.default)):
+            given[key] = value
+    if "seed" in takes:
+        given.setdefault("seed", seed)
+    return where.choose_own(settings.method, model, given, batches)
+
+
+def reads_rows(settings: recipes.Where) -> bool:
+    """Whether the selection has to wait for weights and data."""
+    from ..where import reads_batches
+
+    return reads_batches(settings.method)
+
+
+def adapter_config(
+    recipe: Recipe,
+    model: nn.Module,
+    *,
+    where: Where | None = None,
+    task_type: str | None = None,
+    modules_to_save: tuple[str, ...] = (),
+) -> PeftConfig:
+    """What goes to `peft.get_peft_model`.
+
+    Args:
+        model: the base model, on any device; adapters other than `lora` need it to apply ``where``.
+        where: the selection; None adapts every layer.
+        modules_to_save: what the checkpoint lacked; joined with the recipe's own.
+    Raises:
+        ConfigError: settings that cannot work, alone or together.
+    """
+    adapter = recipe.adapter
+    settings = settings_of(recipe)
+    kept = list(dict.fromkeys([*modules_to_save, *(adapter.modules_to_save or ())]))
+    values = {"task_type": task_type, **_own_words(adapter), **adapter.options}
+    if "modules_to_save" in values:
+        values["modules_to_save"] = kept or None
+    if adapter.type in WITHOUT_LORA_FORM:
+        _refuse_what_needs_lora(recipe)
+    if adapter.type == "lora":
+        from ..host.layers import TrimConfig
+
+        frees = tuple(key for key in free_settings(recipe) if key != "where.ratio")
+        limits = {"budget": budget_of(recipe), "budget_frees": frees} if any(settings.values()) else {}
+        return _built(TrimConfig, {**values, **settings, **limits, "where": where})
+    for axis, value in settings.items():
+        if value is not None:
+            cure = f"works on adapter.type=lora; {adapter.type} has no ranks or projections to decide on"
+            raise ConfigError(f"{axis}.method", getattr(recipe, axis).method, cure)
+    module, name, _ = ADAPTERS[adapter.type]
+    config = _built(getattr(import_module(module), name), values)
+    if adapter.type == "adaption_prompt":
+        from ..adapters.prompts import check
+
+        if recipe.where is not None:
+            raise ConfigError(
+                "where.method",
+                recipe.where.method,
+                "adaption_prompt always takes the last layers; drop "
+                "where, and set adapter.adapter_layers to their number",
+            )
+        check(model, config, task_type)
+    if adapter.type == "bottleneck":
+        config.where = where  # type: ignore[attr-defined]
+        return config
+    if where is None:
+        return config
+    from ..host.restrict import restrict
+
+    return restrict(config, where, model)
+
+
+def _refuse_what_needs_lora(recipe: Recipe) -> None:
+    kind = recipe.adapter.type
+    if recipe.budget is not None:
+        limits = recipe.budget.model_dump(exclude_none=True)
+        size = "adapter.bottleneck_size or where.ratio" if kind == "bottleneck" else "adapter.adapter_len"
+        raise ConfigError("budget", limits, f"works on adapter.type=lora; the size of {kind} is set by {size}")
+    if recipe.export.format != "peft":
+        cure = f"{kind} has no LoRA or merged form; drop it, and the run keeps the adapter in its own"
+        raise ConfigError("export.format", recipe.export.format, cure)
+    if kind == "adaption_prompt" and recipe.model.dtype in ("bfloat16", "float16") and not recipe.model.quantization:
+        cure = "adaption_prompt trains in the model's dtype, where its small steps round away; use float32"
+        raise ConfigError("model.dtype", recipe.model.dtype, cure)
+
+
+def _own_words(adapter: Adapter) -> dict[str, Any]:
+    values = {
+        "r": adapter.r,
+        "alpha": adapter.alpha or 2 * adapter.r,
+        "dropout": adapter.dropout,
+        "init": adapter.init,
+        "target_modules": adapter.target_modules,
+        "modules_to_save": None,
+    }
+    return {theirs: values[ours] for ours, theirs in ADAPTERS[adapter.type][2].items()}
+
+
+def _built(config: type[PeftConfig], values: dict[str, Any]) -> PeftConfig:
+    known = inspect.signature(config).parameters
+    for key in values:
+        if key not in known:  # the installed PEFT is older than the one the recipe was written for
+            cure = f"this version of PEFT's {config.__name__} has no such field"
+            raise ConfigError(f"adapter.{key}", values[key], cure)
+    try:
+        return config(**values)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError("adapter", values, " ".join(str(error).split())) from None

@@ -1,0 +1,569 @@
+"""The command line. Imports nothing heavy at load time, so that ``--help`` answers at once.
+
+Exit codes: 0 done, 1 failed, 2 bad input (one line on stderr, no traceback), 130 stopped by Ctrl-C.
+Results go to stdout (a table, or JSON with ``--json``), everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from .. import __version__
+from ..errors import ConfigError, TrimtabError, did_you_mean
+from .malloc import keep_freed_memory
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+    from .run import Job
+    from .runfolder import RunFolder
+    from .screen import Screen
+
+DEBUG = "TRIMTAB_DEBUG"
+
+
+class _Commands(click.Group):
+    """A group whose errors are one line each."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            known = self.list_commands(ctx)
+            near = did_you_mean(args[0], known)
+            raise click.UsageError(f"no command {args[0]!r}.{near} There is {', '.join(known)}.")
+        return super().resolve_command(ctx, args)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # in the order of a run, as written below
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        # PEFT imports it wherever it is installed, and it warns of kernels that only quantised models use.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        try:
+            sys.exit(super().main(*args, **{**extra, "standalone_mode": False}) or 0)
+        except (click.Abort, KeyboardInterrupt):
+            _fail("stopped", 130)
+        except click.ClickException as error:
+            where = f" (see `{error.ctx.command_path} --help`)" if getattr(error, "ctx", None) else ""  # type: ignore[attr-defined]
+            _fail(f"{error.format_message()}{where}", 2)
+        except TrimtabError as error:
+            _fail(str(error), 2)
+        except BrokenPipeError:  # `trimtab … | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except Exception as error:
+            from .runfolder import storage_fault
+
+            if fault := storage_fault(error):
+                _fail(fault, 2)
+            text = " ".join(str(error).split()) or type(error).__name__
+            _fail(f"{type(error).__name__}: {text[:300]} (traceback: {_write_log()}, or run with --debug)", 1)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    if os.environ.get(DEBUG):
+        traceback.print_exc()
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+def _write_log() -> str:
+    with tempfile.NamedTemporaryFile("w", prefix="trimtab-", suffix=".log", delete=False, encoding="utf-8") as file:
+        file.write(traceback.format_exc())
+    return file.name
+
+
+def _debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        os.environ[DEBUG] = "1"
+
+
+def _common(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``--json`` and ``--debug``, which every command has."""
+    debug = click.option(
+        "--debug",
+        is_flag=True,
+        expose_value=False,
+        callback=_debug,
+        is_eager=True,
+        help=f"Show the traceback of an error (also: {DEBUG}=1).",
+    )
+    as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else.")
+    return as_json(debug(command))
+
+
+_recipe = click.argument("recipe")
+_source = click.argument("source", metavar="RUN|RECIPE")
+_overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+_overwrite = click.option("--overwrite", is_flag=True, help="Replace what an earlier run left in the output folder.")
+_resume = click.option("--resume", is_flag=True, help="Go on from the last complete checkpoint, exactly.")
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, "--version", prog_name="trimtab")
+def cli() -> None:
+    """Decide where a transformer is adapted, at which rank, and for how long.
+
+    A RECIPE is a YAML file; any of its keys can be set on the command line as key=value, for example
+    where.ratio=0.5. A RUN is the folder that a run writes.
+    """
+
+
+@cli.command()
+@_recipe
+@_overrides
+@_overwrite
+@_resume
+@_common
+def run(recipe: str, overrides: Sequence[str], overwrite: bool, resume: bool, as_json: bool) -> None:
+    """Select layers, train, export, evaluate and report."""
+    from . import run as runs
+
+    chosen, path = _load(recipe, overrides)
+    with _screen(as_json) as screen:
+        folder = runs.run(chosen, path, screen, overwrite=overwrite, resume=resume)
+    _show_run(folder, as_json)
+    if reason := runs.unusable(folder):
+        _fail(reason, 1)
+
+
+@cli.command()
+@_recipe
+@_overrides
+@_common
+def plan(recipe: str, overrides: Sequence[str], as_json: bool) -> None:
+    """Say what a recipe will train, without weights.
+
+    Sites, trainable parameters (start, end, average), optimizer memory and schedule, from the model's config
+    alone: a 7B plan takes seconds on a laptop.
+    """
+    from . import planning
+
+    chosen, _ = _load(recipe, overrides)
+    with _screen(as_json):
+        made = planning.plan_recipe(chosen)
+    if as_json:
+        _print_json(made.to_json())
+        return
+    from .tables import plan_tables
+
+    _print(*plan_tables(made))
+
+
+@cli.command()
+@_recipe
+@_overrides
+@_overwrite
+@_common
+def select(recipe: str, overrides: Sequence[str], overwrite: bool, as_json: bool) -> None:
+    """Score the layers and choose among them."""
+    from . import run as runs
+    from . import runfolder
+
+    chosen, path = _load(recipe, overrides)
+    if chosen.where is None:
+        raise ConfigError("where", None, "the recipe adapts every layer; choose some, for example where.ratio=0.5")
+    with _screen(as_json) as screen, runfolder.session(chosen, path, overwrite=overwrite) as session:
+        job = runs.load(chosen, screen)
+        folder = session.begin()
+        where = runs.select(job, folder, screen, anew=overwrite)
+    assert where is not None
+    if as_json:
+        _print_json(where.to_json())
+        return
+    from .tables import where_tables
+
+    _print(*where_tables(where), f"[dim]{folder.where}[/]")
+
+
+@cli.command()
+@_recipe
+@_overrides
+@_overwrite
+@_resume
+@_common
+def train(recipe: str, overrides: Sequence[str], overwrite: bool, resume: bool, as_json: bool) -> None:
+    """Select, train and export the adapter.
+
+    A where.json that is already in the output folder, from `trimtab select`, is taken as it is.
+    """
+    from . import run as runs
+    from . import runfolder
+
+    chosen, path = _load(recipe, overrides)
+    with _screen(as_json) as screen, runfolder.session(chosen, path, overwrite=overwrite, resume=resume) as session:
+        job = runs.load(chosen, screen)
+        folder = session.begin()
+        where = runs.select(job, folder, screen, anew=overwrite)
+        trained = runs.train(job, where, folder, screen, resume=resume)
+        runs.export_run(job, trained.model, folder, screen)
+        runs.warn(folder, screen)
+    if as_json:
+        _print_json(trained.plan.to_json())
+    else:
+        from .tables import plan_tables
+
+        _print(*plan_tables(trained.plan), f"[dim]{folder.adapter}[/]")
+    if reason := runs.unusable(folder):
+        _fail(reason, 1)
+
+
+@cli.command("eval")
+@_source
+@_overrides
+@click.option("--base", is_flag=True, help="Score the model without an adapter, before or after training: base.json.")
+@click.option("--harness", help="Hand the adapter to lm-eval or lmms-eval instead.")
+@click.option("--tasks", help="What the harness is to run, by its own names, with commas.")
+@click.option("--harness-args", default="", help='More for the harness, for example "--limit 10".')
+@_common
+def evaluate(
+    source: str,
+    overrides: Sequence[str],
+    base: bool,
+    harness: str | None,
+    tasks: str | None,
+    harness_args: str,
+    as_json: bool,
+) -> None:
+    """Score a run's adapter on the labelled splits."""
+    from . import run as runs
+    from .runfolder import RunFolder, at_work, refuse_base_of_another
+
+    if harness or tasks or harness_args:
+        _hand_over(source, overrides, harness, tasks, harness_args, base, as_json)
+        return
+    if base:
+        chosen, path = _load(source, overrides)
+        if path != Path(source):
+            refuse_base_of_another(chosen, RunFolder(path))
+        with _screen(as_json) as screen, at_work(path):
+            scored = runs.evaluate_base(runs.load(chosen, screen), RunFolder(path), screen)
+        if as_json:
+            _print_json({"folder": str(path), **scored})
+        else:
+            _print(f"[dim]{RunFolder(path).base}[/]")
+        return
+    with _screen(as_json) as screen:
+        job, folder = _open(source, overrides, screen)
+        with at_work(folder.path):
+            runs.evaluate(job, runs.load_trained(job, folder, screen), folder, screen)
+    _show_run(folder, as_json)
+
+
+@cli.command()
+@_source
+@_overrides
+@click.option("--format", "form", type=click.Choice(["peft", "merged", "padded"]), help="Default: the recipe's.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write; default: RUN/adapter or RUN/FORMAT.")
+@_common
+def export(source: str, overrides: Sequence[str], form: str | None, out: Path | None, as_json: bool) -> None:
+    """Write a run's adapter: peft, padded or merged.
+
+    peft: for stock PEFT. padded: one rank for all modules, for engines that know no rank patterns. merged: a
+    stand-alone model.
+    """
+    from . import run as runs
+
+    with _screen(as_json) as screen:
+        job, folder = _open(source, overrides, screen)
+        chosen = form or job.recipe.export.format
+        target = out or (folder.adapter if chosen == "peft" else folder.path / chosen)
+        written = runs.export(job, runs.load_trained(job, folder, screen).model, target, chosen, screen)
+    if as_json:
+        _print_json({"format": chosen, "path": str(written)})
+    else:
+        click.echo(str(written))
+
+
+@cli.command()
+@_source
+@_overrides
+@_common
+def report(source: str, overrides: Sequence[str], as_json: bool) -> None:
+    """Write report.html from what a run folder holds."""
+    from . import report as reports
+    from .runfolder import RunFolder
+
+    folder = RunFolder(_run_path(source, overrides))
+    path = reports.write(folder.path)
+    if as_json:
+        _print_json(reports.load(folder.path).to_json())
+    else:
+        click.echo(str(path))
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option("--baseline", help="The row that the others are compared with: its name, or one of its run folders.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write the page to this HTML file.")
+@_common
+def compare(runs: Sequence[str], baseline: str | None, out: Path | None, as_json: bool) -> None:
+    """One table over runs: score, parameters, time.
+
+    Runs that differ by seed alone are one row: mean ± standard error. Rows are compared in pairs, by seed and by
+    scored row, and none is called best that leads by no more than chance.
+    """
+    from . import report as reports
+
+    found = reports.compare(runs, out, baseline)
+    if as_json:
+        _print_json(found.to_json())
+        return
+    from .screen import table
+
+    _print(
+        table(found.columns, found.cells, right=range(1, len(found.columns))),
+        f"{found.finding}.",
+        *found.notes,
+        *(f"[dim]{text}[/]" for text in (found.legend, out) if text),
+    )
+
+
+@cli.command()
+@_recipe
+@click.argument("settings", nargs=-1, metavar="KEY=V1,V2,... [KEY=VALUE]...")
+@click.option(
+    "--jobs",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Trials at a time, one thread each when there are several.",
+)
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder; default: the run's, with -tune.")
+@click.option("--overwrite", is_flag=True, help="Forget the trials of an earlier search in the folder.")
+@_common
+def tune(recipe: str, settings: Sequence[str], jobs: int, out: Path | None, overwrite: bool, as_json: bool) -> None:
+    """Try every combination of some settings; write the best as a recipe.
+
+    Trials are scored on a part of the training rows (data.held_out, a fifth unless set); validation and test are left
+    alone. With several seeds the mean over them counts. The same command goes on with a search that was stopped.
+    A value with commas stands in brackets or quotes: adapter.target_modules=[query,value],[query]
+    """
+    from . import recipe as recipes
+    from . import tune as tuning
+    from .runfolder import default_folder
+
+    if out is None:
+        folder = Path(recipe) if Path(recipe).is_dir() else default_folder(recipes.load(recipe), recipe)
+        out = folder.with_name(f"{folder.name}-tune")
+    with _screen(as_json) as screen:
+        try:
+            found = tuning.tune(recipe, settings, out, screen, jobs=jobs, overwrite=overwrite)
+        except tuning.SearchError as error:
+            _fail(str(error), 1)
+    if as_json:
+        _print_json(found.to_json())
+        return
+    from .tables import tune_tables
+
+    _print(*tune_tables(found))
+
+
+@cli.command()
+@click.argument("axis", required=False)
+@_common
+def methods(axis: str | None, as_json: bool) -> None:
+    """What there is on each axis: defaults, paper."""
+    from .catalogue import catalogue
+
+    found = catalogue()
+    axes = list(dict.fromkeys(entry.axis for entry in found))
+    if axis is not None and axis not in axes:
+        raise ConfigError("axis", axis, f"must be one of {', '.join(axes)}.{did_you_mean(axis, axes)}")
+    found = [entry for entry in found if axis in (None, entry.axis)]
+    if as_json:
+        _print_json([entry.to_json() for entry in found])
+        return
+    from .tables import method_tables
+
+    _print(*method_tables(found))
+
+
+@cli.command()
+@click.argument("what", type=click.Choice(["latency"]), metavar="latency")
+@_recipe
+@_overrides
+@click.option(
+    "--batch",
+    "batches",
+    type=click.IntRange(1),
+    multiple=True,
+    default=(1, 32),
+    show_default=True,
+    help="Rows in a pass; may be given several times.",
+)
+@click.option("--tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens in a row.")
+@click.option("--rounds", type=click.IntRange(1), default=20, show_default=True, help="Timed passes of each model.")
+@click.option("--device", help="cpu, cuda, …  Default: the accelerator if there is one.")
+@_common
+def bench(
+    what: str,
+    recipe: str,
+    overrides: Sequence[str],
+    batches: Sequence[int],
+    tokens: int,
+    rounds: int,
+    device: str | None,
+    as_json: bool,
+) -> None:
+    """Time what adapters cost on your own model.
+
+    latency: a forward pass of the recipe's model alone, with LoRA merged and unmerged, with a bottleneck adapter and
+    with LLaMA-Adapter, in turns. Weights are random and nothing is downloaded but the model's config.
+    """
+    from . import latency
+
+    chosen, _ = _load(recipe, overrides)
+    with _screen(as_json) as screen, screen.stage("bench") as stage:
+        bar = stage.bar((rounds + latency.WARMUP) * len(batches))
+        found = latency.measure(
+            chosen, batches=batches, tokens=tokens, rounds=rounds, device=device, on_round=bar.advance
+        )
+        stage.result = f"{found.model} · {found.device}"
+    if as_json:
+        _print_json(found.to_json())
+        return
+    from .tables import latency_tables
+
+    _print(*latency_tables(found))
+
+
+@cli.command()
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("runs/demo"),
+    show_default=True,
+    help="Folder to write.",
+)
+@_common
+def demo(out: Path, as_json: bool) -> None:
+    """The main job, offline, in a few minutes.
+
+    Plain LoRA and CKA-selected LoRA on a small real encoder and real text, side by side.
+    """
+    from . import demo as demos
+
+    with _screen(as_json) as screen:
+        found = demos.main(out, screen)
+    if as_json:
+        _print_json(found)
+
+
+def _hand_over(
+    source: str, overrides: Sequence[str], name: str | None, tasks: str | None, more: str, base: bool, as_json: bool
+) -> None:
+    from . import harness
+    from . import recipe as recipes
+    from .runfolder import RunFolder
+
+    if not name:
+        raise ConfigError("harness", None, f"--tasks is for one of {', '.join(harness.HARNESSES)}")
+    if not tasks:
+        raise ConfigError("tasks", None, f"say what {name} is to run, for example --tasks gsm8k")
+    harness.find(name)
+    folder = RunFolder(_run_path(source, overrides))
+    folder.need(folder.recipe, "train")
+    with _screen(as_json) as screen:
+        out = harness.evaluate(recipes.load(folder.recipe, overrides), folder, name, tasks, more, screen, base)
+    if as_json:
+        _print_json({"harness": name, "path": str(out)})
+    else:
+        click.echo(str(out))
+
+
+# -- what the commands share ---------------------------------------------------------------------------
+
+
+def _load(source: str, overrides: Sequence[str]) -> tuple[Recipe, Path]:
+    """The recipe and its output folder; a run folder stands for the recipe in it, and for itself."""
+    from . import recipe as recipes
+    from .runfolder import default_folder
+
+    chosen = recipes.load(source, overrides)
+    if Path(source).is_dir() and not any(text.startswith("output_dir=") for text in overrides):
+        return chosen, Path(source)
+    return chosen, default_folder(chosen, source)
+
+
+def _run_path(source: str, overrides: Sequence[str]) -> Path:
+    if Path(source).is_dir():
+        return Path(source)
+    return _load(source, overrides)[1]
+
+
+def _open(source: str, overrides: Sequence[str], screen: Screen) -> tuple[Job, RunFolder]:
+    """The job of a run that has been trained. Overrides change what this command does, not the folder's recipe."""
+    from . import recipe as recipes
+    from . import run as runs
+    from .runfolder import RunFolder
+
+    folder = RunFolder(_run_path(source, overrides))
+    if not folder.path.is_dir():
+        raise ConfigError("run folder", str(folder.path), f"no such folder. Run `trimtab train {source}` first.")
+    folder.need(folder.recipe, "train")
+    runs.trained_adapter(folder)  # before the model is loaded
+    return runs.load(recipes.load(folder.recipe, overrides), screen), folder
+
+
+@contextmanager
+def _screen(as_json: bool) -> Iterator[Screen]:
+    """The screen of one command, silent for machines; the libraries are hushed either way."""
+    from .runfolder import is_main
+    from .screen import Screen
+
+    screen = Screen(quiet=as_json or not is_main())
+    with screen.hush():
+        yield screen
+
+
+def _show_run(folder: RunFolder, as_json: bool) -> None:
+    from .runfolder import is_main
+
+    if not is_main():  # the one that writes may not be done yet
+        return
+    if as_json:
+        _print_json({"folder": str(folder.path), **folder.read(folder.metrics)})
+        return
+    from .tables import run_tables
+
+    _print(*run_tables(folder))
+
+
+def _print(*parts: Any) -> None:
+    from rich.console import Console
+
+    from .runfolder import is_main
+
+    console = Console(highlight=False, quiet=not is_main())
+    if not console.is_terminal:  # a file or a pipe has no edge to wrap at
+        console.width = 160
+    for part in parts:
+        console.print(part, soft_wrap=isinstance(part, str))
+
+
+def _print_json(data: dict[str, Any] | Iterable[Any]) -> None:
+    from .runfolder import is_main
+
+    if is_main():
+        click.echo(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+
+
+def main() -> NoReturn:
+    """Entry point of the `trimtab` command."""
+    keep_freed_memory()
+    cli(prog_name="trimtab")
+    raise AssertionError("click exits by itself")
+
+
+if __name__ == "__main__":
+    main()

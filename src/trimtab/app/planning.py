@@ -1,0 +1,459 @@
+"""What a recipe will train, before anything is loaded: sites, parameters, memory, schedule.
+
+The model is built on the meta device from its config alone, so a 7B plan takes seconds on a laptop.
+Parameters are those of adapters; a new head, which every method trains alike, is reported apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..budget import figures, solve
+from ..errors import BudgetError, ConfigError
+from ..plans import Plan, Site, SitePlan, Where
+from ..train.rates import ROLES, check_roles
+from . import recipe as recipes
+from .adapting import adapter_config, budget_of, choose_without_data, free_settings, reads_rows, settings_of
+from .recipe import Recipe
+from .report.words import count
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+    from peft import PeftConfig
+    from torch import nn
+
+    from .tasks import Task
+
+# Bytes of optimizer state per trained parameter. Adapters train in float32 whatever the model's dtype is.
+_STATE_BYTES = {"sgd": 0, "8bit": 2, "adafactor": 0, "rmsprop": 4, "adagrad": 4}
+_ADAM_STATE_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """Length of a run in optimizer steps."""
+
+    total_steps: int
+    steps_per_epoch: int
+
+
+def plan(
+    source: Recipe | Mapping[str, Any] | str | Path | nn.Module,
+    config: PeftConfig | None = None,
+    overrides: Iterable[str] = (),
+    *,
+    total_steps: int | None = None,
+    steps_per_epoch: int | None = None,
+) -> Plan:
+    """Dry run of a recipe, or of a model with the config that `peft.get_peft_model` would get.
+
+    Args:
+        source: a recipe (file, run folder, dict or `Recipe`), or a base model, on any device.
+        config: the PEFT config, with a model.
+        overrides: ``key=value`` texts, with a recipe.
+        total_steps, steps_per_epoch: length of the run, where it does not follow from the recipe.
+    Raises:
+        TrimtabError: whatever would stop the run, as far as it shows without weights.
+    """
+    given = Horizon(total_steps, steps_per_epoch or total_steps) if total_steps else None
+    if config is not None:
+        return plan_model(source, config, given)  # type: ignore[arg-type]
+    chosen = source if isinstance(source, Recipe) else recipes.load(source, overrides)  # type: ignore[arg-type]
+    return plan_recipe(chosen, given)
+
+
+def plan_recipe(recipe: Recipe, horizon: Horizon | None = None, task: Task | None = None) -> Plan:
+    """The plan of a recipe.
+
+    Args:
+        horizon: length of the run; else it is counted from local rows.
+        task: the recipe's task, if it has been made (and has seen its data).
+    """
+    from ..host.sites import HEADS
+    from . import models
+    from .tasks import get_task
+
+    rows = None
+    if task is None and recipe.task is not None:
+        task = get_task(recipe.task.model_dump())
+        rows = _rows_on_the_hub(recipe, task)
+        if recipe.data.has_own:  # some tasks learn their labels here
+            rows = len(load_rows(recipe, task)["train"])
+    notes: list[str] = []
+    horizon = horizon or horizon_of(recipe, rows)
+    if horizon is None and task is not None:
+        notes.append(
+            "the number of training rows is not known here, so the schedule has no steps yet "
+            "(give data.train, or train.max_steps)"
+        )
+    model_config = models.load_config(model_spec(recipe), task)
+    model = models.meta_model(model_config, task.auto_class if task else auto_class_of(model_config))
+    task_type = task.task_type if task else None
+    # A pretrained language model has no head for these tasks: without its weights, all outside the backbone is new.
+    head = _outside_backbone(model) if task_type in HEADS else ()
+    recipe = with_layer_ratio(recipe, model, horizon, task_type, head)
+    choice = _where_without_data(recipe, model, notes)
+    peft_config = adapter_config(recipe, model, where=choice, task_type=task_type, modules_to_save=head)
+    made = plan_of_run(recipe, model, peft_config, horizon, rows)
+    if recipe.where is not None and reads_rows(recipe.where):
+        made = replace(made, where=None, settings={**made.settings, "layers_undecided": True})
+    return replace(made, notes=(*notes, *made.notes))
+
+
+def with_layer_ratio(
+    recipe: Recipe,
+    model: nn.Module,
+    horizon: Horizon | None,
+    task_type: str | None = None,
+    modules_to_save: tuple[str, ...] = (),
+) -> Recipe:
+    """The recipe with the share of layers that its budget allows, where the budget may choose it.
+
+    Raises:
+        ConfigError: a budget whose figure needs the length of the run, and it is not known.
+        BudgetError: no choice meets the budget; the smallest number that can be met is in the message.
+    """
+    from ..host.sites import find_sites
+
+    budget = budget_of(recipe)
+    if budget is None or recipe.adapter.type != "lora":
+        return recipe
+    if horizon is None and recipe.rank is None and recipe.freeze is None:
+        horizon = Horizon(1, 1)  # nothing changes over the run
+    if horizon is None:
+        cure = "needs the length of the run: give data.train, or train.max_steps"
+        raise ConfigError("budget", recipe.budget.model_dump(exclude_none=True) if recipe.budget else None, cure)
+    free = free_settings(recipe)
+    if "where.ratio" not in free or recipe.where is None:
+        return recipe
+    config = adapter_config(recipe, model, task_type=task_type, modules_to_save=modules_to_save)
+    sites = find_sites(model, config)
+    depth = max(sum(1 for _ in group) for group in _blocks(sites).values())
+    # CKA may have to leave out a first layer that sees the same vector in every row.
+    most = 1 - 1 / depth if recipe.where.method == "cka" and depth > 1 else 1.0
+    choice = solve(
+        budget,
+        sites,
+        {site.name: site_rank(site, config) for site in sites},
+        **settings_of(recipe),
+        ratio=(1 / depth, most),
+        total_steps=horizon.total_steps,
+        steps_per_epoch=horizon.steps_per_epoch,
+        free=free,
+    )
+    return recipe.model_copy(update={"where": recipe.where.model_copy(update={"ratio": choice.ratio})})
+
+
+def _blocks(sites: list[Site]) -> dict[str, set[int]]:
+    found: dict[str, set[int]] = {}
+    for site in sites:
+        if site.stack is not None and site.block is not None:
+            found.setdefault(site.stack, set()).add(site.block)
+    return found
+
+
+def plan_of_run(
+    recipe: Recipe, model: nn.Module, config: PeftConfig, horizon: Horizon | None, rows: int | None = None
+) -> Plan:
+    """The plan of a recipe whose model and config are made.
+
+    Raises:
+        BudgetError: the recipe's budget is not met.
+    """
+    check_roles(recipe.rates or {}, _roles(model, config))
+    made = plan_model(model, config, horizon, optim=str(recipe.train.get("optim", "adamw")))
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    settings = {"recipe": recipe.model_dump(mode="json", exclude_none=True), "rows": rows, **made.settings}
+    notes = (*made.notes, *_rates_in_words(recipe))
+    made = replace(made, model=recipe.model.name_or_path or kind, settings=settings, notes=notes)
+    _check_budget(recipe, made)
+    return made
+
+
+def plan_model(model: nn.Module, config: PeftConfig, horizon: Horizon | None = None, optim: str = "adamw") -> Plan:
+    """The plan for a base model and a PEFT config.
+
+    Raises:
+        ModelError: the config's targets match nothing in the model.
+    """
+    where = getattr(config, "where", None)
+    sites, ranks, own_costs = _adapted(model, config)
+    notes: list[str] = []
+    if own_costs is not None:
+        costs = own_costs
+        params, schedule = _constant(sum(costs.values())), tuple[dict[str, Any], ...]()
+    elif config.peft_type == "VERA":  # one frozen pair shared by all sites: only two vectors train at each
+        costs = {site.name: ranks[site.name] + site.out_features for site in sites}
+        params, schedule = _constant(sum(costs.values())), tuple[dict[str, Any], ...]()
+    else:
+        methods = {axis: getattr(config, axis, None) for axis in ("rank", "freeze")}
+        budget, rank_params = getattr(config, "budget", None), None
+        if budget is not None and horizon is not None:
+            choice = solve(
+                budget,
+                sites,
+                ranks,
+                **methods,
+                ratio=None,
+                total_steps=horizon.total_steps,
+                steps_per_epoch=horizon.steps_per_epoch,
+                free=config.budget_frees,  # type: ignore[attr-defined]
+            )
+            methods, rank_params = {"rank": choice.rank, "freeze": choice.freeze}, choice.rank_params
+            notes.extend(choice.explanation)
+        costs = {site.name: initial_params(site, ranks[site.name], **methods) for site in sites}
+        params, schedule = _predicted(sites, ranks, sum(costs.values()), horizon, **methods, rank_params=rank_params)
+    adapts = getattr(config, "is_adaptive", False)
+    head = _head_params(model, config)
+    if head:
+        notes.append(f"the head (modules_to_save) trains {count(head)} parameters more, in every method alike")
+    if adapts and horizon is None:
+        notes.append("final and average parameters need the length of the run: they are those of the start here")
+    rows = [SitePlan(site, ranks[site.name], costs[site.name], None if adapts else ranks[site.name]) for site in sites]
+    return Plan(
+        model=getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__,
+        sites=tuple(rows),
+        params=params,
+        where=where,
+        schedule=schedule,
+        optimizer_bytes=(int(params["initial"]) + head) * _state_bytes(optim),
+        notes=tuple(notes),
+        settings={"total_steps": horizon.total_steps, "steps_per_epoch": horizon.steps_per_epoch} if horizon else {},
+    )
+
+
+def _adapted(model: nn.Module, config: PeftConfig) -> tuple[list[Site], dict[str, int], dict[str, int] | None]:
+    """Sites, their ranks (or widths, or prompt tokens), and their parameters where these are no matter of a rank."""
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind == "ADAPTION_PROMPT":
+        from ..adapters.prompts import prompt_sites
+
+        sites, tokens = prompt_sites(model, config), int(config.adapter_len)  # type: ignore[attr-defined]
+        return sites, {s.name: tokens for s in sites}, {s.name: tokens * s.in_features + 1 for s in sites}
+    if kind == "TRIMTAB_BOTTLENECK":
+        from ..adapters.places import norm_params
+
+        places = config.places(model).values()  # type: ignore[attr-defined]
+        widths = {p.name: config.width(p.size) if p.how else 0 for p in places}  # type: ignore[attr-defined]
+        costs = {p.name: p.params(widths[p.name], norm_params(model.get_submodule(p.name))) for p in places}
+        return [Site(p.name, p.size, p.size, p.stack, p.block, p.kind) for p in places], widths, costs
+    from ..host.sites import find_sites
+
+    sites = find_sites(model, config, getattr(config, "where", None))
+    return sites, {site.name: site_rank(site, config) for site in sites}, None
+
+
+def initial_params(site: Site, r: int, rank: Any, freeze: Any) -> int:
+    """Adapter parameters that train at a site in the first step: projections, and the diagonals that are at work."""
+    is_frozen = freeze is not None and freeze.initially_frozen(site.name)
+    has_b = freeze is not None and freeze.needs_output_diagonal and (is_frozen or not freeze.rests)
+    has_e = (rank is not None and rank.has_e) or has_b
+    projections = 0 if is_frozen else r * (site.in_features + site.out_features)
+    return projections + r * has_e + site.out_features * has_b
+
+
+def _predicted(
+    sites: list[Site],
+    ranks: dict[str, int],
+    initial: int,
+    horizon: Horizon | None,
+    rank: Any,
+    freeze: Any,
+    rank_params: int | None = None,
+) -> tuple[dict[str, float], tuple[dict[str, Any], ...]]:
+    """Parameters and schedule of a run; those of its start where its length is not known."""
+    if horizon is None:
+        return _constant(initial), ()
+    length = horizon.total_steps, horizon.steps_per_epoch
+    found = figures(sites, ranks, rank, freeze, *length, rank_params)
+    params = {
+        "initial": found.initial,
+        "final": round(found.final),
+        "average": round(found.average, 1),
+        "held": found.size,
+    }
+    if freeze is not None and found.average_closed_form is not None:
+        params["average_closed_form"] = round(found.average_closed_form, 1)
+    total = sum(ranks.values())
+    budgets = dict(rank.budget_curve(*length, total, len(sites))) if rank is not None else {}
+    shares = dict(freeze.trainable_curve(*length)) if freeze is not None else {}
+    trainable = dict(found.curve)
+    now: dict[str, Any] = {"trainable": found.initial, "total_rank": total, "training_ratio": 1.0}
+    rows = []
+    for step in sorted({0, *trainable, *budgets, *shares}):
+        now = {
+            "trainable": round(trainable.get(step, now["trainable"])),
+            "total_rank": budgets.get(step, now["total_rank"]),
+            "training_ratio": round(shares.get(step, now["training_ratio"]), 6),
+        }
+        event = "start" if step == 0 else "rank" if step in budgets else "freeze"
+        rows.append({"step": step, "event": event, **now})
+    return params, (*rows, {"step": horizon.total_steps, "event": "end"})
+
+
+def _constant(trainable: int) -> dict[str, float]:
+    return {"initial": trainable, "final": trainable, "average": float(trainable), "held": trainable}
+
+
+def site_rank(site: Site, config: PeftConfig) -> int:
+    """The rank that the config gives a site, its ``rank_pattern`` included."""
+    pattern = getattr(config, "rank_pattern", None)
+    if pattern:
+        from peft.utils.other import get_pattern_key
+
+        return pattern.get(get_pattern_key(pattern.keys(), site.name), config.r)  # type: ignore[attr-defined]
+    return config.r  # type: ignore[attr-defined]
+
+
+def model_spec(recipe: Recipe) -> Any:
+    """`models.ModelSpec` for the recipe's ``model:``, with ``package:`` resolved to a folder."""
+    from .lookup import PACKAGE_PREFIX, package_folder
+    from .models import ModelSpec
+
+    values = recipe.model.model_dump()
+    name = values["name_or_path"]
+    if name and name.startswith(PACKAGE_PREFIX):
+        values["name_or_path"] = str(package_folder(name))
+    return ModelSpec(**values)
+
+
+def auto_class_of(config: Any) -> str:
+    """The class for a recipe without a task: with a language-model head where there is one."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    for auto in (AutoModelForSeq2SeqLM, AutoModelForCausalLM):
+        if type(config) in auto._model_mapping:
+            return auto.__name__
+    return "AutoModel"
+
+
+def horizon_of(recipe: Recipe, rows: int | None) -> Horizon | None:
+    """Steps as the Trainer counts them on one process; None if rows are unknown and no steps are given."""
+    train = recipe.train
+    steps = int(train.get("max_steps", -1))
+    if rows is None:
+        return Horizon(steps, steps) if steps > 0 else None
+    batches = math.ceil(rows / int(train.get("per_device_train_batch_size", 8)))
+    if train.get("dataloader_drop_last"):
+        batches = rows // int(train.get("per_device_train_batch_size", 8))
+    per_epoch = max(1, math.ceil(batches / int(train.get("gradient_accumulation_steps", 1))))
+    return Horizon(steps if steps > 0 else math.ceil(float(train.get("num_train_epochs", 3)) * per_epoch), per_epoch)
+
+
+def _rows_on_the_hub(recipe: Recipe, task: Task) -> int | None:
+    """Training rows that the task will fetch, less what ``data.max_samples`` leaves out; None if that is unknown."""
+    if recipe.data.hub or any(getattr(recipe.data, split) for split in recipes.FILES):
+        return None
+    rows = getattr(task, "train_rows", None)
+    most = recipe.data.max_samples
+    most = most.get("train") if isinstance(most, dict) else most
+    rows = rows if rows is None or most is None else min(rows, most)
+    return rows if rows is None or recipe.data.held_out is None else rows - n_held(recipe.data.held_out, rows)
+
+
+def load_rows(recipe: Recipe, task: Task) -> DatasetDict:
+    """The task's raw rows; with ``data.held_out`` the training rows alone, a part of them to be scored."""
+    rows = task.load_data(recipe.data.to_load)
+    if recipe.data.held_out is None or "train" not in rows:
+        return rows
+    from datasets import DatasetDict
+
+    others = [split for split in rows if split != "train"]
+    name = "validation" if "validation" in others or not others else others[0]  # one that the task scores
+    train = rows["train"]
+    column = getattr(task, "label_column", None)
+    labels = train[column][:] if column in train.column_names else None
+    held = held_rows(recipe.data.held_out, len(train), labels, recipe.data.held_out_seed or 0)
+    rest = sorted(set(range(len(train))) - set(held))
+    of_others = (*(f"{split}:" for split in others), "no data.")
+    task.notes[:] = [note for note in task.notes if not note.startswith(of_others)]
+    task.notes.append(
+        f"data.held_out: {len(held)} of {len(train)} training rows are scored, in place of validation and test"
+    )
+    return DatasetDict({"train": train.select(rest), name: train.select(held)})
+
+
+def n_held(held_out: float | int, n: int) -> int:
+    """How many of n training rows are held out."""
+    held = held_out if isinstance(held_out, int) else max(1, round(held_out * n))
+    if held >= n:
+        raise ConfigError("data.held_out", held_out, f"leaves none of {n} training rows to learn from")
+    return held
+
+
+def held_rows(held_out: float | int, n: int, labels: Sequence[float] | None, seed: int) -> list[int]:
+    """Which of n training rows are held out, in file order: of every class (or range of numbers) its share, and never
+    all of a class."""
+    from .tasks.data import drawn
+
+    return drawn(n, n_held(held_out, n), seed, labels, spare=1)
+
+
+def _where_without_data(recipe: Recipe, model: nn.Module, notes: list[str]) -> Where | None:
+    """The selection where it needs no data; for CKA one of the right size, and a note that says so."""
+    if recipe.where is None:
+        return None
+    waits = reads_rows(recipe.where)
+    stand_in = {"method": "first"} if waits else {}
+    chosen = choose_without_data(model, recipe.where.model_copy(update=stand_in), recipe.seed)
+    if waits:
+        counted = ", ".join(f"{m.count('1')} of {len(m)} layers of {path}" for path, m in chosen.stacks.items())
+        name = "CKA" if recipe.where.method == "cka" else recipe.where.method
+        notes.append(f"which layers is for {name} to say, from data (`trimtab select`); counted here: {counted}")
+    return chosen
+
+
+def _outside_backbone(model: nn.Module) -> tuple[str, ...]:
+    from ..host.sites import backbone_of
+
+    _, backbone = backbone_of(model)
+    return tuple(name for name, child in model.named_children() if child is not backbone and list(child.parameters()))
+
+
+def _head_params(model: nn.Module, config: PeftConfig) -> int:
+    from ..host.sites import HEADS
+
+    task_type = str(getattr(config.task_type, "value", config.task_type))
+    wanted = {*(getattr(config, "modules_to_save", None) or ()), *HEADS.get(task_type, ())}
+    inside = [module for name, module in model.named_modules() if name in wanted or name.rpartition(".")[2] in wanted]
+    return sum(p.numel() for p in {id(p): p for module in inside for p in module.parameters()}.values())
+
+
+def _roles(model: nn.Module, config: PeftConfig) -> set[str]:
+    """Roles that may train under a config. The model with its adapter says which do, once it is made."""
+    found = {
+        "VERA": {"vectors"}, "ADAPTION_PROMPT": {"vectors"}, "TRIMTAB_BOTTLENECK": {"A", "B"}, "LORA": {"A", "B"},
+    }.get(str(getattr(config.peft_type, "value", config.peft_type)), set(ROLES))  # fmt: skip
+    rank, freeze = getattr(config, "rank", None), getattr(config, "freeze", None)
+    with_vectors = ("use_dora", "trainable_token_indices", "monteclora_config", "kasa_config")
+    own = (rank is not None and rank.has_e) or (freeze is not None and freeze.needs_output_diagonal)
+    if own or any(getattr(config, key, None) for key in with_vectors):
+        found = found | {"vectors"}
+    return found | {"head"} if _head_params(model, config) else found - {"head"}
+
+
+def _rates_in_words(recipe: Recipe) -> list[str]:
+    if not recipe.rates:
+        return []
+    run = recipe.train.get("learning_rate")
+    told = [f"{role} at {rate:g} times" + (f" ({run * rate:g})" if run else "") for role, rate in recipe.rates.items()]
+    return [f"{', '.join(told)} the run's learning rate" + (f" of {run:g}" if run else "")]
+
+
+def _state_bytes(optim: str) -> int:
+    return next((size for word, size in _STATE_BYTES.items() if word in optim), _ADAM_STATE_BYTES)
+
+
+def _check_budget(recipe: Recipe, made: Plan) -> None:
+    """What no method can change must fit as it is; what methods decide has been solved for already."""
+    if recipe.budget is None or recipe.rank is not None or recipe.freeze is not None:
+        return
+    for kind, figure in (("final", "held"), ("average", "average")):
+        limit = getattr(recipe.budget, f"{kind}_params")
+        if limit is not None and made.params[figure] > limit:
+            cure = f"this recipe needs {made.params[figure]:.0f}; lower adapter.r or where.ratio, or set rank or freeze"
+            raise BudgetError(f"budget.{kind}_params", limit, cure)

@@ -1,0 +1,506 @@
+"""A YAML recipe plus `key=value` overrides -> a validated `Recipe`.
+
+Keys are checked before anything heavy is imported, those of `TrainingArguments` and of PEFT's configs too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
+
+from ..errors import ConfigError, did_you_mean
+from ..train.rates import check_rates
+from ..where import METHODS
+from ..where import check_name as check_method
+from .lookup import PACKAGE_PREFIX, dataclass_fields, find_file, find_rows, parse_yaml
+
+
+class _Section(BaseModel):
+    """One block of the recipe. A bare word stands for its main key: ``rank: adalora``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    main_key: ClassVar[str] = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_word(cls, value: Any) -> Any:
+        return {cls.main_key: value} if cls.main_key and isinstance(value, str) else value
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keys this section passes on to whoever it names (a task, a method, a PEFT config)."""
+        return dict(self.model_extra or {})
+
+
+class Model(_Section):
+    main_key: ClassVar[str] = "name_or_path"
+    name_or_path: str | None = None
+    """Hub id, local folder, GGUF file, or ``package:NAME/FOLDER`` (a folder inside an installed package)."""
+    gguf_file: str | None = None
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    tokenizer: str | None = None
+    config: dict[str, Any] | str | None = None
+    """With a ``model_type``, inline or as a JSON file: a whole config, enough for `plan`. Without one:
+    overrides of the checkpoint's config (``{attention_dropout: 0}``)."""
+    quantization: dict[str, Any] | None = None
+    """Arguments of transformers' `BitsAndBytesConfig` (``{load_in_4bit: true}``)."""
+
+
+class Task(_Section):
+    model_config = ConfigDict(extra="allow", frozen=True)
+    main_key: ClassVar[str] = "name"
+    name: str
+
+
+Paths = str | list[str]
+
+
+class Data(_Section):
+    """One's own rows, by split: files, folders or patterns; or a dataset of the hub."""
+
+    train: Paths | None = None
+    validation: Paths | None = None
+    test: Paths | None = None
+    validation_matched: Paths | None = None
+    validation_mismatched: Paths | None = None
+    test_matched: Paths | None = None
+    test_mismatched: Paths | None = None
+    max_samples: int | dict[str, int] | None = None
+    """Rows kept, in all splits or by split; for trials."""
+    sample_seed: int | Literal["first"] | None = None
+    """Draws those rows; 0 when not given. ``first`` keeps the first ones."""
+    validation_share: float | int | None = None
+    """Share (or number) of the training rows split off where no rows are given for validation; 0.1 when not given."""
+    stratify: bool | str | None = None
+    """Whether each class has its share there (it has, unless false); or the column whose values have."""
+    separator: str | None = None
+    """Of columns: one character, or comma, semicolon, tab, pipe; found out when not given."""
+    encoding: str | None = None
+    """Of text files, where they are neither UTF-8 nor begin with a byte order mark."""
+    quotes: bool | None = None
+    """Whether quotes around a cell are undone; found out when not given."""
+    missing: list[str] | str | None = None
+    """Words that stand for no value, in place of pandas' (NA, nan, null, None, …); blanks always do."""
+    hub: str | None = None
+    """A dataset by its name on the hub, or a folder that `datasets` reads."""
+    config: str | None = None
+    """Which of that dataset's configurations."""
+    split: str | dict[str, str] | None = None
+    """That dataset's name of the training split, or of each of ours."""
+    held_out: float | int | None = None
+    """A share of the training rows (0.2), or a number of them, scored in place of validation and test: for choices
+    that those may not see. `trimtab tune` sets it."""
+    held_out_seed: int | None = None
+    """Draws them; 0 when not given. Not the run's seed, so that runs over several seeds are scored on the same rows."""
+
+    @field_validator("held_out")
+    @classmethod
+    def _share_or_rows(cls, value: float | int | None) -> float | int | None:
+        if value is not None and not (0 < value < 1 or (value >= 1 and isinstance(value, int))):
+            raise ValueError("a share of the training rows (0.2), or a number of them (200)")
+        return value
+
+    @property
+    def to_load(self) -> dict[str, Any] | None:
+        """What a task's `load_data` takes."""
+        return self.model_dump(exclude_none=True, exclude={"held_out", "held_out_seed"}) or None
+
+    @property
+    def has_own(self) -> bool:
+        """Whether training rows come from the user's own files or dataset."""
+        return self.train is not None or self.hub is not None
+
+
+FILES = (
+    "train",
+    "validation",
+    "test",
+    "validation_matched",
+    "validation_mismatched",
+    "test_matched",
+    "test_mismatched",
+)
+
+
+class Adapter(_Section):
+    """What is trained. Other keys are fields of the PEFT config of that type, by their own names."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    main_key: ClassVar[str] = "type"
+    type: str = "lora"
+    r: int = Field(8, ge=1)
+    alpha: float | None = Field(None, gt=0)
+    """Scale numerator, PEFT's ``lora_alpha``; 2 r when not given."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: list[str] | str | None = None
+    """Names or a regex as in PEFT, or ``all-linear``; PEFT's choice for the model when not given."""
+    init: bool | str = True
+    """PEFT's ``init_lora_weights``: true, gaussian, pissa, olora …"""
+    modules_to_save: list[str] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_what_the_type_has_not(self, write: Any) -> dict[str, Any]:
+        known = {"type", *ADAPTERS[self.type][2]} if self.type in ADAPTERS else set(Adapter.model_fields)
+        return {key: value for key, value in write(self).items() if key in known or key not in Adapter.model_fields}
+
+
+class Where(_Section):
+    model_config = ConfigDict(extra="allow", frozen=True)
+    main_key: ClassVar[str] = "method"
+    method: str = "cka"
+    """One that `trimtab methods where` lists, or your own ``module:function``; other keys are its settings."""
+    ratio: float | None = Field(None, gt=0, le=1)
+    count: int | None = Field(None, ge=1)
+    mask: str | dict[str, str] | None = None
+    samples: Annotated[int, Field(ge=2)] | Literal["all"] = 1024
+    """Training rows that the layers are compared on."""
+    estimator: Literal["biased", "unbiased"] = "biased"
+    pool: Literal["auto", "cls", "last", "mean"] = "auto"
+    batch_size: int = Field(32, ge=1)
+    exclude: Literal["auto"] | list[int] | dict[str, list[int]] = "auto"
+    """Layers never chosen; auto leaves out layer 0 where every row's first token is the same."""
+    degenerate: Literal["exclude", "include"] = "exclude"
+    seed: int | None = None
+
+    @field_validator("mask", mode="before")
+    @classmethod
+    def _mask_text(cls, mask: Any) -> Any:  # an unquoted 1100 reaches us as a number
+        if isinstance(mask, dict):
+            return {stack: cls._mask_text(text) for stack, text in mask.items()}
+        return str(mask) if isinstance(mask, int) and not isinstance(mask, bool) else mask
+
+
+class Rank(_Section):
+    model_config = ConfigDict(extra="allow", frozen=True)
+    main_key: ClassVar[str] = "method"
+    method: str
+
+
+class Freeze(Rank):
+    pass
+
+
+class BudgetLimits(_Section):
+    final_params: int | None = Field(None, ge=1)
+    average_params: int | None = Field(None, ge=1)
+
+
+class Export(_Section):
+    main_key: ClassVar[str] = "format"
+    format: Literal["peft", "merged", "padded"] = "peft"
+
+
+class Recipe(_Section):
+    """A whole run. See the fields of each section for what its keys mean."""
+
+    model: Model
+    task: Task | None = None
+    data: Data = Data()
+    adapter: Adapter = Field(default_factory=lambda: Adapter.model_validate({}))
+    where: Where | None = None
+    rank: Rank | None = None
+    freeze: Freeze | None = None
+    budget: BudgetLimits | None = None
+    train: dict[str, Any] = {}
+    """Fields of `transformers.TrainingArguments`, by their own names."""
+    rates: dict[str, Any] | None = None
+    """Multiples of ``train.learning_rate`` by role: A, B, vectors, head."""
+    export: Export = Export()
+    output_dir: str | None = None
+    seed: int = 0
+
+    def to_yaml(self) -> str:
+        """The recipe with nothing left out that was set, defaults included for what this version knows."""
+        return yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True)
+
+    def require_task(self) -> Task:
+        if self.task is None:
+            raise ConfigError("task.name", None, "needed here: glue/mrpc, text_classification, …")
+        return self.task
+
+
+# Which PEFT config carries each adapter type, and what the recipe's words are called there.
+ADAPTERS: dict[str, tuple[str, str, dict[str, str]]] = {
+    "lora": (
+        "peft.tuners.lora.config",
+        "LoraConfig",
+        {
+            "r": "r",
+            "alpha": "lora_alpha",
+            "dropout": "lora_dropout",
+            "init": "init_lora_weights",
+            "target_modules": "target_modules",
+            "modules_to_save": "modules_to_save",
+        },
+    ),
+    "vera": (
+        "peft.tuners.vera.config",
+        "VeraConfig",
+        {
+            "r": "r",
+            "dropout": "vera_dropout",
+            "init": "init_weights",
+            "target_modules": "target_modules",
+            "modules_to_save": "modules_to_save",
+        },
+    ),
+    "bottleneck": (
+        "trimtab.adapters.bottleneck",
+        "BottleneckConfig",
+        {"init": "init", "modules_to_save": "modules_to_save"},
+    ),
+    "adaption_prompt": ("peft.tuners.adaption_prompt.config", "AdaptionPromptConfig", {}),
+}
+_INSTEAD = {
+    ("bottleneck", "r"): "; its width is bottleneck_size, or reduction_factor",
+    ("bottleneck", "alpha"): "; scale is for variant=parallel",
+    ("bottleneck", "target_modules"): "; variant says where adapters sit, where chooses layers",
+    ("adaption_prompt", "r"): "; its size is adapter_len, the number of prompt tokens",
+    ("adaption_prompt", "target_modules"): "; it takes the attention of the last adapter_layers layers",
+    ("adaption_prompt", "modules_to_save"): "; PEFT saves the prompts alone",
+}
+# Set by Trimtab from other parts of the recipe.
+_ELSEWHERE = {
+    "train": {"output_dir": "output_dir", "seed": "seed", "data_seed": "seed"},
+    "adapter": dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern", "where"), "where"),
+}
+
+
+def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        source: a YAML file, or the recipe as a dict.
+        overrides: ``dotted.key=value`` texts; the value is read as YAML.
+    Raises:
+        ConfigError: a file, key or value is wrong; the message names it and what would work.
+
+    >>> load({"model": "some/model"}, ["adapter.r=4", "train.learning_rate=1e-3"]).train
+    {'learning_rate': 0.001}
+    """
+    if isinstance(source, Mapping):
+        data, folder = _copy(source), None
+    else:
+        data, folder = _read_yaml(Path(source)), Path(source).resolve().parent
+    for text in overrides:
+        _override(data, text)
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        raise _first_problem(error) from None
+    _check_adapter(recipe.adapter)
+    _check_where(recipe.where)
+    train = {key: _checked_train_value(key, value) for key, value in recipe.train.items()}
+    rates = None if recipe.rates is None else check_rates(recipe.rates)
+    return recipe.model_copy(update={"train": train, "rates": rates, **_resolve_paths(recipe, folder)})
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if path.is_dir() and (path / "recipe.yaml").is_file():
+        path = path / "recipe.yaml"
+    if not path.is_file():
+        folder = path.parent if path.parent.is_dir() else Path()
+        near = did_you_mean(path.name, [p.name for p in folder.glob("*.y*ml")])
+        raise ConfigError("recipe", str(path), f"no such file.{near}")
+    try:
+        data = parse_yaml(path.read_text(encoding="utf-8"), f"recipe {path.name}")
+    except UnicodeDecodeError:
+        raise ConfigError("recipe", str(path), "must be a text file in UTF-8") from None
+    if not isinstance(data, dict):
+        raise ConfigError("recipe", str(path), "must hold keys and values: model, task, adapter, …")
+    return data
+
+
+def _override(data: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError("override", text, "must read key=value, for example where.ratio=0.5")
+    *parents, last = key.split(".")
+    for name in parents:
+        below = data.get(name)
+        if isinstance(below, str) and name in Recipe.model_fields:  # `rank: adalora`, then rank.target_r=4
+            below = {_main_key(name): below}
+        if below is None:
+            below = {}
+        if not isinstance(below, dict):
+            raise ConfigError(key, value, f"{name!r} holds {below!r}, so nothing can stand below it")
+        data[name] = below
+        data = below
+    data[last] = parse_yaml(value, key)
+
+
+def _main_key(section: str) -> str:
+    return _section_class(section).main_key
+
+
+def _section_class(section: str) -> type[_Section]:
+    annotation = Recipe.model_fields[section].annotation
+    for choice in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(choice, type) and issubclass(choice, _Section):
+            return choice
+    return _Section
+
+
+def _first_problem(error: ValidationError) -> ConfigError:
+    """pydantic's first complaint as one line with the dotted key, the value, and what would work."""
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    first = problems[0]
+    key, value, kind = _key(first["loc"]), first["input"], first["type"]
+    section, _, name = key.rpartition(".")
+    if kind == "extra_forbidden":
+        known = list((_section_class(section) if section else Recipe).model_fields)
+        return unknown_key(key, value, [*known, *_placed_below(name)] if not section else known)
+    if kind == "missing":
+        return ConfigError(key, None, f"missing; {section or 'every recipe'} needs it")
+    if kind == "model_type":
+        return ConfigError(key, value, "must hold keys and values")
+    if kind == "literal_error" and len(problems) == 1:
+        choices = re.findall(r"'([^']*)'", first["ctx"]["expected"])
+        near = did_you_mean(str(value), choices)
+        return ConfigError(key, value, f"must be one of {', '.join(choices)}.{near}")
+    if key == "where.ratio":
+        return ConfigError(key, value, "must be above 0 and at most 1 (0.5 adapts half of the layers)")
+    wanted = dict.fromkeys(_wanted(p["msg"]) for p in problems if _key(p["loc"]) == key)
+    return ConfigError(key, value, f"must be {' or '.join(wanted)}")
+
+
+def _wanted(message: str) -> str:
+    message = message.removeprefix("Input should be ").removeprefix("Value error, ")
+    message = message.partition(", unable to parse")[0].replace("greater than or equal to", "at least")
+    message = message.replace("a valid dictionary", "keys and values").replace("a valid ", "a ")
+    return message.replace("a integer", "an integer")
+
+
+def _key(place: tuple[int | str, ...]) -> str:
+    """The dotted key of a pydantic location, without the type names that it appends for a union."""
+    if len(place) < 2 or place[0] not in Recipe.model_fields:
+        return str(place[0])
+    return f"{place[0]}.{place[1]}"
+
+
+def _placed_below(name: str) -> list[str]:
+    """``where.ratio`` for ``ratio``: keys that a user may have meant when the section was forgotten."""
+    placed = [f"{s}.{name}" for s in Recipe.model_fields if name in _section_class(s).model_fields]
+    if name in dataclass_fields("transformers.training_args", "TrainingArguments"):
+        placed.append(f"train.{name}")
+    return placed
+
+
+def unknown_key(key: str, value: Any, known: Iterable[str]) -> ConfigError:
+    """The error for a key nobody knows: names the nearest one, or lists them when few."""
+    known = sorted(known)
+    name = key.rpartition(".")[2]
+    placed = [k for k in known if k.rpartition(".")[2] == name]
+    near = f" Did you mean {' or '.join(map(repr, placed))}?" if placed else did_you_mean(name, known)
+    listed = "" if near or len(known) > 20 else f" Known here: {', '.join(known)}."
+    return ConfigError(key, value, f"no such key.{near}{listed}")
+
+
+def _check_adapter(adapter: Adapter) -> None:
+    if adapter.type not in ADAPTERS:
+        near = did_you_mean(adapter.type, ADAPTERS)
+        raise ConfigError("adapter.type", adapter.type, f"must be one of {', '.join(ADAPTERS)}.{near}")
+    module, name, words = ADAPTERS[adapter.type]
+    fields = dataclass_fields(module, name)
+    theirs_to_ours = {theirs: ours for ours, theirs in words.items() if ours != theirs}
+    for key, value in adapter.options.items():
+        if key in theirs_to_ours:
+            raise ConfigError(f"adapter.{key}", value, f"in a recipe this is adapter.{theirs_to_ours[key]}")
+        _refuse_if_elsewhere("adapter", key, value)
+        if key not in fields:
+            raise unknown_key(f"adapter.{key}", value, ["type", *words, *fields])
+    for ours in Adapter.model_fields:
+        if ours in adapter.model_fields_set and ours not in ("type", *words):
+            cure = f"{adapter.type} has no such setting{_INSTEAD.get((adapter.type, ours), '')}"
+            raise ConfigError(f"adapter.{ours}", getattr(adapter, ours), cure)
+
+
+def _check_where(where: Where | None) -> None:
+    if where is None:
+        return
+    check_method(where.method)
+    if where.method in METHODS:
+        for key, value in where.options.items():
+            raise unknown_key(f"where.{key}", value, Where.model_fields)
+    sizes = {key: getattr(where, key) for key in ("ratio", "count") if getattr(where, key) is not None}
+    if where.method == "mask":
+        if where.mask is None:
+            raise ConfigError("where.mask", None, "where.method=mask needs one 0/1 character per layer")
+        for key, value in sizes.items():
+            raise ConfigError(f"where.{key}", value, "a mask already says which layers; drop one of them")
+    elif where.mask is not None:
+        raise ConfigError("where.mask", where.mask, f"{where.method} makes its own; use where.method=mask")
+    elif len(sizes) > 1:
+        raise ConfigError("where.count", where.count, f"where.ratio={where.ratio} is set too; keep one of them")
+
+
+def _checked_train_value(key: str, value: Any) -> Any:
+    fields = dataclass_fields("transformers.training_args", "TrainingArguments")
+    _refuse_if_elsewhere("train", key, value)
+    if key not in fields:
+        raise unknown_key(f"train.{key}", value, fields)
+    kind = fields[key]
+    if isinstance(value, str) and re.search(r"\b(float|int)\b", kind) and "str" not in kind:
+        try:
+            return float(value) if "float" in kind else int(value)
+        except ValueError:
+            raise ConfigError(f"train.{key}", value, "must be a number") from None
+    if isinstance(value, str) and kind in ("bool", "bool | None"):
+        raise ConfigError(f"train.{key}", value, "must be true or false")
+    return value
+
+
+def _refuse_if_elsewhere(section: str, key: str, value: Any) -> None:
+    place = _ELSEWHERE[section].get(key)
+    if place:
+        raise ConfigError(f"{section}.{key}", value, f"Trimtab sets this; the recipe's own key is {place}")
+
+
+def _resolve_paths(recipe: Recipe, folder: Path | None) -> dict[str, Any]:
+    """Relative paths in `data` and `model.config`, taken from the current directory, then from the
+    recipe's own folder; absolute afterwards, so that the run folder's recipe works from anywhere."""
+    found: dict[str, Any] = {}
+    for split in FILES:
+        paths = getattr(recipe.data, split)
+        if not paths:
+            continue
+        places = [find_rows(f"data.{split}", path, folder) for path in ([paths] if isinstance(paths, str) else paths)]
+        found[split] = places[0] if isinstance(paths, str) else places
+    if recipe.data.hub is not None:
+        place = next((p for base in (Path(), folder or Path()) if (p := base / recipe.data.hub).is_dir()), None)
+        if place is not None:
+            found["hub"] = str(place.resolve())
+    model = recipe.model
+    changed: dict[str, Any] = {}
+    if isinstance(model.config, str):
+        changed["config"] = find_file("model.config", model.config, folder)
+    if model.name_or_path is not None:
+        changed["name_or_path"] = _model_place(model.name_or_path, folder)
+    if not (model.name_or_path or model.config):
+        raise ConfigError("model.name_or_path", None, "needed: a hub id, a local folder or a GGUF file")
+    return {"data": recipe.data.model_copy(update=found), "model": model.model_copy(update=changed)}
+
+
+def _model_place(text: str, folder: Path | None) -> str:
+    if text.startswith(PACKAGE_PREFIX):
+        return text
+    looks_local = text.startswith((".", "/", "~")) or text.endswith(".gguf")
+    for place in (Path(), *([folder] if folder else [])):
+        path = place / Path(text).expanduser()
+        if path.exists():
+            return str(path.resolve())
+    if looks_local:
+        raise ConfigError("model.name_or_path", text, "no such file or folder")
+    return text
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _copy(v) for k, v in value.items()}
+    return [_copy(v) for v in value] if isinstance(value, (list, tuple)) else value

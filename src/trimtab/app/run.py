@@ -1,0 +1,652 @@
+"""A run, from recipe to report: each stage takes what the last one returned and writes one file.
+
+    recipe.yaml -> where.json -> plan.json, history.jsonl, checkpoints/ -> adapter/ -> metrics.json -> report.html
+
+Training is the stock `transformers.Trainer` over a stock `peft.get_peft_model`; what Trimtab adds goes in as
+a config and a callback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from ..errors import ConfigError, DataError
+from ..plans import Plan, SitePlan, Where
+from . import model_facts, models, runfolder
+from . import recipe as recipes
+from .adapting import adapter_config, choose_own, choose_without_data, reads_rows
+from .planning import horizon_of, load_rows, model_spec, plan_of_run, plan_recipe, with_layer_ratio
+from .recipe import Recipe
+from .report.words import byte_size, count, number
+from .runfolder import RunFolder
+from .screen import Screen, Stage
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+    from peft import PeftModel
+    from torch import nn
+    from transformers import Trainer, TrainingArguments
+
+    from .tasks import Task
+
+# Where the recipe's `train` is silent. The Trainer's own logging and saving every 500 steps would leave a
+# short run without a curve and without a checkpoint.
+TRAIN_DEFAULTS: dict[str, Any] = {
+    "logging_steps": 0.02,  # a share of the run: 50 points on the loss curve
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "report_to": "none",
+    "logging_nan_inf_filter": False,  # the Trainer's would show the last finite loss for one that is NaN
+}
+
+
+def run(recipe: Recipe, folder: Path, screen: Screen, *, overwrite: bool = False, resume: bool = False) -> RunFolder:
+    """The whole flow. Returns the folder; its `metrics.json` and `report.html` say how it went."""
+    with runfolder.session(recipe, folder, overwrite=overwrite, resume=resume) as session:
+        job = load(recipe, screen)
+        out = session.begin()
+        where = select(job, out, screen, anew=overwrite)
+        trained = train(job, where, out, screen, resume=resume)
+        export_run(job, trained.model, out, screen)
+        evaluate(job, trained, out, screen)
+        warn(out, screen)
+        write_report(out, screen)
+    return out
+
+
+# -- load ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every stage needs: the recipe's task with its rows, and the base model."""
+
+    recipe: Recipe
+    task: Task
+    rows: DatasetDict
+    tokenizer: Any
+    model: nn.Module
+    modules_to_save: tuple[str, ...]
+    ready: DatasetDict
+    """Tokenised rows."""
+
+
+def load(recipe: Recipe, screen: Screen) -> Job:
+    """Task, rows, tokenizer and base model.
+
+    A dry run comes first: targets that match nothing, a schedule that does not fit and the like are refused
+    before any weights are read.
+    """
+    from transformers import set_seed
+
+    from .tasks import get_task
+
+    with screen.stage("load") as stage:
+        task = get_task(recipe.require_task().model_dump())
+        spec = model_spec(recipe)
+        bar = stage.bar(None, "data")
+        training_arguments(recipe, task, Path())
+        rows = load_rows(recipe, task)
+        if "train" in rows:
+            plan_recipe(recipe, horizon_of(recipe, len(rows["train"])), task)
+        bar.say("model")
+        tokenizer = models.load_tokenizer(spec, task)
+        set_seed(recipe.seed)  # a new head is drawn here
+        loaded = models.load_model(spec, task, tokenizer)
+        bar.say("tokens")
+        ready = task.prepare(rows, tokenizer, loaded.model)
+        counted = ", ".join(f"{count(len(split))} {name}" for name, split in ready.items())
+        if "train" in rows:
+            horizon = horizon_of(recipe, len(rows["train"]))
+            recipe = with_layer_ratio(recipe, loaded.model, horizon, task.task_type, loaded.modules_to_save)
+        stage.result = f"{recipe.model.name_or_path} · {counted} rows"
+    for note in (*task.notes, *loaded.notes):
+        screen.note(note)
+    return Job(recipe, task, rows, tokenizer, loaded.model, loaded.modules_to_save, ready)
+
+
+# -- select --------------------------------------------------------------------------------------------
+
+
+def select(job: Job, folder: RunFolder, screen: Screen, *, anew: bool = False) -> Where | None:
+    """Which layers are adapted -> where.json. A selection already in the folder is taken as it is, unless ``anew``:
+    then it is an earlier run's, which the main process may not have moved away yet."""
+    settings = job.recipe.where
+    if settings is None:
+        return None
+    with screen.stage("select") as stage:
+        saved = None if anew else folder.saved_where()
+        where = saved or _choose(job, settings, stage)
+        if not saved:
+            folder.write(folder.where, where.to_json())
+        stage.result = " · ".join(_where_text(where)) + (" (from where.json)" if saved else "")
+    for warning in (where.scores or {}).get("warnings", ()):
+        screen.note(warning)
+    return where
+
+
+def _choose(job: Job, settings: recipes.Where, stage: Stage) -> Where:
+    import trimtab
+
+    if not reads_rows(settings):
+        return choose_without_data(job.model, settings, job.recipe.seed)
+    rows = job.task.selection_rows(job.ready)
+    if settings.seed is not None:
+        rows = rows.shuffle(seed=settings.seed)
+    if settings.samples != "all":
+        rows = rows.select(range(min(settings.samples, len(rows))))
+    batches = _batches(rows, job, settings.batch_size)
+    if settings.method != "cka":
+        return choose_own(job.model, settings, job.recipe.seed, _on_device(stage.track(batches), job.model))
+    pool = job.task.pool(job.model.config) if settings.pool == "auto" else settings.pool
+    scores = trimtab.layer_similarity(job.model, stage.track(batches), pool=pool, estimator=settings.estimator)
+    return trimtab.select_layers(
+        scores, ratio=settings.ratio, count=settings.count, exclude=settings.exclude, degenerate=settings.degenerate
+    )
+
+
+def _on_device(batches: Iterable[Any], model: nn.Module) -> Iterator[Any]:
+    device = next(model.parameters()).device
+    for batch in batches:
+        yield {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}
+
+
+def _batches(rows: Dataset, job: Job, batch_size: int) -> Any:
+    """Padded batches on the model's device. Rows of like length go together; the order does not matter."""
+    from torch.utils.data import DataLoader
+
+    lengths = [len(ids) for ids in rows["input_ids"]] if "input_ids" in rows.column_names else None
+    order = sorted(range(len(rows)), key=lengths.__getitem__) if lengths else list(range(len(rows)))
+    groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    return DataLoader(rows, batch_sampler=groups, collate_fn=job.task.collator(job.tokenizer))  # type: ignore[arg-type]
+
+
+def _where_text(where: Where) -> list[str]:
+    return [f"{where.method}: {mask.count('1')} of {len(mask)} layers {mask}" for mask in where.stacks.values()]
+
+
+# -- train ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model at the end of its training."""
+
+    model: PeftModel
+    plan: Plan
+    seconds: float
+    peak_memory_bytes: int
+
+
+def train(job: Job, where: Where | None, folder: RunFolder, screen: Screen, *, resume: bool = False) -> Trained:
+    """Trains -> history.jsonl, timing.jsonl, checkpoints/, and plan.json with what was decided."""
+    import peft
+    from transformers import set_seed
+
+    import trimtab
+
+    recipe = job.recipe
+    if "learning_rate" not in recipe.train:
+        screen.note("train.learning_rate is not set: the Trainer's 5e-5 suits whole models; adapters take 1e-4 to 1e-3")
+    rows = len(_split(job, "train"))
+    config = adapter_config(
+        recipe, job.model, where=where, task_type=job.task.task_type, modules_to_save=job.modules_to_save
+    )
+    planned = replace(plan_of_run(recipe, job.model, config, horizon_of(recipe, rows), rows), where=where)
+    folder.write(folder.plan, planned.to_json())
+    if recipe.budget is not None:  # what was chosen, and why
+        for note in planned.notes:
+            screen.note(note)
+    set_seed(recipe.seed)
+    callback = trimtab.TrimCallback(history=folder.history)
+    with screen.stage("train") as stage:
+        model = peft.get_peft_model(job.model, config)
+        checkpoint = runfolder.checkpoint_to_resume(folder) if resume else None
+        callbacks = [callback, _bar(stage), _save_at_end(), _let_go_of_previous(folder)]
+        trainer = make_trainer(job, model, folder, callbacks, recipe.rates)
+        _reset_peak_memory()
+        began = time.monotonic()
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint, ignore_keys_for_eval=model_facts.unread_outputs(model))
+        except KeyboardInterrupt:
+            if trimtab.last_checkpoint(folder.checkpoints):
+                screen.note(f"the last checkpoint is kept: `trimtab run {folder.path} --resume` goes on from it")
+            raise
+        seconds = _seconds(folder, time.monotonic() - began)
+        params = measured_params(folder, trainer.state.global_step) if runfolder.is_main() else {}
+        if callback.controller is not None:
+            params["held"] = callback.controller.figures()["held"]
+        final = final_plan(planned, model, params)
+        folder.write(folder.plan, final.to_json())
+        loss = next((row["loss"] for row in reversed(trainer.state.log_history) if "loss" in row), None)
+        stage.result = (
+            f"{count(trainer.state.global_step)} steps · loss {number(loss)} · "
+            f"{count(params.get('final'))} trainable parameters"
+        )
+    return Trained(model, final, seconds, _peak_memory())
+
+
+def make_trainer(
+    job: Job, model: nn.Module, folder: RunFolder, callbacks: list[Any], rates: Mapping[str, float] | None = None
+) -> Trainer:
+    """The stock Trainer for this job."""
+    from transformers import PrinterCallback, Trainer
+
+    splits = job.task.eval_splits(job.ready)
+    # While training, one split is watched, and where there is another never the one for testing.
+    watched = next((name for name in splits if not name.startswith("test")), splits[0] if splits else None)
+    args = training_arguments(job.recipe, job.task, folder.checkpoints, has_eval=bool(splits))
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=job.ready.get("train"),
+        eval_dataset=job.ready[watched] if watched else None,
+        data_collator=job.task.collator(job.tokenizer),
+        compute_metrics=job.task.compute_metrics,
+        preprocess_logits_for_metrics=job.task.preprocess_logits_for_metrics,
+        callbacks=callbacks,
+        optimizer_cls_and_kwargs=_optimizer(model, args, rates) if rates else None,
+    )
+    if rates and trainer.is_fsdp_enabled:  # it makes the optimizer's parameters anew
+        raise ConfigError("rates", dict(rates), "does not go together with FSDP; drop one of them")
+    trainer.remove_callback(PrinterCallback)
+    if job.task.task_type == "SEQ_CLS":
+        # BERT, RoBERTa and DeBERTa heads take **kwargs but not num_items_in_batch from them: their loss is a mean.
+        # Trainer would believe it normalised, and leave it (and the gradient) too large by the number of
+        # accumulated batches times the number of processes.
+        trainer.model_accepts_loss_kwargs = False
+    return trainer
+
+
+def _optimizer(model: nn.Module, args: TrainingArguments, rates: Mapping[str, float]) -> tuple[type, dict[str, Any]]:
+    """What the Trainer would take by itself, with groups by role in place of its own."""
+    import torch
+    from transformers import Trainer
+
+    import trimtab
+
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(args, cast(Any, model))
+    if not issubclass(kind, torch.optim.Optimizer) or {"params", "model", "optimizer_dict"} & set(options):
+        cure = f"train.optim={getattr(args.optim, 'value', args.optim)} makes its own groups; use adamw_torch"
+        raise ConfigError("rates", dict(rates), cure)
+    groups = trimtab.parameter_groups(model, args.learning_rate, rates, weight_decay=args.weight_decay)
+    return kind, {**options, "params": groups}
+
+
+def training_arguments(recipe: Recipe, task: Task, output_dir: Path, *, has_eval: bool = True) -> TrainingArguments:
+    """`TrainingArguments` from the recipe's ``train``, over `TRAIN_DEFAULTS`."""
+    import torch
+    from transformers import TrainingArguments
+
+    values = {**TRAIN_DEFAULTS, **recipe.train}
+    if not has_eval and "eval_strategy" not in recipe.train:
+        values["eval_strategy"] = "no"
+    if values.get("load_best_model_at_end") and "metric_for_best_model" not in values:
+        values |= {"metric_for_best_model": task.metric, "greater_is_better": task.greater_is_better}
+    values.setdefault("dataloader_pin_memory", torch.cuda.is_available())
+    try:
+        return TrainingArguments(output_dir=str(output_dir), seed=recipe.seed, disable_tqdm=True, **values)
+    except (TypeError, ValueError) as error:
+        raise ConfigError("train", recipe.train, " ".join(str(error).split())) from None
+
+
+def _split(job: Job, name: str) -> Dataset:
+    if name not in job.ready:
+        raise DataError(f"task {job.task.name!r}: the data has no {name!r} split; it has {', '.join(job.ready)}")
+    return job.ready[name]
+
+
+def _save_at_end() -> Any:
+    """A run always ends with a checkpoint: export and evaluation can start from the folder."""
+    from transformers import TrainerCallback
+    from transformers.trainer_utils import SaveStrategy
+
+    class SaveAtEnd(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            is_last = state.global_step >= state.max_steps or control.should_training_stop
+            if is_last and args.save_strategy != SaveStrategy.EPOCH:  # that one saves after the last step anyway
+                control.should_save = True
+
+    return SaveAtEnd()
+
+
+def _let_go_of_previous(folder: RunFolder) -> Any:
+    """From the first checkpoint on there is something to go on from: the run that was replaced may go."""
+    from transformers import TrainerCallback
+
+    class LetGo(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            folder.let_go()
+
+    return LetGo()
+
+
+def _bar(stage: Stage) -> Any:
+    """The Trainer's progress on our screen."""
+    from transformers import TrainerCallback
+
+    class OnScreen(TrainerCallback):
+        evaluation: Any = None
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.bar = stage.bar(state.max_steps)
+            self.bar.move(state.global_step)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.bar.move(state.global_step)
+
+        def on_log(
+            self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **kwargs: Any
+        ) -> None:
+            if logs and "loss" in logs:
+                self.bar.move(state.global_step, beside=f"loss {float(logs['loss']):.4f}")
+
+        def on_prediction_step(
+            self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+        ) -> None:
+            if self.evaluation is None:
+                self.evaluation = stage.bar(len(eval_dataloader), "evaluating")
+            self.evaluation.advance()
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self.evaluation is not None:
+                self.evaluation.close()
+                self.evaluation = None
+
+    return OnScreen()
+
+
+def final_plan(planned: Plan, model: PeftModel, params: Mapping[str, float]) -> Plan:
+    """The plan with what training made of it: ranks that stayed, and measured parameters."""
+    ranks = adapter_ranks(model)
+    sites = tuple(
+        SitePlan(p.site, p.r, p.trainable_params, ranks.get(p.site.name, p.final_r or 0)) for p in planned.sites
+    )
+    settings = {**planned.settings, "predicted_params": planned.params}
+    return replace(planned, sites=sites, params={**planned.params, **params}, settings=settings)
+
+
+def adapter_ranks(model: PeftModel) -> dict[str, int]:
+    """Site name -> rank of its adapter now; sites without one are left out."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    ranks = {}
+    for name, module in model.get_base_model().named_modules():
+        r = getattr(module, "r", None)
+        if isinstance(module, BaseTunerLayer) and isinstance(r, dict):
+            ranks[name] = int(next((r[a] for a in model.active_adapters if a in r), 0))
+    return ranks
+
+
+def measured_params(folder: RunFolder, total_steps: int) -> dict[str, float]:
+    """Trainable adapter parameters at the start, at the end, and averaged over steps, from the history."""
+    from .report.runfolder import read
+
+    rows = [(event["step"], event["trainable"]) for event in read(folder.path).of("params")]
+    if not rows:
+        return {}
+    ends = [*(step for step, _ in rows[1:]), max(total_steps, 1)]
+    area = sum(count * max(0, end - step) for (step, count), end in zip(rows, ends))
+    return {"initial": rows[0][1], "final": rows[-1][1], "average": round(area / max(total_steps, 1), 1)}
+
+
+# -- export, evaluate, report --------------------------------------------------------------------------
+
+
+def trained_adapter(folder: RunFolder) -> Path:
+    """Where the run's adapter lies: adapter/, or the newest complete checkpoint of an unfinished run.
+
+    Raises:
+        DataError: the run has not been trained.
+    """
+    if folder.adapter.is_dir():
+        return folder.adapter
+    if folder.checkpoints.is_dir():
+        import trimtab
+
+        if found := trimtab.last_checkpoint(folder.checkpoints):
+            return Path(found)
+    return folder.need(folder.adapter, "train")
+
+
+def load_trained(job: Job, folder: RunFolder, screen: Screen) -> Trained:
+    """The run's adapter on its base model, by stock PEFT, with what the folder says about its training."""
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    place = trained_adapter(folder)
+    if place != folder.adapter:
+        screen.note(f"no adapter/ yet: taking {place}")
+    try:
+        model = PeftModel.from_pretrained(job.model, str(place))
+    except (SafetensorError, ValueError, RuntimeError, OSError) as error:
+        text = " ".join(str(error).split())[:200]
+        cure = "" if place != folder.adapter else "; delete it, and the newest checkpoint is taken"
+        raise DataError(f"{place}: damaged, or not of this model ({text}){cure}") from error
+    known = folder.read(folder.metrics) if folder.is_finished else {}
+    plan = Plan.from_json(folder.read(folder.need(folder.plan, "train")))
+    return Trained(model, plan, known.get("seconds") or _seconds(folder), known.get("peak_memory_bytes", 0))
+
+
+def export_run(job: Job, model: nn.Module, folder: RunFolder, screen: Screen) -> None:
+    """adapter/ as stock PEFT reads it, and merged/ if the recipe asks for a merged model.
+
+    An adapter that no weight can hold is saved as it is, and a remark says why.
+    """
+    from ..exporting.formats import why_no_lora_form
+    from ..host.layers import peft_model_of
+
+    form = job.recipe.export.format
+    if reason := why_no_lora_form(peft_model_of(model)):
+        keep(job, model, folder.adapter, screen)
+        screen.note(reason.partition(". ")[0])
+        return
+    export(job, model, folder.adapter, "peft" if form == "merged" else form, screen)
+    if form == "merged":
+        export(job, model, folder.merged, form, screen)
+
+
+def keep(job: Job, model: nn.Module, target: Path, screen: Screen) -> Path:
+    """The adapter in its own form, with the tokenizer beside it."""
+    save = cast(Any, model).save_pretrained
+    return _write(job, target, job.recipe.adapter.type, screen, lambda half: save(str(half)))
+
+
+def export(job: Job, model: nn.Module, target: Path, form: str, screen: Screen) -> Path:
+    """The adapter in one form (peft, padded or merged), with the tokenizer beside it."""
+    import trimtab
+
+    return _write(job, target, form, screen, lambda half: trimtab.export(model, half, format=form))
+
+
+def _write(job: Job, target: Path, what: str, screen: Screen, save: Callable[[Path], object]) -> Path:
+    if not runfolder.is_main():
+        return target
+    with screen.stage("export") as stage, runfolder.whole(target) as half:
+        save(half)
+        job.tokenizer.save_pretrained(half)
+        written = sum(file.stat().st_size for file in half.rglob("*") if file.is_file())
+        stage.result = f"{what} · {target} ({byte_size(written)})"
+    return target
+
+
+def evaluate(job: Job, trained: Trained, folder: RunFolder, screen: Screen) -> dict[str, Any]:
+    """Scores on the task's labelled splits -> metrics.json."""
+    metrics = score(job, trained.model, folder, screen, folder.answers, folder.predictions)
+    sections = {name: getattr(job.recipe, name) for name in ("where", "rank", "freeze", "adapter")}
+    result = {
+        "metrics": metrics,
+        "metric": job.task.metric,
+        "greater_is_better": getattr(job.task, "greater_is_better", True),
+        "params": dict(trained.plan.params),
+        "seconds": round(trained.seconds, 3),
+        "peak_memory_bytes": trained.peak_memory_bytes,
+        "model": job.recipe.model.name_or_path,
+        "task": job.task.name,
+        "train_samples": len(_split(job, "train")),
+        **{name: part.model_dump(mode="json", exclude_none=True) if part else None for name, part in sections.items()},
+        "seed": job.recipe.seed,
+    }
+    folder.write(folder.metrics, result)
+    return result
+
+
+def evaluate_base(job: Job, folder: RunFolder, screen: Screen) -> dict[str, Any]:
+    """Scores of the model as it is, without an adapter -> base.json, to be read beside those after training."""
+    metrics = score(job, job.model, folder, screen, folder.answers / "base")
+    result = {
+        "metrics": metrics,
+        "metric": job.task.metric,
+        "task": job.task.name,
+        "seed": job.recipe.seed,
+        **runfolder.what_was_scored(job.recipe),
+    }
+    folder.write(folder.base, result)
+    return result
+
+
+def score(
+    job: Job, model: nn.Module, folder: RunFolder, screen: Screen, answers: Path, predictions: Path | None = None
+) -> dict[str, float]:
+    """Every score of the task's labelled splits; the headline split's by their bare names.
+
+    Generated answers are kept in ``answers``, so that an evaluation that was cut off goes on from them. What came
+    out for each row goes into ``predictions``.
+    """
+    splits = job.task.eval_splits(job.ready)
+    if not splits:
+        screen.note(f"task {job.task.name!r}: no labelled split to evaluate on")
+        return {}
+    with screen.stage("eval") as stage:
+        trainer = make_trainer(job, model, folder, callbacks=[_bar(stage)])
+        found: dict[str, float] = {}
+        kept: dict[str, Any] = {}
+        for i, split in enumerate(splits):
+            prefix = "" if i == 0 else f"{split}_"
+            rows = job.ready[split]
+            kept[split] = {"rows": len(rows), "fingerprint": fingerprint(job.rows[split])}
+            trainer.compute_metrics = _keeping_rows(job, trainer, kept[split])
+            got = trainer.evaluate(rows, metric_key_prefix="eval", ignore_keys=model_facts.unread_outputs(model))
+            skip = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
+            scores = {k.removeprefix("eval_"): v for k, v in got.items() if k.startswith("eval_") and k not in skip}
+            scores |= job.task.evaluate(model, job.tokenizer, job.rows, split, folder=answers, make_bar=stage.bar)
+            found |= {prefix + name: float(value) for name, value in scores.items()}
+        stage.result = " · ".join(f"{name} {number(value)}" for name, value in found.items())
+    if predictions is not None:
+        folder.write(predictions, kept)
+    return found
+
+
+def _keeping_rows(job: Job, trainer: Trainer, kept: dict[str, Any]) -> Callable[[Any], dict[str, float]]:
+    """The task's `compute_metrics`, which also puts what each row got into ``kept``."""
+    row_scores = getattr(job.task, "row_scores", None)  # a task of one's own need not have it
+    # Rows that are put together by length come in an order that depends on the seed.
+    in_order = getattr(trainer.args, "train_sampling_strategy", None) != "group_by_length"
+
+    def compute_metrics(eval_pred: Any) -> dict[str, float]:
+        if row_scores is not None and in_order:
+            kept.update(row_scores(eval_pred))
+        return job.task.compute_metrics(eval_pred)
+
+    return compute_metrics
+
+
+def fingerprint(rows: Dataset) -> str:
+    """Of the content of raw rows, wherever they were read from. Of a conversation only what is to be answered
+    counts: how it is asked may differ between runs that are compared."""
+    found = hashlib.sha256()
+    for row in rows:
+        row = {
+            name: [m["content"] for m in value if m["role"] == "assistant"] if name == "messages" else value
+            for name, value in row.items()
+        }
+        found.update(json.dumps(row, sort_keys=True, default=_digest).encode())
+    return found.hexdigest()[:16]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else repr(value)
+
+
+def warn(folder: RunFolder, screen: Screen) -> None:
+    """Remarks on what went wrong without an error. A loss that is not finite is for `unusable` to tell."""
+    from .report.runfolder import read
+    from .report.troubles import not_finite, troubles
+
+    if runfolder.is_main():
+        run = read(folder.path)
+        for trouble in troubles(run):
+            if trouble != not_finite(run):
+                screen.note(trouble)
+
+
+def unusable(folder: RunFolder) -> str | None:
+    """Why nothing that a run made can be used: its loss is not finite. None for any other run."""
+    from .report.runfolder import read
+    from .report.troubles import not_finite
+
+    return not_finite(read(folder.path)) if runfolder.is_main() else None
+
+
+def write_report(folder: RunFolder, screen: Screen) -> Path:
+    """report.html from whatever the folder holds."""
+    from . import report
+
+    if not runfolder.is_main():
+        return folder.report
+    with screen.stage("report") as stage:
+        path = report.write(folder.path)
+        stage.result = str(path)
+    return path
+
+
+# -- time and memory -----------------------------------------------------------------------------------
+
+
+def _seconds(folder: RunFolder, measured: float = 0.0) -> float:
+    """Wall seconds spent on training, those of the parts before a resume included.
+
+    Each part counts from its own start in timing.jsonl; ``measured`` is the last part's, evaluation included.
+    """
+    parts: list[float] = []
+    if folder.timing.is_file():
+        for line in folder.timing.read_text(encoding="utf-8").splitlines():
+            seconds = float(json.loads(line)["seconds"])
+            if parts and seconds >= parts[-1]:
+                parts[-1] = seconds
+            else:
+                parts.append(seconds)
+    return sum(parts[:-1]) + max([measured, *parts[-1:]])
+
+
+def _reset_peak_memory() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):  # Linux: the process's high-water mark, of an earlier run in it
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_memory() -> int:
+    """Bytes: the accelerator's peak since training began, else the largest this process has been."""
+    import sys
+
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

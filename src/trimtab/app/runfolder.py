@@ -1,0 +1,530 @@
+"""The files of a run folder, and when one may be written into.
+
+Each stage writes its own file, whole or not at all, so that a command can start from whatever the folder
+holds. Reading a folder for a report is `report.runfolder`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from ..errors import ConfigError, DataError, TrimtabError
+from ..plans import Where
+from ..train.checkpoint import checkpoints, last_checkpoint, read_facts, what_is_wrong
+from . import recipe as recipes
+from .recipe import Recipe
+
+logger = logging.getLogger("trimtab")
+
+# What a run makes. Only these are removed by --overwrite; a user's own files in the folder stay.
+_OURS = (
+    "recipe.yaml",
+    "where.json",
+    "plan.json",
+    "history.jsonl",
+    "timing.jsonl",
+    "metrics.json",
+    "predictions.json",
+    "base.json",
+    "report.html",
+    "checkpoints",
+    "adapter",
+    "merged",
+    "answers",
+    "harness",
+    "error.log",
+)
+_MADE_BY = {
+    "where.json": "`trimtab select`",
+    "metrics.json": "`trimtab eval`",
+    "predictions.json": "`trimtab eval`",
+    "base.json": "`trimtab eval --base`",
+}
+# By these a folder is known to be a run's, whatever else lies there; a recipe.yaml alone may be a user's own.
+_OF_A_RUN = ("where.json", "plan.json", "history.jsonl", "metrics.json", "base.json", "checkpoints")
+_MARK = "# Written by Trimtab: the recipe of this run, with every default filled in.\n"
+# What a folder may hold and still count as empty.
+_NOBODYS = (".DS_Store", "Thumbs.db", "desktop.ini", ".gitkeep", ".gitignore", "lost+found")
+# The run that --overwrite replaces, while it is moved and until the new one has something to go on from.
+_HALF_ASIDE, _ASIDE = ".previous.half", ".previous"
+_LOCK = ".lock"
+# What may differ between the recipe that began a run and the one that goes on with it.
+_FREE = ("output_dir", "export")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run's files."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def where(self) -> Path:
+        return self.path / "where.json"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def history(self) -> Path:
+        return self.path / "history.jsonl"
+
+    @property
+    def timing(self) -> Path:
+        return self.path / "timing.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def merged(self) -> Path:
+        return self.path / "merged"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.json"
+
+    @property
+    def predictions(self) -> Path:
+        """What came out for each scored row."""
+        return self.path / "predictions.json"
+
+    @property
+    def base(self) -> Path:
+        """Scores of the model without an adapter."""
+        return self.path / "base.json"
+
+    @property
+    def answers(self) -> Path:
+        """What the model generated while it was scored."""
+        return self.path / "answers"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def is_finished(self) -> bool:
+        return self.metrics.is_file()
+
+    @property
+    def has_training(self) -> bool:
+        return self.history.is_file() or any(self.checkpoints.glob("checkpoint-*"))
+
+    # The run that is replaced stands aside, in the same folder, so that moving it is renaming. Names with "half" are
+    # of a move that is under way: whoever finds one moves back what is in it.
+
+    def set_aside(self) -> None:
+        """Moves what a run made out of the way."""
+        if not any(os.path.lexists(self.path / name) for name in _OURS):
+            return
+        half = self.path / _HALF_ASIDE
+        half.mkdir(exist_ok=True)
+        for name in _OURS:
+            if os.path.lexists(self.path / name):
+                os.rename(self.path / name, half / name)
+        os.rename(half, self.path / _ASIDE)
+
+    def put_back(self) -> bool:
+        """Moves it back over what the new run has made, unless that has a checkpoint; whether there was any."""
+        half, aside = self.path / _HALF_ASIDE, self.path / _ASIDE
+        if aside.is_dir():
+            _remove(self.path / name for name in _OURS)
+            os.rename(aside, half)
+        if not half.is_dir():
+            return False
+        for path in half.iterdir():
+            os.rename(path, self.path / path.name)
+        half.rmdir()
+        return True
+
+    def let_go(self) -> None:
+        """Deletes it: the new run has a checkpoint, or has ended."""
+        if is_main():
+            _remove([self.path / _ASIDE])
+
+    def need(self, path: Path, command: str) -> Path:
+        """``path`` if the stage that writes it has run.
+
+        Raises:
+            DataError: it has not; the message names the command to run first.
+        """
+        if not path.exists():
+            raise DataError(f"run folder {str(self.path)!r}: {path.name} is missing. Run `trimtab {command}` first.")
+        return path
+
+    def read(self, path: Path) -> dict[str, Any]:
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            again = next((f" and run {command}" for name, command in _MADE_BY.items() if path.name == name), "")
+            raise DataError(f"{path}: damaged, not JSON ({error}); delete it{again} to have it made again") from None
+
+    def saved_where(self) -> Where | None:
+        return Where.from_json(self.read(self.where)) if self.where.is_file() else None
+
+    def write(self, path: Path, data: dict[str, Any]) -> None:
+        """JSON, complete or not at all; under torchrun by the main process. A score may be NaN, as Python writes it."""
+        if is_main():
+            write_text(path, json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def is_main() -> bool:
+    """Whether this process writes: the only one, or torchrun's first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(f".{path.name}.half")
+    try:
+        half.write_text(text, encoding="utf-8")
+        os.replace(half, path)
+    except BaseException:
+        half.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def whole(target: Path) -> Iterator[Path]:
+    """A folder to write into that becomes ``target`` when all is written. What lies in ``target`` is replaced file by
+    file, so that a user's own files there stay, and what failed half-way replaces nothing."""
+    half = target.with_name(f".{target.name}.half")
+    _remove([half])
+    half.mkdir(parents=True)
+    try:
+        yield half
+        if not os.path.lexists(target):
+            os.rename(half, target)
+            return
+        for path in sorted(half.rglob("*")):
+            if path.is_file():
+                (target / path.relative_to(half)).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, target / path.relative_to(half))
+    finally:
+        _remove([half])
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def default_folder(recipe: Recipe, source: str | Path) -> Path:
+    """``output_dir`` of the recipe, or ``runs/NAME`` for ``NAME.yaml``."""
+    return Path(recipe.output_dir or Path("runs") / Path(source).stem).expanduser()
+
+
+def write_recipe(recipe: Recipe, folder: RunFolder) -> None:
+    write_text(folder.recipe, _MARK + recipe.to_yaml())
+
+
+@dataclass(frozen=True)
+class Session:
+    """A run at work in its folder, which nobody else may write to meanwhile."""
+
+    recipe: Recipe
+    folder: RunFolder
+    overwrite: bool
+    resume: bool
+
+    def begin(self) -> RunFolder:
+        """The folder, ready to be written to. Comes after all that can be checked has been: until here nothing of an
+        earlier run is touched."""
+        folder, recipe = self.folder, self.recipe
+        if not is_main() or self.resume:
+            return folder
+        if self.overwrite:
+            folder.set_aside()
+        if folder.where.is_file() and not _selects_alike(recipe, folder):
+            folder.where.unlink()  # left by `trimtab select` of another recipe
+        if folder.base.is_file() and not what_was_scored(recipe).items() <= folder.read(folder.base).items():
+            folder.base.unlink()  # left by `trimtab eval --base` of another recipe
+        write_recipe(recipe, folder)
+        return folder
+
+
+@contextlib.contextmanager
+def session(recipe: Recipe, path: Path, *, overwrite: bool = False, resume: bool = False) -> Iterator[Session]:
+    """A run in a folder, from the first check to its end.
+
+    With ``overwrite`` the earlier run stays where it is until `Session.begin`, and can be had back until the new one
+    has a checkpoint: a run that ends before that, however it does, leaves the earlier one in its place.
+
+    Raises:
+        ConfigError: the folder cannot be a run's, holds one that would be lost, or is at work; it cannot be written to.
+        DataError: there is nothing to resume.
+    """
+    folder = RunFolder(path)
+    made = Session(recipe, folder, overwrite, resume)
+    if not is_main():
+        yield made
+        return
+    if overwrite and resume:
+        raise ConfigError("--overwrite", True, "--resume goes on with what --overwrite deletes; give one of them")
+    with at_work(path):
+        if resume:
+            same_recipe(recipe, folder)
+            checkpoint_to_resume(folder)
+        elif not overwrite:
+            _refuse_to_lose_a_run(folder)
+        try:
+            yield made
+        except BaseException:
+            folder.put_back()
+            raise
+        folder.let_go()
+
+
+@contextlib.contextmanager
+def at_work(path: Path) -> Iterator[None]:
+    """The only process that writes to a run's folder; of torchrun's, the one that writes.
+
+    Raises:
+        ConfigError: the folder cannot be a run's, another process is at work in it, or it cannot be written to.
+    """
+    if not is_main():
+        yield
+        return
+    folder = RunFolder(path)
+    with telling_of_storage(folder):
+        _refuse_what_is_no_run_folder(path)
+        with alone(path):
+            _put_in_order(folder)
+            yield
+
+
+def _refuse_what_is_no_run_folder(path: Path) -> None:
+    absolute = path.resolve()
+    if absolute in (Path(absolute.anchor), Path.home().resolve()):
+        raise ConfigError("output_dir", str(path), "is not for a run; name a folder of its own, such as runs/NAME")
+    if path.exists() and not path.is_dir():
+        raise ConfigError("output_dir", str(path), "is a file; name a folder")
+    if not path.is_dir():
+        return
+    names = {entry.name for entry in path.iterdir()} - {*_NOBODYS, _LOCK}
+    if names & {*_OF_A_RUN, _ASIDE, _HALF_ASIDE} or _is_marked(path / "recipe.yaml"):
+        return
+    if names:
+        some = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
+        cure = f"holds {some} and no run; name a folder that is empty or not there yet, such as {path / 'run'}"
+        raise ConfigError("output_dir", str(path), cure)
+
+
+def _is_marked(recipe: Path) -> bool:
+    if not recipe.is_file():
+        return False
+    with recipe.open(encoding="utf-8", errors="replace") as file:
+        return file.readline() == _MARK
+
+
+def _refuse_to_lose_a_run(folder: RunFolder) -> None:
+    path = str(folder.path)
+    if folder.is_finished:
+        raise ConfigError("output_dir", path, "holds a finished run; name another folder, or pass --overwrite")
+    if folder.has_training:
+        raise ConfigError(
+            "output_dir", path, "holds an unfinished run; go on with --resume, or start again with --overwrite"
+        )
+
+
+def _put_in_order(folder: RunFolder) -> None:
+    """After a run that was killed while it replaced another: keeps the one that has something to go on from."""
+    if (folder.path / _ASIDE).is_dir() and last_checkpoint(folder.checkpoints):
+        folder.let_go()
+    elif folder.put_back():
+        logger.warning("the run that --overwrite was to replace is back: the new one ended before its first checkpoint")
+
+
+def checkpoint_to_resume(folder: RunFolder) -> str:
+    """The newest complete checkpoint, with a word on newer ones that are damaged.
+
+    Raises:
+        DataError: there is none, and what is wrong with the newest.
+    """
+    all_of_them = checkpoints(folder.checkpoints)
+    found = last_checkpoint(folder.checkpoints)
+    faults = [f"{p.name}: {what_is_wrong(p)}" for p in all_of_them if str(p) != found][:1]
+    if found is None:
+        why = f" ({faults[0]})" if faults else ""
+        raise DataError(
+            f"run folder {str(folder.path)!r}: no complete checkpoint to resume from{why}; start again with --overwrite"
+        )
+    if faults and all_of_them[0] != Path(found):
+        logger.warning(f"{faults[0]}; going on from {Path(found).name}: the steps since then are trained again")
+    rows = len(folder.history.read_bytes().splitlines()) if folder.history.is_file() else 0
+    if (lost := read_facts(found).get("history_rows", 0) - rows) > 0:
+        logger.warning(f"history.jsonl has lost {lost} rows: curves of the report lack them; the training does not")
+    return found
+
+
+@contextlib.contextmanager
+def alone(path: Path, key: str = "output_dir", patience: float = 0.0) -> Iterator[IO[str] | None]:
+    """Nobody else is at work in a folder: a lock that ends with the process, even one that is killed.
+
+    Yields the lock's file, for processes that are to hold it too; None where the system has no such locks.
+
+    Args:
+        patience: seconds to wait for others that are about to end.
+    Raises:
+        ConfigError: another process is at work; the message names it.
+    """
+    made = not path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield None
+        return
+    file = path / _LOCK
+    until = time.monotonic() + patience
+    while True:
+        lock = file.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if file.exists() and os.path.samestat(os.fstat(lock.fileno()), file.stat()):
+                break  # else the other one removed it between our two calls
+            lock.close()
+        except BlockingIOError:
+            lock.seek(0)
+            who = lock.read().strip() or "another process"
+            lock.close()
+            if time.monotonic() > until:
+                raise ConfigError(
+                    key, str(path), f"{who} is at work in this folder; wait for it, or name another folder"
+                ) from None
+            time.sleep(0.1)
+    try:
+        lock.truncate(0)
+        command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        lock.write(f"process {os.getpid()} on {socket.gethostname()} ({command[:200]})\n")
+        lock.flush()
+        yield lock
+    finally:
+        file.unlink(missing_ok=True)
+        lock.close()
+        if made:
+            with contextlib.suppress(OSError):  # a run that never began leaves no folder behind
+                path.rmdir()
+
+
+@contextlib.contextmanager
+def telling_of_storage(folder: RunFolder) -> Iterator[None]:
+    """Turns what the system and the libraries raise for a full disk, a read-only folder and the like into one line."""
+    try:
+        yield
+    except TrimtabError:
+        raise
+    except Exception as error:
+        fault = storage_fault(error, folder.path)
+        if fault is None:
+            raise
+        try:
+            kept = last_checkpoint(folder.checkpoints)
+        except OSError:
+            kept = None
+        cure = f"; {Path(kept).name} is whole: mend that, then go on with --resume" if kept else ""
+        raise ConfigError("output_dir", str(folder.path), f"cannot be written: {fault}{cure}") from error
+
+
+def storage_fault(error: BaseException, folder: Path | None = None) -> str | None:
+    """What a disk or a folder refused, where that is what an error is about; with the path where it is known.
+
+    Serialisers that are not Python's say so in the text of errors of their own.
+
+    Args:
+        folder: the fault is one of this folder; None takes any.
+    """
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError):
+        if error.filename is None:
+            return error.strerror if error.errno in _STORAGE else None
+        path = Path(os.fsdecode(error.filename))
+        if folder is None:
+            return f"{error.strerror}: {path}" if error.errno in _STORAGE else None
+        return f"{error.strerror}: {path}" if folder in (path, *path.parents) else None
+    if any(f"os error {number}" in text for number in _STORAGE):
+        return text.partition(" (os error")[0].rpartition(": ")[2]
+    if "inline_container.cc" in text or "PytorchStreamWriter" in text:
+        return "a file could not be written to its end (is the disk full?)"
+    return None
+
+
+_STORAGE = tuple(
+    number
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ENOTDIR", "ENAMETOOLONG", "ESTALE")
+    if (number := getattr(errno, name, None)) is not None
+)
+
+
+def what_was_scored(recipe: Recipe) -> dict[str, Any]:
+    """The parts of a recipe that scores without an adapter depend on, as base.json holds them."""
+    return {"model": recipe.model.name_or_path, "data": recipe.data.model_dump(mode="json", exclude_none=True)}
+
+
+def refuse_base_of_another(recipe: Recipe, folder: RunFolder) -> None:
+    """Raise `ConfigError` where a run's folder would get the scores of another recipe's base model."""
+    if not folder.recipe.is_file():
+        return
+    saved = recipes.load(folder.recipe)
+    for part in ("model", "task", "data"):
+        if getattr(saved, part) != getattr(recipe, part):
+            raise ConfigError(
+                "output_dir",
+                str(folder.path),
+                f"holds a run with another {part}; name another folder, "
+                f"or score that run's base: trimtab eval {folder.path} --base",
+            )
+
+
+def same_recipe(recipe: Recipe, folder: RunFolder) -> None:
+    """Raise `ConfigError` where the run in a folder began with another recipe."""
+    folder.need(folder.recipe, "train")
+    began, goes_on = (_flat(r) for r in (recipes.load(folder.recipe), recipe))
+    for key in sorted(began.keys() | goes_on.keys()):
+        if began.get(key) != goes_on.get(key) and key.partition(".")[0] not in _FREE:
+            cure = (
+                f"the run in {str(folder.path)!r} began with {began.get(key)!r}; resume with that, or start again "
+                "with --overwrite"
+            )
+            raise ConfigError(key, goes_on.get(key), cure)
+
+
+def _flat(recipe: Recipe) -> dict[str, Any]:
+    from .report.runfolder import flatten
+
+    return dict(flatten(yaml.safe_load(recipe.to_yaml())))
+
+
+def _selects_alike(recipe: Recipe, folder: RunFolder) -> bool:
+    if not folder.recipe.is_file():
+        return False
+    saved = recipes.load(folder.recipe)
+    return all(getattr(saved, part) == getattr(recipe, part) for part in ("model", "task", "data", "where", "seed"))

@@ -1,0 +1,688 @@
+"""What every task with a written answer shares: conversations, prompts, labels on the answer, its loss.
+
+A row is a conversation: a list of messages ``{role, content, input}``, roles ``system``, ``user`` and
+``assistant``. Decoders read it through the tokenizer's chat template (one is put there where it has none, so
+that it is saved with the adapter) and learn what the assistant says; encoder-decoders read the user's words
+and learn the answer.
+
+`instruct.py`, `math.py`, `code.py`, `summarize.py` and `vqa.py` say which columns make a conversation, and
+how a generated answer is scored.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from ...errors import ConfigError, DataError, did_you_mean
+from . import Task
+from .data import Columns, DataSpec
+from .files import Table, from_dataset
+from .generation import Decoding, MakeBar, Question, generate
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset, DatasetDict
+
+Message = dict[str, str]
+"""``role`` and ``content``; a user's may have an ``input``, what the instruction is about."""
+
+SPLITS = ("train", "validation", "test")
+
+ALPACA = (
+    "{%- set system = messages[0].content if messages[0].role == 'system' else '' -%}"
+    "{%- for m in messages -%}"
+    "{%- if m.role == 'user' -%}"
+    "{%- if loop.first or (system and loop.index0 == 1) -%}"
+    "{{ system or ('Below is an instruction that describes a task'"
+    " + (', paired with an input that provides further context' if m.input else '')"
+    " + '. Write a response that appropriately completes the request.') }}{{ '\n\n' }}"
+    "{%- endif -%}"
+    "{{ '### Instruction:\n' + m.content + '\n\n' }}"
+    "{%- if m.input -%}{{ '### Input:\n' + m.input + '\n\n' }}{%- endif -%}"
+    "{%- elif m.role == 'assistant' -%}{{ '### Response:\n' + m.content + eos_token + '\n\n' }}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '### Response:\n' }}{%- endif -%}"
+)
+"""Stanford Alpaca's prompt (Taori et al. 2023), as a chat template; a line break ends ``### Response:``."""
+
+PLAIN = (
+    "{%- for m in messages -%}{{ m.content }}{%- if m.role == 'assistant' -%}{{ eos_token }}{%- endif -%}{%- endfor -%}"
+)
+"""Prompt and answer one after the other, with nothing between them."""
+
+HUB_ROWS = {
+    "tatsu-lab/alpaca": 52002 - 500,  # 500 are held out
+    "meta-math/MetaMathQA": 395000,
+    "openai/gsm8k": 7473,
+    "m-a-p/CodeFeedback-Filtered-Instruction": 156526,
+    "EdinburghNLP/xsum": 204045,
+    "abisee/cnn_dailymail": 287113,
+    "allenai/scitldr": 1992,
+    "knkarthick/dialogsum": 12460,
+    "derek-thomas/ScienceQA": 6218,  # those with an image, of 12726
+}
+"""Training rows of what is fetched where no files are given, for plans without data."""
+
+TEMPLATES = {"alpaca": ALPACA, "plain": PLAIN}
+
+
+@dataclass(kw_only=True)
+class Answering(Task):
+    """Base of the tasks in which a model writes an answer. A subclass provides `conversations`."""
+
+    name: str
+    max_length: int | None = None
+    """Tokens of prompt and answer together; without it, what the model can take."""
+    max_target_length: int | None = None
+    """Tokens of the answer of an encoder-decoder."""
+    template: str = "auto"
+    """``own``: the tokenizer's chat template; ``alpaca``; ``plain``; a ``*.jinja`` file; ``auto``: the
+    tokenizer's own where it has one, else alpaca (plain for prompt and completion rows)."""
+    system: str | None = None
+    """A system message for rows that have none."""
+    generation: dict[str, Any] = field(default_factory=dict)
+    """``max_new_tokens``, ``batch_size``, ``samples``, ``seed``, ``stop``, and fields of transformers'
+    `GenerationConfig`."""
+    generations: str | None = None
+    """Folder that keeps generated answers, so that an interrupted evaluation goes on where it stopped."""
+    notes: list[str] = field(default_factory=list, init=False)
+
+    auto_class = "AutoModelForCausalLM"
+    task_type = "CAUSAL_LM"
+    metric = "answer_loss"
+    greater_is_better = False
+    fallback_template = "alpaca"
+    training_metric = "answer_loss"
+    """What `compute_metrics` can tell while training; lower is better."""
+
+    def __post_init__(self) -> None:
+        for key in ("max_length", "max_target_length"):
+            value = getattr(self, key)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 2):
+                raise ConfigError(f"task.{key}", value, "a whole number of tokens, at least 2")
+        for key in ("system", "generations"):
+            value = getattr(self, key)
+            if value is not None and not (isinstance(value, str) and value):
+                raise ConfigError(f"task.{key}", value, "a text, or leave it out")
+        if not str(self.template).endswith(".jinja"):
+            check_choice("task.template", self.template, ("auto", "own", *TEMPLATES, "*.jinja"))
+        self.decoding = Decoding.read(self.generation, **self.decoding_defaults)
+        self.is_encoder_decoder = False
+        self._special: tuple[Any, tuple[str, ...]] | None = None
+        self.train_rows = self._rows_on_the_hub()
+
+    def _rows_on_the_hub(self) -> int | None:
+        """Training rows of the hub's dataset, for plans without data; what is refused later is unknown here."""
+        try:
+            return HUB_ROWS.get(self.hub_sources["train"][0])
+        except KeyError:
+            return None
+
+    # What a subclass says.
+
+    decoding_defaults: ClassVar[Mapping[str, Any]] = {"max_new_tokens": 256}
+
+    @property
+    def hub_sources(self) -> Mapping[str, tuple[str, str | None, str]]:
+        """Split -> (repository, configuration, split) on the hub."""
+        return {}
+
+    def conversations(self, split: str, table: Columns, source: str) -> Columns:
+        """From a file's columns to ``messages`` (the answer last) and what scoring needs.
+
+        Rows whose ``messages`` is None are left out, with a note.
+        """
+        raise NotImplementedError
+
+    def needs_generation(self, rows: Dataset) -> bool:
+        """Whether `score` has anything to say about these rows."""
+        return False
+
+    def question_text(self, row: Mapping[str, Any], tokenizer: Any, where: str) -> str:
+        """What a decoder is given to continue for a raw row."""
+        return self.render(row["messages"][:-1], tokenizer, True, where)
+
+    def decoding_for(self, rows: Dataset) -> Decoding:
+        """How these rows' answers are decoded: as set, unless the rows ask for more."""
+        return self.decoding
+
+    def score(self, rows: Dataset, answers: list[list[str]]) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Scores by name, and for each row what it was given."""
+        return {}, []
+
+    # The task's interface.
+
+    def adjust_to(self, config: Any) -> None:
+        """An encoder-decoder is another class of model, and reads its prompt apart from its answer."""
+        self.is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+        if self.is_encoder_decoder:
+            self.auto_class, self.task_type = "AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM"
+        else:
+            self.auto_class, self.task_type = type(self).auto_class, type(self).task_type
+
+    def load_data(self, data: Mapping[str, Any] | None = None) -> DatasetDict:
+        from datasets import Dataset, DatasetDict
+
+        spec = DataSpec.read(data, SPLITS)
+        self.notes.clear()
+        if not spec.is_given and not self.hub_sources:
+            raise ConfigError("data.train", None, "give a file with training rows (JSONL, CSV or Parquet)")
+        rows: dict[str, Dataset] = {}
+        for split, source, table in spec.tables() if spec.is_given else self._hub_tables():
+            self.notes += [f"{split}: {note}" for note in table.notes]
+            table = _kept(table, spec, split, self.notes)
+            rows[split] = Dataset.from_dict(
+                self._with_messages(split, self.conversations(split, table, source), source)
+            )
+        return DatasetDict(self._with_held_out(rows))
+
+    def prepare(self, rows: DatasetDict, tokenizer: Any, model: Any = None) -> DatasetDict:
+        from datasets import DatasetDict
+
+        self.meet(tokenizer, model)
+        self._ends = self.ends(tokenizer, model)
+        limit = self.length_limit(tokenizer, model)
+        ready = {}
+        for split, part in rows.items():
+            cut = part.map(
+                self._encoder(split, tokenizer, limit),
+                with_indices=True,
+                remove_columns=part.column_names,
+                keep_in_memory=True,
+                desc=f"Tokenising {split}",
+            )
+            kept = np.flatnonzero(np.asarray(cut["has_answer"][:]))
+            if not len(kept):
+                raise DataError(f"data.{split}: no row's answer begins within task.max_length={limit}")
+            if len(kept) < len(cut):
+                self.notes.append(
+                    f"{split}: {len(cut) - len(kept)} of {len(cut)} rows left out: the prompt alone has "
+                    f"{limit} tokens or more (task.max_length)"
+                )
+                cut = cut.select(kept)
+            if n := sum(cut["was_cut"][:]):
+                self.notes.append(f"{split}: {n} of {len(cut)} rows cut to {limit} tokens (task.max_length)")
+            ready[split] = cut.remove_columns(["has_answer", "was_cut"])
+        return DatasetDict(ready)
+
+    def selection_rows(self, ready: DatasetDict) -> Dataset:
+        """Without the end token, so that the last token is the answer's own, not the same in every row."""
+        train = ready["train"]
+        if self.is_encoder_decoder:
+            return train  # the decoder reads the labels
+        ends = self._ends
+
+        def shorten(row: dict[str, Any]) -> dict[str, Any]:
+            n = len(row["input_ids"])
+            while n > 1 and row["input_ids"][n - 1] in ends:
+                n -= 1
+            return {key: value[:n] if isinstance(value, list) else value for key, value in row.items()}
+
+        return train.remove_columns("labels").map(shorten, keep_in_memory=True)
+
+    def collator(self, tokenizer: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        return Padder(self._text_tokenizer(tokenizer).pad_token_id)
+
+    def eval_splits(self, ready: DatasetDict) -> list[str]:
+        return [split for split in ("test", "validation") if split in ready]
+
+    def preprocess_logits_for_metrics(self, logits: Any, labels: Any) -> Any:
+        logits = logits[0] if isinstance(logits, (tuple, list)) else logits
+        return answer_sums(logits, labels, shifted=not self.is_encoder_decoder)
+
+    def compute_metrics(self, eval_pred: Any) -> dict[str, float]:
+        return answer_scores(_sums(eval_pred))
+
+    def row_scores(self, eval_pred: Any) -> dict[str, Any]:
+        loss, tokens, right = _sums(eval_pred).T.tolist()
+        return {"answer_loss": loss, "tokens": tokens, "right": right}
+
+    def evaluate(
+        self,
+        model: Any,
+        tokenizer: Any,
+        rows: DatasetDict,
+        split: str,
+        *,
+        folder: str | Path | None = None,
+        make_bar: MakeBar | None = None,
+    ) -> dict[str, float]:
+        """Scores of generated answers.
+
+        Args:
+            folder: where answers and what each was given are written (``<split>_answers.jsonl``,
+                ``<split>_scored.jsonl``); `generations` if not given, and nothing without either.
+            make_bar: shows progress; a bar of our own on a terminal if not given.
+        """
+        part = rows[split]
+        if not self.needs_generation(part):
+            return {}
+        place = folder or self.generations
+        file = Path(place).expanduser() / f"{split}_answers.jsonl" if place else None
+        scores, scored = self.score(part, self.answers(model, tokenizer, part, split, file=file, make_bar=make_bar))
+        if file is not None:
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scored)
+            file.with_name(f"{split}_scored.jsonl").write_text(text, encoding="utf-8", newline="\n")
+        return scores
+
+    def answers(
+        self,
+        model: Any,
+        tokenizer: Any,
+        rows: Dataset,
+        split: str,
+        *,
+        file: Path | None = None,
+        make_bar: MakeBar | None = None,
+    ) -> list[list[str]]:
+        """What the model answers to each row, `generation.samples` times."""
+        self.meet(tokenizer, model)
+        room = self._room(tokenizer, model)
+        questions, cut = [], 0
+        for i, row in enumerate(rows):
+            columns = self.question_columns(row, tokenizer, f"{split} row {i + 1}")
+            ids = columns["input_ids"]
+            if room is not None and len(ids) > room:
+                if "pixel_values" in columns:
+                    raise DataError(
+                        f"{split} row {i + 1}: its prompt has {len(ids)} tokens with the image's; at most "
+                        f"{room} leave room for task.generation.max_new_tokens"
+                    )
+                cut += 1  # the end of a prompt says what is asked
+                columns = {key: value[-room:] if _is_per_token(value, ids) else value for key, value in columns.items()}
+            questions.append(Question(f"{split}/{i}", columns))
+        if cut:
+            self.notes.append(f"{split}: {cut} of {len(rows)} prompts cut on the left to {room} tokens")
+        side = "right" if self.is_encoder_decoder else "left"
+        collate = self.collator(tokenizer)
+        return generate(
+            model,
+            tokenizer,
+            questions,
+            self.decoding_for(rows),
+            lambda batch: collate(batch, side=side),  # type: ignore[call-arg]
+            ends=self.ends(tokenizer, model),
+            file=file,
+            make_bar=make_bar,
+        )
+
+    # Rows.
+
+    def _hub_tables(self) -> Iterator[tuple[str, str, Table]]:
+        """The task's own rows from the hub, by split, where the recipe names none."""
+        from datasets import load_dataset
+
+        for split, (repository, configuration, name) in self.hub_sources.items():
+            try:
+                part = load_dataset(repository, configuration, split=name)
+            except (OSError, ValueError) as error:
+                raise DataError(
+                    f"task.name={self.name!r}: {repository} cannot be fetched from the hub "
+                    f"({str(error).splitlines()[0]}); give local files: data.train and data.validation"
+                ) from error
+            yield split, f"{split} from {repository}", from_dataset(part)
+
+    def _with_messages(self, split: str, table: Columns, source: str) -> Columns:
+        """Without the rows that have no answer, and with the system message where one is set."""
+        messages = table["messages"]
+        keep = [i for i, conversation in enumerate(messages) if conversation]
+        if not keep:
+            raise DataError(f"{source}: no row has an answer")
+        if len(keep) < len(messages):
+            self.notes.append(
+                f"{split}: {len(messages) - len(keep)} of {len(messages)} rows have no answer and were left out"
+            )
+        table = {name: [values[i] for i in keep] for name, values in table.items()}
+        table["messages"] = [self._complete(conversation) for conversation in table["messages"]]
+        return table
+
+    def _complete(self, conversation: list[Message]) -> list[Message]:
+        first = (
+            [{"role": "system", "content": self.system}]
+            if self.system and (conversation[0]["role"] != "system")
+            else []
+        )
+        return [
+            {"role": m["role"], "content": m["content"], "input": m.get("input") or ""} for m in (*first, *conversation)
+        ]
+
+    def _with_held_out(self, rows: dict[str, Dataset]) -> dict[str, Dataset]:
+        """A tenth of the training rows, at most 500, for validation where no other split can be scored.
+
+        They depend on the number of rows alone, not on the run's seed.
+        """
+        if "train" not in rows or "validation" in rows or "test" in rows:
+            return rows
+        train = rows["train"]
+        n = len(train)
+        if n < 2:
+            raise DataError("data.train: holds one row, too few to split off a validation split; give data.validation")
+        held = sorted(np.random.default_rng(0).permutation(n)[: min(500, max(1, n // 10))].tolist())
+        self.notes.append(f"no data.validation: {len(held)} of {n} training rows were split off for it")
+        return {**rows, "train": train.select(sorted(set(range(n)) - set(held))), "validation": train.select(held)}
+
+    # Prompts.
+
+    @staticmethod
+    def _text_tokenizer(tokenizer: Any) -> Any:
+        return getattr(tokenizer, "tokenizer", tokenizer)
+
+    def meet(self, tokenizer: Any, model: Any) -> None:
+        """Settles what depends on the model, and puts the template into the tokenizer (or processor)."""
+        config = getattr(model, "config", None)
+        if config is not None:
+            self.adjust_to(config)
+        if not self.is_encoder_decoder:
+            self.set_template(tokenizer)
+
+    def set_template(self, tokenizer: Any) -> None:
+        """Puts the chosen template into the tokenizer (or processor), to be saved with it."""
+        text = self._text_tokenizer(tokenizer)
+        own = getattr(tokenizer, "chat_template", None) or getattr(text, "chat_template", None)
+        if self.template == "own" or (self.template == "auto" and own is not None):
+            if own is None:
+                raise ConfigError(
+                    "task.template",
+                    self.template,
+                    f"the tokenizer has no chat template; use auto, {', '.join(TEMPLATES)}, or a *.jinja file",
+                )
+            tokenizer.chat_template = own
+        elif self.template.endswith(".jinja"):
+            try:
+                tokenizer.chat_template = Path(self.template).expanduser().read_text(encoding="utf-8")
+            except OSError as error:
+                raise ConfigError("task.template", self.template, f"cannot be read: {error.strerror}") from error
+        else:
+            begins = text.bos_token is not None and text("a")["input_ids"][:1] == [text.bos_token_id]
+            tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + self.template_text(tokenizer)
+
+    def template_text(self, tokenizer: Any) -> str:
+        """The template of ours that is chosen."""
+        return TEMPLATES[self.fallback_template if self.template == "auto" else self.template]
+
+    def shown(self, message: Message, template: str) -> dict[str, Any]:
+        """A message as the template takes it; only ours has a place for an input of its own."""
+        content, about = message["content"], message.get("input") or ""
+        if about and template.endswith(ALPACA):
+            return {"role": message["role"], "content": content, "input": about}
+        return {"role": message["role"], "content": f"{content}\n\n{about}" if about else content}
+
+    def render(self, messages: Sequence[Message], tokenizer: Any, asks: bool, where: str = "row") -> str:
+        """The conversation as text; with `asks`, up to where the assistant's words begin."""
+        import jinja2
+
+        shown = [self.shown(m, str(tokenizer.chat_template)) for m in messages]
+        try:
+            return tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=asks)
+        except jinja2.TemplateError as error:
+            raise DataError(f"{where}: the chat template refuses it: {error}") from error
+
+    def segments(self, messages: Sequence[Message], tokenizer: Any, where: str = "row") -> list[tuple[str, bool]]:
+        """The conversation's text in pieces, each with whether the assistant says it.
+
+        Every answer counts where the template writes a conversation's beginning the same way whatever
+        follows; where it does not (some leave out earlier reasoning), the last answer alone does.
+        """
+        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        for chosen in (turns, turns[-1:]):
+            pieces: list[tuple[str, bool]] = []
+            done = ""
+            for i in chosen:
+                prompt = self.render(messages[:i], tokenizer, True, where)
+                whole = self.render(messages[: i + 1], tokenizer, False, where).rstrip()
+                if not whole.startswith(prompt):  # what generation would see after the prompt
+                    whole = prompt + messages[i]["content"]
+                if not prompt.startswith(done):
+                    break
+                pieces += [(prompt[len(done) :], False), (whole[len(prompt) :], True)]
+                done = whole
+            else:
+                break
+        text = self._text_tokenizer(tokenizer)
+        last = pieces[-1][0]
+        if text.eos_token and not last.endswith(self._special_tokens(text)):
+            pieces[-1] = (last + text.eos_token, True)
+        return pieces
+
+    def encode(self, messages: Sequence[Message], tokenizer: Any, where: str = "row") -> tuple[list[int], list[int]]:
+        """Token ids and labels of a conversation, equally long; labels are -100 outside the answers."""
+        text = self._text_tokenizer(tokenizer)
+        ids: list[int] = []
+        labels: list[int] = []
+        done = ""
+        for piece, is_answer in self.segments(messages, tokenizer, where):
+            done += piece
+            together = _ids(text, done)
+            # As one text, if that leaves the prompt's tokens as they will be when an answer is generated.
+            new = together[len(ids) :] if together[: len(ids)] == ids else _ids(text, piece)
+            ids += new
+            labels += new if is_answer else [-100] * len(new)
+        return ids, labels
+
+    def source_text(self, messages: Sequence[Message]) -> str:
+        """What an encoder reads: everything before the last answer."""
+        before = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        return "\n\n".join(text for m in before for text in (m["content"], m.get("input") or "") if text)
+
+    def question_columns(self, row: Mapping[str, Any], tokenizer: Any, where: str) -> dict[str, Any]:
+        """The model's arguments for the question that a raw row asks."""
+        text = self._text_tokenizer(tokenizer)
+        if self.is_encoder_decoder:
+            ids = text(self.source_text(row["messages"]))["input_ids"]
+        else:
+            ids = _ids(text, self.question_text(row, tokenizer, where))
+        return {"input_ids": ids, "attention_mask": [1] * len(ids)}
+
+    def example_columns(self, row: Mapping[str, Any], tokenizer: Any, where: str) -> dict[str, Any]:
+        """The model's arguments, and labels, for a raw row with its answer."""
+        if not self.is_encoder_decoder:
+            ids, labels = self.encode(row["messages"], tokenizer, where)
+            return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+        text = self._text_tokenizer(tokenizer)
+        source = text(self.source_text(row["messages"]))
+        target = text(
+            text_target=row["messages"][-1]["content"],
+            truncation=self.max_target_length is not None,
+            max_length=self.max_target_length,
+        )
+        return {
+            "input_ids": source["input_ids"],
+            "attention_mask": source["attention_mask"],
+            "labels": target["input_ids"],
+        }
+
+    def _encoder(self, split: str, tokenizer: Any, limit: int | None) -> Callable[[dict[str, Any], int], Any]:
+        def encode(row: dict[str, Any], i: int) -> dict[str, Any]:
+            columns = self.example_columns(row, tokenizer, f"{split} row {i + 1}")
+            n = len(columns["input_ids"])
+            was_cut = limit is not None and n > limit
+            if not was_cut or limit is None:
+                pass
+            elif self.is_encoder_decoder:
+                columns["input_ids"] = columns["input_ids"][: limit - 1] + columns["input_ids"][-1:]  # its end token
+                columns["attention_mask"] = columns["attention_mask"][:limit]
+            else:
+                columns = {
+                    key: value[:limit] if isinstance(value, list) and len(value) == n else value
+                    for key, value in columns.items()
+                }
+            return {**columns, "was_cut": was_cut, "has_answer": any(label != -100 for label in columns["labels"])}
+
+        return encode
+
+    # Lengths and ends.
+
+    def length_limit(self, tokenizer: Any, model: Any) -> int | None:
+        """Tokens a row is cut to: the setting, else what tokenizer and model can take, if they say."""
+        most = context_length(tokenizer, model)
+        if self.max_length is not None and most is not None and self.max_length > most:
+            raise ConfigError("task.max_length", self.max_length, f"at most {most}, the positions that this model has")
+        return self.max_length or most
+
+    def _room(self, tokenizer: Any, model: Any) -> int | None:
+        """Tokens that a prompt may have, so that the answer still fits."""
+        most = context_length(tokenizer, model)
+        if most is None or self.is_encoder_decoder:
+            return most
+        room = most - self.decoding.max_new_tokens
+        if room < 1:
+            raise ConfigError(
+                "task.generation.max_new_tokens",
+                self.decoding.max_new_tokens,
+                f"fewer than {most}, the positions that this model has",
+            )
+        return room
+
+    def ends(self, tokenizer: Any, model: Any = None) -> tuple[int, ...]:
+        """Tokens that end an answer: the tokenizer's, the model's, and the one that the template ends a turn with."""
+        text = self._text_tokenizer(tokenizer)
+        found = {text.eos_token_id}
+        own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        found |= set(own) if isinstance(own, (list, tuple)) else {own}
+        if not self.is_encoder_decoder:
+            turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+            last = self.encode(turn, tokenizer, "a question and its answer")[0][-1]
+            if text.convert_ids_to_tokens(last) in self._special_tokens(text):
+                found.add(last)
+        found.discard(None)
+        if not found:
+            raise ConfigError(
+                "model.tokenizer",
+                getattr(text, "name_or_path", ""),
+                "has no end-of-text token, so an answer would have no end; name another tokenizer",
+            )
+        return tuple(sorted(found))
+
+    def _special_tokens(self, text: Any) -> tuple[str, ...]:
+        if self._special is None or self._special[0] is not text:  # slow to list, and asked for in every row
+            added = getattr(text, "added_tokens_decoder", {}).values()
+            names = {*text.all_special_tokens, *(str(token) for token in added if token.special)}
+            self._special = (text, tuple(sorted(names)))
+        return self._special[1]
+
+
+class Padder:
+    """Pads a list of rows to the longest of them; labels with -100, masks with 0.
+
+    ``side="left"`` is for continuing prompts with a decoder.
+    """
+
+    def __init__(self, pad_token_id: int, images: Callable[[list[Any]], dict[str, Any]] | None = None) -> None:
+        self.pad_token_id, self.images = pad_token_id, images
+
+    def __call__(self, rows: list[dict[str, Any]], side: str = "right") -> dict[str, torch.Tensor]:
+        import torch
+
+        out: dict[str, torch.Tensor] = {}
+        for name in rows[0]:
+            values = [row[name] for row in rows]
+            if name == "pixel_values":
+                if self.images is not None:
+                    out |= self.images([value for value in values if value is not None])
+                continue
+            fill = {"input_ids": self.pad_token_id, "labels": -100}.get(name, 0)
+            longest = max(len(value) for value in values)
+            gaps = [[fill] * (longest - len(value)) for value in values]
+            out[name] = torch.tensor(
+                [gap + list(value) if side == "left" else list(value) + gap for value, gap in zip(values, gaps)]
+            )
+        return out
+
+
+def answer_sums(logits: torch.Tensor, labels: torch.Tensor, shifted: bool) -> torch.Tensor:
+    """What is kept of a batch for `answer_scores`: for each row (−Σ log p, tokens, tokens predicted right).
+
+    Args:
+        logits: (rows, tokens, vocabulary).
+        labels: (rows, tokens), -100 where nothing is learned.
+        shifted: position t predicts token t + 1 (decoders), not its own label (encoder-decoders).
+    Returns:
+        (rows, 3), float32.
+    """
+    import torch
+
+    logits = logits[:, -labels.shape[1] :]  # prompt tuning puts tokens of its own in front
+    if shifted:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    counts = labels != -100
+    chosen, right = logits[counts].float(), labels[counts]  # (answer tokens, vocabulary), (answer tokens,)
+    row = counts.nonzero()[:, 0]
+    each = torch.stack(
+        [
+            torch.nn.functional.cross_entropy(chosen, right, reduction="none"),
+            torch.ones_like(row, dtype=torch.float32),
+            (chosen.argmax(-1) == right).float(),
+        ],
+        dim=1,
+    )
+    return torch.zeros(len(labels), 3, device=logits.device).index_add_(0, row, each)
+
+
+def _sums(eval_pred: Any) -> np.ndarray:
+    return np.asarray(eval_pred[0][0] if isinstance(eval_pred[0], (tuple, list)) else eval_pred[0])
+
+
+def answer_scores(sums: np.ndarray) -> dict[str, float]:
+    """Loss and accuracy over all answer tokens of all rows, each token counting the same.
+
+    Args:
+        sums: (rows, 3), from `answer_sums`.
+
+    >>> answer_scores(np.array([[2.0, 4, 3], [1.0, 2, 1]]))["answer_loss"]
+    0.5
+    """
+    loss, tokens, right = np.asarray(sums, np.float64).sum(axis=0)
+    mean = float(loss / tokens) if tokens else math.nan
+    return {
+        "answer_loss": mean,
+        "perplexity": math.inf if mean > 700 else math.exp(mean),
+        "token_accuracy": float(right / tokens) if tokens else math.nan,
+    }
+
+
+def context_length(tokenizer: Any, model: Any) -> int | None:
+    """Tokens that tokenizer and model can take, if they say."""
+    from ..model_facts import positions
+
+    text = getattr(tokenizer, "tokenizer", tokenizer)
+    known = [text.model_max_length, positions(model) if model is not None else None]
+    return min((n for n in known if n and n < 10**9), default=None)  # "unlimited" is 1e30
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    # The template has written every special token already.
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _is_per_token(value: Any, ids: Sequence[int]) -> bool:
+    return isinstance(value, list) and len(value) == len(ids)
+
+
+def _kept(table: Table, spec: DataSpec, split: str, notes: list[str]) -> Table:
+    n = len(next(iter(table.values())))
+    kept = spec.kept(split, n)
+    if kept is None:
+        return table
+    how = "first" if spec.sample_seed == "first" else "drawn"
+    notes.append(f"{split}: {len(kept)} of {n} rows kept, {how} (data.max_samples)")
+    return table.rows(kept)
+
+
+def check_choice(key: str, value: Any, known: Iterable[str]) -> None:
+    """Raises `ConfigError` for a value that is none of those known, naming the nearest."""
+    known = list(known)
+    if value not in known:
+        raise ConfigError(key, value, f"not known.{did_you_mean(str(value), known)} There is {', '.join(known)}")
+
+
+def mean_of(values: Iterable[float]) -> float:
+    """The arithmetic mean; NaN of nothing."""
+    values = list(values)
+    return sum(values) / len(values) if values else math.nan

@@ -1,0 +1,347 @@
+"""Answers from a model: in batches, greedy unless told otherwise, and resumable.
+
+Finished answers go to a JSONL file, one object a line: ``id``, ``sample``, ``key``, ``text``. The key is a
+hash of the prompt, the decoding settings and the model's weights, so that a file left by another model or
+another setting is never taken for this one's. Batches are fixed before the first answer and written whole:
+a run that was interrupted and started again gives what an unbroken run gives, when sampling too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ...errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How answers are decoded: the recipe's ``task.generation``, checked."""
+
+    max_new_tokens: int = 256
+    batch_size: int = 8
+    """Prompts (times samples) that are continued at once."""
+    samples: int = 1
+    """Answers to each prompt; more than one are drawn at random."""
+    seed: int = 0
+    """Of the draws."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer; they are cut off."""
+    others: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of transformers' `GenerationConfig` (``num_beams``, ``temperature``, …)."""
+
+    @classmethod
+    def read(cls, settings: Any, **defaults: Any) -> Decoding:
+        """The user's settings over a task's defaults.
+
+        Raises:
+            ConfigError: for an unknown name, or a number that cannot be.
+        """
+        if not isinstance(settings, Mapping):
+            raise ConfigError("task.generation", settings, "a mapping, such as {max_new_tokens: 128}")
+        own = {"max_new_tokens": 1, "batch_size": 1, "samples": 1, "seed": 0}
+        values = {**defaults, **settings}
+        for key, least in own.items():
+            value = values.get(key, least)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(f"task.generation.{key}", value, f"a whole number, at least {least}")
+        stop = values.pop("stop", ())
+        stop = (stop,) if isinstance(stop, str) else stop
+        if not isinstance(stop, (list, tuple)) or not all(isinstance(text, str) and text for text in stop):
+            raise ConfigError("task.generation.stop", stop, "a text, or a list of texts")
+        others = {key: values.pop(key) for key in list(values) if key not in own}
+        if others:
+            from transformers import GenerationConfig
+
+            known = [*own, "stop", *(key for key in GenerationConfig().to_dict() if not key.startswith("_"))]
+            for key in others:
+                if key not in known:
+                    raise ConfigError(
+                        f"task.generation.{key}",
+                        others[key],
+                        f"no such setting.{did_you_mean(key, known)} There is {', '.join(own)}, stop, "
+                        "and every field of transformers' GenerationConfig",
+                    )
+        return cls(**values, stop=tuple(stop), others=others)
+
+    def config(self, ends: Sequence[int], pad: int) -> Any:
+        """As `GenerationConfig`. What a checkpoint brings along of its own (a temperature, say) does not count,
+        but the tokens that a model needs to begin with do.
+
+        Args:
+            ends: ids of the tokens that end an answer.
+        """
+        from transformers import GenerationConfig
+
+        draws = self.samples > 1
+        neutral = {
+            "do_sample": draws,
+            "num_beams": 1,
+            "temperature": 1.0,
+            "top_p": 1.0,
+            "top_k": 0 if draws or self.others.get("do_sample") else 50,
+            "repetition_penalty": 1.0,
+        }
+        return GenerationConfig(
+            **{**neutral, **self.others},
+            max_new_tokens=self.max_new_tokens,
+            use_cache=True,
+            eos_token_id=list(ends),
+            pad_token_id=pad,
+        )
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt, ready for the model."""
+
+    id: str
+    """Unique among the questions of a run (``test/17``)."""
+    columns: Mapping[str, Any]
+    """``input_ids`` and whatever else the collator turns into the model's arguments."""
+
+
+class Bar(Protocol):
+    """Progress of a known amount of work."""
+
+    def advance(self, steps: int = 1) -> None: ...
+
+    def close(self) -> None: ...
+
+
+MakeBar = Callable[[int, str], Bar]
+"""From the amount of work and its name."""
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    decoding: Decoding,
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    *,
+    ends: Sequence[int],
+    file: Path | None = None,
+    make_bar: MakeBar | None = None,
+) -> list[list[str]]:
+    """Each question's answers, as many as `decoding.samples`, without what comes after an end token or text.
+
+    Args:
+        model: any that has `generate`; put into eval mode meanwhile.
+        tokenizer: turns ids into text.
+        collate: makes the model's arguments from a list of `Question.columns`; pads decoders on the left.
+        ends: ids of the tokens that end an answer.
+        file: where finished answers are kept and looked for.
+    """
+    key = _settings_key(model, decoding, ends)
+    keys = [_hash([key, question.id, _digestible(question.columns)]) for question in questions]
+    found = _finished(file)
+    units = [(i, sample) for i in range(len(questions)) for sample in range(decoding.samples)]
+    units.sort(key=lambda unit: -len(questions[unit[0]].columns["input_ids"]))  # what may not fit in memory comes first
+    batches = [units[i : i + decoding.batch_size] for i in range(0, len(units), decoding.batch_size)]
+    texts: dict[tuple[int, int], str] = {
+        (i, sample): found[questions[i].id, sample, keys[i]]
+        for i, sample in units
+        if (questions[i].id, sample, keys[i]) in found
+    }
+    with _evaluating(model), _bar(make_bar, len(units), "answers") as bar:
+        for batch in batches:
+            if not all(unit in texts for unit in batch):
+                new = _answer(
+                    model,
+                    tokenizer,
+                    [questions[i] for i, _ in batch],
+                    decoding,
+                    collate,
+                    ends,
+                    seed=_hash([decoding.seed, [(questions[i].id, sample) for i, sample in batch]]),
+                )
+                texts.update(zip(batch, new))
+                _keep(
+                    file,
+                    [
+                        {"id": questions[i].id, "sample": sample, "key": keys[i], "text": texts[i, sample]}
+                        for i, sample in batch
+                    ],
+                )
+            bar.advance(len(batch))
+    return [[texts[i, sample] for sample in range(decoding.samples)] for i in range(len(questions))]
+
+
+def _answer(
+    model: Any,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    decoding: Decoding,
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    ends: Sequence[int],
+    seed: str,
+) -> list[str]:
+    import torch
+    from transformers import StoppingCriteriaList
+
+    device = next(model.parameters()).device
+    inputs = {
+        name: value.to(device) if hasattr(value, "to") else value
+        for name, value in collate([dict(q.columns) for q in questions]).items()
+    }
+    skip = 0 if getattr(model.config, "is_encoder_decoder", False) else inputs["input_ids"].shape[1]
+    text_of = getattr(tokenizer, "tokenizer", tokenizer)
+    config = decoding.config(ends, text_of.pad_token_id)
+    extra = {"stopping_criteria": StoppingCriteriaList([StopAt(decoding.stop, text_of, skip)])} if decoding.stop else {}
+    with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int(seed, 16) % 2**63)
+        out = model.generate(**inputs, generation_config=config, **extra)
+    return [_text(row, text_of, set(ends), decoding.stop) for row in out[:, skip:].tolist()]
+
+
+def _text(ids: list[int], tokenizer: Any, ends: set[int], stop: Sequence[str]) -> str:
+    # An encoder-decoder's first token is often also its end token (BART): one is passed over at the start.
+    begin = 1 if ids and ids[0] in ends and len(ids) > 1 and ids[1] not in {*ends, tokenizer.pad_token_id} else 0
+    last = next((i for i in range(begin, len(ids)) if ids[i] in ends), len(ids))
+    text = tokenizer.decode(ids[begin:last], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text[: min((text.index(end) for end in stop if end in text), default=len(text))]
+
+
+class StopAt:
+    """Stops a row when one of the texts has appeared in what it added (transformers' stopping criterion)."""
+
+    tail_tokens = 24
+    """Looked at after each token; longer than any of the texts."""
+
+    def __init__(self, stop: Sequence[str], tokenizer: Any, skip: int) -> None:
+        self.stop, self.tokenizer, self.skip = stop, tokenizer, skip
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        import torch
+
+        tails = input_ids[:, max(self.skip, input_ids.shape[1] - self.tail_tokens) :]  # (rows, tokens)
+        texts = self.tokenizer.batch_decode(tails, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        hits = [any(end in text for end in self.stop) for text in texts]
+        return torch.tensor(hits, dtype=torch.bool, device=input_ids.device)
+
+
+# -- what was finished before --------------------------------------------------------------------------
+
+
+def _finished(file: Path | None) -> dict[tuple[str, int, str], str]:
+    """Answers by (id, sample, key). A line that a crash cut short is taken off the file's end."""
+    if file is None or not file.is_file():
+        return {}
+    data = file.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if whole != data:
+        with file.open("rb+") as out:
+            out.truncate(len(whole))
+    found = {}
+    for line in whole.decode("utf-8", errors="replace").split("\n"):
+        try:
+            row = json.loads(line)
+            found[str(row["id"]), int(row["sample"]), str(row["key"])] = str(row["text"])
+        except (ValueError, KeyError, TypeError):
+            continue  # not ours; answered again
+    return found
+
+
+def _keep(file: Path | None, rows: list[dict[str, Any]]) -> None:
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a", encoding="utf-8", newline="\n") as out:
+            out.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _settings_key(model: nn.Module, decoding: Decoding, ends: Sequence[int]) -> str:
+    settings = asdict(decoding)
+    settings.pop("batch_size")  # does not change an answer
+    return _hash([settings, sorted(ends), fingerprint(model)])
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Tells two models apart: the same architecture after another step of training, or with its adapter off.
+
+    Reads up to 32 values of every parameter, so it takes a moment for any size of model.
+    """
+    import torch
+
+    sha = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        some = flat[:: max(1, len(flat) // 32)][:32].to(torch.device("cpu"), torch.float32)
+        sha.update(f"{name} {tuple(parameter.shape)}".encode() + some.numpy().tobytes())
+    for name, module in model.named_modules():
+        if hasattr(module, "disable_adapters"):  # a PEFT layer
+            state = [
+                getattr(module, key, None)
+                for key in ("disable_adapters", "active_adapters", "merged_adapters", "scaling")
+            ]
+            sha.update(f"{name} {state}".encode())
+    return sha.hexdigest()[:16]
+
+
+def _digestible(value: Any) -> Any:
+    """The value with bytes (images) replaced by their hash, for JSON."""
+    if isinstance(value, bytes):
+        return hashlib.sha256(value).hexdigest()
+    if isinstance(value, Mapping):
+        return {key: _digestible(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_digestible(inner) for inner in value] if value and not isinstance(value[0], int) else value
+    return value
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+# -- mode and progress ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
+@contextmanager
+def _bar(make: MakeBar | None, total: int, name: str) -> Iterator[Bar]:
+    """The caller's bar, or one of our own on a terminal."""
+    if make is not None:
+        bar = make(total, name)
+        try:
+            yield bar
+        finally:
+            bar.close()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn(name), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield _RichBar(progress, progress.add_task(name, total=total))
+
+
+@dataclass
+class _RichBar:
+    progress: Any
+    task: Any
+
+    def advance(self, steps: int = 1) -> None:
+        self.progress.advance(self.task, steps)
+
+    def close(self) -> None:
+        pass

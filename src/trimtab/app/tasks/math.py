@@ -1,0 +1,200 @@
+"""Word problems: the final number of a generated solution, exactly.
+
+Training rows are MetaMathQA's (query, response), GSM8K's (question, answer) or instruction rows; for scoring,
+a row's right answer is what its column ``answer`` says beside an ``output``, else what its own solution ends
+in. Without files: trained on MetaMathQA (Yu et al. 2023) or, with ``dataset: gsm8k``, on GSM8K (Cobbe et al.
+2021), and scored on GSM8K's test rows.
+
+Two readings of a generated solution, as in lm-eval's gsm8k: ``exact_match_strict`` takes what follows the
+first mark (``####``), ``exact_match_flexible`` the last number there is. Unlike there, numbers are compared
+as numbers (18, 18.0 and $18.00 are one), and right answers that are letters (A to E) or formulas count too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ...errors import ConfigError
+from .answering import Message, check_choice, mean_of
+from .data import Columns
+from .instruct import Instruct
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# A minus sign counts as one only where it cannot mean "take away"; currency may stand on either side of it.
+_NUMBER = r"(?:(?<![\w)])-\$?|\$-?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+"
+_CALCULATION = re.compile(r"<<[^<>]*>>")
+GSM8K = ("openai/gsm8k", "main")
+DATASETS: dict[str, tuple[str, str | None]] = {"metamathqa": ("meta-math/MetaMathQA", None), "gsm8k": GSM8K}
+_GOLD_MARKS = ("####", "The answer is:", "The answer is", "answer is")
+
+
+@dataclass(kw_only=True)
+class Math(Instruct):
+    """Problems with one right final answer."""
+
+    name: str = "math"
+    metric: str = "exact_match_flexible"
+    """Headline score: exact_match_flexible or exact_match_strict."""
+    dataset: str = "metamathqa"
+    """What is trained on where no files are given: metamathqa or gsm8k."""
+    marks: list[str] = field(default_factory=lambda: ["####"])
+    """What the final answer follows, for the strict score (MetaMathQA's solutions end in ``The answer is:``)."""
+    calculator_marks: bool = False
+    """Keep GSM8K's ``<<48/2=24>>`` in what is learned."""
+    instruction: str | None = None
+    """Put before every problem, when training and when asking."""
+
+    greater_is_better = True
+    decoding_defaults: ClassVar[Mapping[str, Any]] = {
+        "max_new_tokens": 256,
+        "stop": ("\nQuestion:", "### Instruction:"),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("task.metric", self.metric, ("exact_match_flexible", "exact_match_strict", "answer_loss"))
+        check_choice("task.dataset", self.dataset, DATASETS)
+        self.greater_is_better = self.metric != "answer_loss"
+        if isinstance(self.marks, str):
+            self.marks = [self.marks]
+        if not self.marks or not all(isinstance(mark, str) and mark for mark in self.marks):
+            raise ConfigError("task.marks", self.marks, "a list of texts, such as ['####', 'The answer is:']")
+
+    @property
+    def hub_sources(self) -> Mapping[str, tuple[str, str | None, str]]:
+        return {"train": (*DATASETS[self.dataset], "train"), "test": (*GSM8K, "test")}
+
+    def conversations(self, split: str, table: Columns, source: str) -> Columns:
+        messages = super().conversations(split, table, source)["messages"]
+        stated = table.get("answer", []) if "output" in table or "response" in table else []
+        out: Columns = {"messages": [self._asked(turns) for turns in messages]}
+        # A Self-Instruct row may become several; then there is no column of answers to go with them.
+        given = [None if value is None else str(value) for value in stated]
+        given = given if len(given) == len(messages) else [None] * len(messages)
+        out["gold"] = [
+            None if not turns else value or gold_of(turns[-1]["content"]) for turns, value in zip(messages, given)
+        ]
+        return out
+
+    def _asked(self, turns: list[Message] | None) -> list[Message] | None:
+        if not turns:
+            return turns
+        turns = [dict(m) for m in turns]
+        for m in turns:
+            if m["role"] == "assistant" and not self.calculator_marks:
+                m["content"] = _CALCULATION.sub("", m["content"])
+            elif m["role"] == "user" and self.instruction:
+                m["content"] = f"{self.instruction}\n\n{m['content']}"
+        return turns
+
+    def needs_generation(self, rows: Dataset) -> bool:
+        return any(gold is not None for gold in rows["gold"])
+
+    def score(self, rows: Dataset, answers: list[list[str]]) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        scored: list[dict[str, Any]] = []
+        for i, (gold, samples) in enumerate(zip(rows["gold"], answers)):
+            if gold is None:
+                continue
+            strict = [is_same(strict_answer(text, self.marks, gold), gold) for text in samples]
+            flexible = [is_same(flexible_answer(text, gold), gold) for text in samples]
+            scored.append({"row": i, "gold": gold, "strict": strict, "flexible": flexible})
+        return {
+            "exact_match_flexible": mean_of(mean_of(row["flexible"]) for row in scored),
+            "exact_match_strict": mean_of(mean_of(row["strict"]) for row in scored),
+        }, scored
+
+
+def gold_of(solution: str) -> str | None:
+    """The final answer that a reference solution states, as text; None if it states none.
+
+    >>> gold_of("48/2 = 24 clips, 72 in all.\\n#### 72")
+    '72'
+    >>> gold_of("So the price is 1,200. The answer is: $1,200.")
+    '$1,200'
+    """
+    for mark in _GOLD_MARKS:
+        _, found, after = solution.rpartition(mark)
+        if found:
+            text = after.strip().split("\n")[0].strip().removesuffix(".")  # the sentence's own full stop
+            if letter := re.fullmatch(r"\(?([A-E])\)?", text):
+                return letter[1]
+            # Words after a number are its unit ("18 hours"); anything else makes it a formula.
+            number = re.match(rf"({_NUMBER})%?(?:\s+[A-Za-z ,.-]*)?$", text)
+            return number[1] if number else text or None
+    return None
+
+
+def strict_answer(text: str, marks: Sequence[str], gold: str) -> str | None:
+    """What follows the first mark in a generated text, of the right answer's kind.
+
+    >>> strict_answer("It is 3.\\n#### 1,200\\nQuestion: 7", ["####"], "5")
+    '1,200'
+    """
+    places = [(text.index(mark), mark) for mark in marks if mark in text]
+    if not places:
+        return None
+    at, mark = min(places)
+    after = text[at + len(mark) :].lstrip(" :")
+    if number_of(gold) is not None:
+        found = re.match(_NUMBER, after)
+        return found[0] if found else None
+    if _is_letter(gold):
+        found = re.match(r"\(?([A-Z])\)?(?![A-Za-z])", after)
+        return found[1] if found else None
+    return after.split("\n")[0].strip() or None
+
+
+def flexible_answer(text: str, gold: str) -> str | None:
+    """The last number (or option letter) anywhere in a generated text.
+
+    >>> flexible_answer("5 + 7 = 12, so $12.00 it is.", "12")
+    '$12.00'
+    """
+    if number_of(gold) is not None:
+        numbers = re.findall(_NUMBER, text)
+        return numbers[-1] if numbers else None
+    if _is_letter(gold):
+        letters = re.findall(r"(?<![A-Za-z])([A-E])(?![A-Za-z])", text)
+        return letters[-1] if letters else None
+    return strict_answer(text, _GOLD_MARKS, gold)
+
+
+def is_same(answer: str | None, gold: str) -> bool:
+    """Equal as numbers, if both are; else as text without spaces, dollar signs and a final stop.
+
+    Whole numbers must be equal exactly, others to a millionth (1.3333333 and 4/3 written out are one).
+
+    >>> is_same("$18.00", "18"), is_same("\\\\frac{1}{2}", " \\\\frac{1}{2}."), is_same(None, "3")
+    (True, True, False)
+    """
+    if answer is None:
+        return False
+    left, right = number_of(answer), number_of(gold)
+    if left is not None and right is not None:
+        is_whole = all(number == number.to_integral_value() for number in (left, right))  # % fails beyond 28 digits
+        return left == right if is_whole else abs(left - right) <= abs(right) * Decimal("1e-6")
+    return _plain(answer) == _plain(gold)
+
+
+def number_of(text: str) -> Decimal | None:
+    """The number that a text is, whatever thousands separators, currency or percent signs it has.
+
+    >>> number_of("1,200.0") == number_of("$1200")
+    True
+    """
+    cleaned = re.sub(r"[\s,$%]", "", text).removesuffix(".")
+    return Decimal(cleaned) if re.fullmatch(r"-?(\d+\.?\d*|\.\d+)", cleaned) else None
+
+
+def _is_letter(gold: str) -> bool:
+    return re.fullmatch(r"[A-E]", gold.strip()) is not None
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[\s$]", "", text).removesuffix(".").strip("()")

@@ -1,0 +1,1 @@
+"""A trained model's adapter for others: plain LoRA, one uniform rank, or merged."""

@@ -1,0 +1,865 @@
+"""Trimtab's layer inside PEFT. The only file that touches PEFT's internals.
+
+What we lean on, so that a new PEFT can be checked against it (see tests/test_peft_host.py):
+`LoraConfig._register_custom_module` (documented, experimental), `lora.Linear` with `update_layer`,
+`get_delta_weight`, `_mixed_batch_forward`, `adapter_layer_names`, `frozen_peft_weight_names`,
+`_active_adapter`, `_disable_adapters`, `merged_adapters`, `lora_variant`, and the rule that a parameter
+whose path holds ``lora_`` belongs to the adapter.
+
+The state dict of a hosted layer *is* a LoRA: a post hook folds the diagonals into A and B, a pre hook
+accepts such tensors back. PEFT's save, Trainer's checkpoints and load-best therefore need no special case.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import math
+import re
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import ParamWrapper as PeftParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..adapters import fused
+from ..adapters.lowrank import delta_weight, fold, lowrank_delta
+from ..errors import ConfigError, ModelError
+from ..plans import Budget, Where
+from ..schedule import plain_numbers
+
+PROJECTIONS = ("lora_A", "lora_B")
+DIAGONALS = ("lora_e", "lora_b")
+# Initialisations that change the base weight or train only one factor; a rank or freeze method would
+# overwrite what they set up.
+_PLAIN_INITS = (True, "gaussian")
+
+
+def changes_base(init: bool | str) -> bool:
+    """Whether a start takes from the base's weights what it puts into the adapter."""
+    return isinstance(init, str) and init.startswith(("pissa", "corda", "olora", "lora_ga", "loftq"))
+
+
+@dataclass
+class TrimConfig(LoraConfig):
+    """A `peft.LoraConfig` that also says where, at which rank and for how long.
+
+    Goes to stock `peft.get_peft_model`. ``peft_type`` stays LORA, and `to_dict` emits stock `LoraConfig`
+    fields only, derived from the live layers at that moment, so what is saved beside an adapter always
+    matches its tensors.
+
+    Args:
+        where: a selection from `trimtab.select_layers` or a control; None adapts every layer.
+        rank: `SalientLoRA(...)`, `AdaLoRA(...)`, `SoRA(...)`, or None for a fixed rank ``r``.
+        freeze: `AFLoRA(...)`, `FreezeAt(...)`, or None.
+        budget: `Budget(final_params=…)` or `Budget(average_params=…)`; solved when training starts and its
+            length is known. ``budget_frees`` names what it may choose; the rest stays as set.
+    Raises:
+        ConfigError: a pair of settings that cannot work together.
+    """
+
+    where: Where | None = field(default=None, metadata={"help": "which layers are adapted"})
+    rank: Any = field(default=None, metadata={"help": "rank method settings"})
+    freeze: Any = field(default=None, metadata={"help": "freeze method settings"})
+    budget: Budget | None = field(default=None, metadata={"help": "one limit over ranks and freezing"})
+    budget_frees: tuple[str, ...] = field(
+        default=("rank.target_r", "freeze.ramp"), metadata={"help": "what the budget may choose"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.exclude_modules = without_where(self.exclude_modules)  # of the config that this one was copied from
+        if isinstance(self.where, str):
+            raise ConfigError("where", self.where, "a bare mask needs the model: trimtab.where.from_mask(model, mask)")
+        plain_numbers(self)
+        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
+            raise ConfigError("adapter.r", self.r, "a whole number of at least 1")
+        if not 0 < self.lora_alpha < float("inf"):
+            raise ConfigError("adapter.alpha", self.lora_alpha, "a finite number above 0")
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError("adapter.dropout", self.lora_dropout, "in [0, 1)")
+        if self.is_adaptive:
+            self._refuse_what_cannot_adapt()
+        if self.where is not None:
+            if self.layer_replication:
+                raise ConfigError(
+                    "layer_replication",
+                    self.layer_replication,
+                    "the layers that it makes have other numbers than where was chosen for; drop one",
+                )
+            self.exclude_modules = excluding(self.where, self.exclude_modules)
+            untie_targets(self)
+        self._live = Live()
+        self._register_custom_module(cast(Any, {nn.Module: host}))  # PEFT calls it; a class would do no more
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy and a pickle hold the settings alone; layers that are copied with it find it again."""
+        return {key: value for key, value in self.__dict__.items() if key != "_live"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._live = Live()
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether anything is decided during training."""
+        return self.rank is not None or self.freeze is not None
+
+    def _refuse_what_cannot_adapt(self) -> None:
+        word = "rank" if self.rank is not None else "freeze"
+        if self.init_lora_weights not in _PLAIN_INITS:
+            raise ConfigError(
+                "adapter.init",
+                self.init_lora_weights,
+                f"{word} methods start from LoRA's own factors or the paper's; use true, or drop {word}",
+            )
+        if self.use_rslora and self.rank is None and self.freeze.has_no_scale:
+            raise ConfigError("use_rslora", True, "freeze.scaling=alpha/r or freeze.start=lora; 'none' has no scale")
+        for name in (
+            "use_dora",
+            "lora_bias",
+            "use_bdlora",
+            "arrow_config",
+            "alora_invocation_tokens",
+            "velora_config",
+            "monteclora_config",
+            "kasa_config",
+            "target_parameters",
+            "layer_replication",
+        ):
+            if getattr(self, name, None):
+                raise ConfigError(name, getattr(self, name), f"does not go together with {word}; drop one of them")
+        if self.rank is not None and self.bias != "none":
+            raise ConfigError(
+                "bias",
+                self.bias,
+                "a module that is cut to rank 0 is not in the saved adapter, and its "
+                "bias would be lost; use 'none', or drop rank",
+            )
+
+    def live_ranks(self) -> dict[str, tuple[int, float]]:
+        """Site name -> (rank, scale) of the live layers that carry this config's adapter; rank 0 where it was pruned.
+
+        Raises:
+            ConfigError: the object serves two adapters whose ranks differ.
+        """
+        found: dict[str, tuple[int, float]] = {}
+        for layer, name in self._live.layers():
+            here = layer.r.get(name, 0), layer.scaling.get(name, 1.0)
+            if found.setdefault(layer.site_name, here) != here:
+                raise ConfigError(
+                    "TrimConfig",
+                    "one object",
+                    "it serves two adapters whose ranks differ; give each a config of its own (copy.deepcopy)",
+                )
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Stock `LoraConfig` fields that describe the live layers: ranks, alphas and targets match the tensors."""
+        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(LoraConfig)}
+        out = {k: (dataclasses.asdict(cast(Any, v)) if dataclasses.is_dataclass(v) else v) for k, v in out.items()}
+        out.pop("runtime_config")  # as LoraConfig.to_dict does: it holds for one process only
+        tied = {*(getattr(self, "target_modules_to_tie", None) or ()), *(getattr(self, "modules_to_tie", None) or ())}
+        live = self.live_ranks()
+        if (live and not tied) or any(".base_layer" in name for name in tied):
+            out["ensure_weight_tying"] = False  # PEFT finds no head inside of another adapter's, and ties nothing
+        if self.where is not None:  # PEFT applies the exclusion to modules, and not to parameters
+            out["exclude_modules"] = out["exclude_modules"].replace(_WHERE, "")
+            parameters = {layer.site_name for layer, _ in self._live.layers() if isinstance(layer, ParamWrapper)}
+            if live and self.target_parameters:
+                out["target_parameters"] = sorted(parameters) or None
+        if live and self.is_adaptive:
+            out.update(portable_fields(live))
+        return out
+
+
+class ConfigAtWork(TrimConfig):
+    """A model's own config while its adapter adapts. PEFT's tools derive configs from it, and are refused."""
+
+    def __post_init__(self) -> None:
+        # add_weighted_adapter and the like copy a config with dataclasses.replace and then read raw A and B.
+        raise ConfigError(
+            "adapter", "still adapting", "PEFT's adapter tools read raw A and B; call Controller.finish() first"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A copy is an ordinary config; the layers that are copied with it put it to work again."""
+        return _bare_config, (), self.__getstate__()
+
+
+def _bare_config() -> TrimConfig:
+    return TrimConfig.__new__(TrimConfig)
+
+
+class Live:
+    """The layers that carry a config's adapters, held weakly: what they look like now is what is saved."""
+
+    def __init__(self) -> None:
+        self._refs: list[tuple[weakref.ref[TrimLayer], str]] = []
+        self.is_told = False
+        """Whether it was said that nobody decides on them."""
+
+    def add(self, layer: TrimLayer, adapter_name: str) -> None:
+        self._refs = [(ref, name) for ref, name in self._refs if ref() is not None]
+        self._refs.append((weakref.ref(layer), adapter_name))
+
+    def layers(self) -> Iterator[tuple[TrimLayer, str]]:
+        """Layers, with the name that the adapter has in them; without those from which it was deleted."""
+        for ref, name in self._refs:
+            if (layer := ref()) is not None and name in layer.configs:
+                yield layer, name
+
+    def keys(self) -> set[tuple[int, str]]:
+        return {(id(layer), name) for layer, name in self.layers()}
+
+    def take(self, keys: set[tuple[int, str]]) -> Live:
+        """Move some layers, by identity and adapter name, to a registry of their own."""
+        taken = Live()
+        kept: list[tuple[weakref.ref[TrimLayer], str]] = []
+        for ref, name in self._refs:
+            (taken._refs if (id(ref()), name) in keys else kept).append((ref, name))
+        self._refs = kept
+        return taken
+
+
+def own_config(model: nn.Module, adapter_name: str) -> LoraConfig:
+    """The adapter's config; a `TrimConfig` with an adaptive adapter becomes this model's own, so that whoever made it
+    can use it for other models and adapters."""
+    peft_model = peft_model_of(model)
+    config = peft_model.peft_config[adapter_name]
+    layers = list(hosted_layers(model, adapter_name).values())
+    if not isinstance(config, TrimConfig) or not layers:
+        return cast(LoraConfig, config)
+    mine = {(id(layer), adapter_name) for layer in layers}
+    if isinstance(config, ConfigAtWork) and config._live.keys() == mine:
+        return config
+    own = copy.copy(config)
+    own._live = config._live.take(mine)
+    own.__class__ = ConfigAtWork
+    for layer in layers:
+        layer.configs[adapter_name] = own
+    peft_model.peft_config[adapter_name] = own
+    return own
+
+
+def settle(model: nn.Module, adapter_name: str) -> None:
+    """The ranks are final and the layers hold plain factors: the model's config becomes the stock one of plain LoRA."""
+    config = peft_model_of(model).peft_config[adapter_name]
+    assert isinstance(config, ConfigAtWork)
+    fields = portable_fields(config.live_ranks())
+    for layer, name in config._live.layers():
+        del layer.configs[name]
+    for name in {f.name for f in dataclasses.fields(TrimConfig)} - {f.name for f in dataclasses.fields(LoraConfig)}:
+        config.__dict__.pop(name, None)
+    del config._live
+    config.__dict__.update(fields | {"target_modules": set(fields["target_modules"])})  # as LoraConfig holds them
+    config.__class__ = cast(Any, LoraConfig)
+
+
+def portable_fields(ranks: dict[str, tuple[int, float]]) -> dict[str, Any]:
+    """Config fields for sites of given rank and scale; sites of rank 0 are left out.
+
+    ``lora_alpha / r`` equals the scale of every module even for an engine that ignores the patterns,
+    as long as all scales are equal. Pattern keys are full module names, escaped, as PEFT matches regexes.
+
+    Raises:
+        ModelError: no site has a rank left; stock PEFT refuses an empty adapter.
+    """
+    kept = {name: rank_scale for name, rank_scale in ranks.items() if rank_scale[0] > 0}
+    if not kept:
+        raise ModelError("adapter: every site is at rank 0; stock PEFT cannot load an empty adapter")
+    r, scale = max(kept.values())
+
+    def key(name: str) -> str:
+        return ("^" if any(other.endswith(f".{name}") for other in kept) else "") + re.escape(name)
+
+    return {
+        "r": r,
+        "lora_alpha": scale * r,
+        "use_rslora": False,
+        "init_lora_weights": True,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "exclude_modules": None,
+        "target_modules": sorted(kept),
+        "rank_pattern": {key(n): k for n, (k, _) in sorted(kept.items()) if k != r},
+        "alpha_pattern": {key(n): s * k for n, (k, s) in sorted(kept.items()) if s * k != scale * r},
+    }
+
+
+def excluding(where: Where | str, user: str | Iterable[str] | None) -> str:
+    """The ``exclude_modules`` regex for a selection, joined with what the user already excludes."""
+    outside = _WHERE + (where if isinstance(where, str) else where.outside)
+    if not user:
+        return outside
+    if not isinstance(user, str):
+        user = rf"(?:.*\.)?(?:{'|'.join(re.escape(u) for u in user)})"
+    elif flags := re.match(r"\(\?([aiLmsux]+)\)", user):  # global flags may stand at the start only: make them local
+        user = f"(?{flags[1]}:{user[flags.end() :]})"
+    return rf"(?:{user})|{outside}"
+
+
+def untie_targets(config: Any) -> None:
+    """With a selection of layers no adapter lies on the embedding, from which the head could have its own."""
+    saved = getattr(config, "modules_to_save", None) or ()
+    if hasattr(config, "ensure_weight_tying") and not any(m.split(".")[-1] in EMBEDDING_LAYER_NAMES for m in saved):
+        config.ensure_weight_tying = False
+
+
+_WHERE = "(?#where)"  # a comment, to the regex
+
+
+def without_where(exclude: str | Iterable[str] | None) -> Any:
+    """What the user excludes, without what a selection of layers has added to it."""
+    if not isinstance(exclude, str) or _WHERE not in exclude:
+        return exclude
+    return exclude.partition(_WHERE)[0].removeprefix("(?:").removesuffix(")|") or None  # see `excluding`
+
+
+@dataclass
+class Hosted:
+    """What a layer keeps for one adaptive adapter, beside its tensors."""
+
+    scale: float
+    initial_r: int
+    frozen: set[str] = field(default_factory=set)
+    resting: tuple[str, ...] = ()
+    """Diagonals that are at rest, at one, until a projection of the layer freezes."""
+    is_stale: bool = False
+    """Tensors from elsewhere were loaded: a running controller's state no longer describes them."""
+    is_decided: bool = False
+    """A controller is at work."""
+    seen: float | None = None
+    """Sum of the factors in the first forward pass that took gradients without one."""
+
+
+# At run time a mixin: each hosted class names its own PEFT layer after it.
+if TYPE_CHECKING:
+    _Mixed = PeftLinear
+else:
+    _Mixed = LoraLayer
+
+
+class TrimLayer(_Mixed):
+    """Mixin over PEFT's LoRA layers: adds the diagonals e and b, ranks that change, projections that freeze."""
+
+    adapter_layer_names = (*LoraLayer.adapter_layer_names, *DIAGONALS)
+    # PEFT deletes an adapter's entry from each of these.
+    other_param_names = (*LoraLayer.other_param_names, "hosted", "initial_factors", "configs")
+
+    lora_e: nn.ParameterDict
+    lora_b: nn.ParameterDict
+    _active_adapter: str | list[str]
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
+        if "lora_e" not in self._modules:  # PEFT walks adapter_layer_names inside super().update_layer
+            self.lora_e, self.lora_b = nn.ParameterDict(), nn.ParameterDict()
+            self.hosted: dict[str, Hosted] = {}
+            self.configs: dict[str, TrimConfig] = {}
+            self.initial_factors: dict[str, tuple[Tensor, Tensor]] = {}
+            self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
+            self.site_name = kwargs.get("target_name") or self.__dict__.get("site_name", "")
+            self.register_state_dict_post_hook(_emit_plain_lora)
+            self.register_load_state_dict_pre_hook(_accept_plain_lora)
+        super().update_layer(adapter_name, r, lora_alpha=cast(int, lora_alpha), config=config, **kwargs)
+        if not isinstance(config, TrimConfig):
+            return
+        self.configs[adapter_name] = config
+        config._live.add(self, adapter_name)
+        # Export needs the start: the base is no longer the original. LoftQ rounds it, and no factors undo that.
+        if changes_base(config.init_lora_weights) and config.init_lora_weights != "loftq":
+            A, B = self.factors(adapter_name)
+            self.initial_factors[adapter_name] = A.detach().clone(), B.detach().clone()
+        if config.is_adaptive:
+            self._become_adaptive(adapter_name, r, lora_alpha, config)
+
+    def _become_adaptive(self, adapter_name: str, r: int, alpha: float, config: TrimConfig) -> None:
+        A, B = self.factors(adapter_name)
+        rank, freeze = config.rank, config.freeze
+        wants_b = freeze is not None and freeze.needs_output_diagonal
+        has_e = rank is not None and rank.has_e
+        if has_e or wants_b:
+            self.lora_e[adapter_name] = nn.Parameter(torch.ones(r, dtype=A.dtype, device=A.device))
+        if wants_b:
+            self.lora_b[adapter_name] = nn.Parameter(torch.ones(B.shape[0], dtype=B.dtype, device=B.device))
+        e, b = self.diagonals(adapter_name)
+        scale = self.scaling[adapter_name]
+        never_trains = freeze is not None and freeze.initially_frozen(self.site_name)
+        alpha = alpha * math.sqrt(r) if config.use_rslora else alpha
+        is_real = A.device.type != "meta"
+        if rank is not None and rank.start == "svd":  # where both meet, the rank method's start and scale win
+            scale = rank.scale(alpha, r)
+            if is_real:
+                rank.init_factors(A.data, self.rank_diagonal(adapter_name).data, B.data)
+        elif wants_b and (never_trains or (rank is None and freeze.start == "svd")):  # B = 0 would stay so
+            scale = freeze.scale(alpha, r) if rank is None and freeze.start == "svd" else scale
+            if is_real:
+                own_e = None if has_e or e is None else e.data
+                freeze.init_factors(A.data, own_e, None if b is None else b.data, B.data)
+        resting = () if freeze is None or not freeze.rests else DIAGONALS[has_e:]
+        self.hosted[adapter_name] = Hosted(scale, r, resting=resting)
+        self._set_scale_and_rank(adapter_name, r)
+        if never_trains:
+            for which in PROJECTIONS:
+                self.freeze(adapter_name, which)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copied or unpickled layer: its config, copied with it, learns of it."""
+        super().__setstate__(state)
+        for name, config in self.configs.items():
+            config._live.add(self, name)
+            if (hosted := self.hosted.get(name)) is not None and hosted.is_decided:
+                hosted.is_decided = False  # the controller works on the original
+                config.__class__ = ConfigAtWork
+
+    # -- what others read ---------------------------------------------------------------------------
+
+    def is_adaptive(self, adapter_name: str) -> bool:
+        return adapter_name in self.hosted
+
+    def diagonals(self, adapter_name: str) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+        """The parameters ``(e, b)`` of shapes (r,) and (out,); None where there is none."""
+        modules: Any = self._modules  # asked at every step; see `_fused`
+        return modules["lora_e"]._parameters.get(adapter_name), modules["lora_b"]._parameters.get(adapter_name)
+
+    def at_work(self, adapter_name: str) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+        """The diagonals ``(e, b)`` that are part of the function now."""
+        e, b = self.diagonals(adapter_name)
+        if b is None or (hosted := self.hosted[adapter_name]).frozen or not hosted.resting:
+            return e, b
+        return (None if "lora_e" in hosted.resting else e), None
+
+    def resting(self, adapter_name: str) -> list[nn.Parameter]:
+        """The diagonals that wait for the first freeze: they hold ones and get no gradient."""
+        pairs = zip(self.diagonals(adapter_name), self.at_work(adapter_name))
+        return [p for p, working in pairs if p is not None and working is None]
+
+    def rank_diagonal(self, adapter_name: str) -> nn.Parameter:
+        """``e`` of shape (r,), where there must be one."""
+        e, _ = self.diagonals(adapter_name)
+        assert e is not None, f"{self.site_name} has no rank diagonal"
+        return e
+
+    def widths(self) -> tuple[int, int]:
+        """(in_features, out_features) of the base layer."""
+        assert self.in_features is not None and self.out_features is not None
+        return self.in_features, self.out_features
+
+    def factors(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """The raw parameters ``(A, B)`` of shapes (r, in) and (out, r)."""
+        return cast(nn.Parameter, self.lora_A[adapter_name].weight), cast(
+            nn.Parameter, self.lora_B[adapter_name].weight
+        )
+
+    def folded(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """The LoRA form ``(A', B')``, detached."""
+        A, B = self.factors(adapter_name)
+        e, b = self.at_work(adapter_name)
+        return fold(A.detach(), B.detach(), None if e is None else e.detach(), None if b is None else b.detach())
+
+    # -- what controllers do ------------------------------------------------------------------------
+
+    def freeze(self, adapter_name: str, which: str) -> nn.Parameter:
+        """Stop training projection ``which`` ("lora_A" or "lora_B") for good; returns the parameter."""
+        if which == "lora_B":
+            self._keep_alive(adapter_name)
+        self.hosted[adapter_name].frozen.add(which)
+        self.frozen_peft_weight_names[adapter_name] = tuple(sorted(self.hosted[adapter_name].frozen))
+        parameter = getattr(self, which)[adapter_name].weight
+        parameter.requires_grad_(False)
+        parameter.grad = None
+        return parameter
+
+    @torch.no_grad()
+    def _keep_alive(self, adapter_name: str) -> None:
+        """Columns of B that are zero when it freezes (masked ranks, a first step at rate 0) could never be anything
+        else: they get AFLoRA's random start and ``e`` takes over the zero, so that the function stays the same."""
+        B, e = self.factors(adapter_name)[1], self.diagonals(adapter_name)[0]
+        if e is None or B.device.type == "meta" or not (dead := ~B.any(dim=0)).any():
+            return
+        seed = int(hashlib.sha256(self.site_name.encode()).hexdigest()[:8], 16)  # the same on every process
+        fresh = torch.empty(B.shape, dtype=torch.float32)
+        nn.init.kaiming_uniform_(fresh, a=0, generator=torch.Generator().manual_seed(seed))
+        B.copy_(torch.where(dead, fresh.to(B), B))
+        e.masked_fill_(dead.to(e.device), 0.0)
+
+    def widen(self, adapter_name: str) -> bool:
+        """Bring half-precision factors and diagonals to float32; whether there were any.
+
+        A rank diagonal near 1 cannot take a step of 1e-3 in bfloat16, so that it would never shrink.
+        """
+        own = [p for p in (*self.factors(adapter_name), *self.diagonals(adapter_name)) if p is not None]
+        narrow = [p for p in own if p.dtype in (torch.bfloat16, torch.float16)]
+        for p in narrow:
+            p.data = p.data.float()
+        return bool(narrow)
+
+    def resized(self, adapter_name: str) -> None:
+        """Bring PEFT's bookkeeping in line after the factors' rank changed."""
+        A, _ = self.factors(adapter_name)
+        cast(nn.Linear, self.lora_A[adapter_name]).out_features = A.shape[0]
+        cast(nn.Linear, self.lora_B[adapter_name]).in_features = A.shape[0]
+        self._set_scale_and_rank(adapter_name, A.shape[0])
+
+    def finish(self, adapter_name: str) -> None:
+        """Fold e and b into A and B in place; a layer of rank 0 lets go of the adapter. Plain LoRA from here on."""
+        folded_a, folded_b = self.folded(adapter_name)
+        A, B = self.factors(adapter_name)
+        with torch.no_grad():
+            A.copy_(folded_a)
+            B.copy_(folded_b)
+        for diagonal in (self.lora_e, self.lora_b):
+            if adapter_name in diagonal:
+                del diagonal[adapter_name]
+        del self.hosted[adapter_name]
+        self.frozen_peft_weight_names.pop(adapter_name, None)
+        if adapter_name in self.active_adapters:  # what froze during the run trains on with the rest
+            A.requires_grad_(True)
+            B.requires_grad_(True)
+        if A.shape[0] == 0:
+            self.delete_adapter_here(adapter_name)
+
+    def delete_adapter_here(self, adapter_name: str) -> None:
+        """Forget the adapter in this layer only; which adapters are active elsewhere does not change."""
+        active: str | list[str] = self._active_adapter
+        for attribute in (*self.adapter_layer_names, *self.other_param_names):
+            holder = getattr(self, attribute)
+            if adapter_name in holder:
+                del holder[adapter_name]
+        self._active_adapter = active
+
+    def _set_scale_and_rank(self, adapter_name: str, r: int) -> None:
+        # lora_alpha follows the rank, so that PEFT's own set_scale and unscale_layer recompute the same number.
+        self.r[adapter_name] = r
+        self.scaling[adapter_name] = self.hosted[adapter_name].scale
+        self.lora_alpha[adapter_name] = self.hosted[adapter_name].scale * r
+        self.use_rslora[adapter_name] = False
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        if self.r.get(adapter, 1) > 0:
+            super().set_scale(adapter, scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        if all(self.r.get(name, 1) > 0 for name in self.active_adapters):
+            super().unscale_layer(scale)
+
+    # -- the function -------------------------------------------------------------------------------
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        if not self.is_adaptive(adapter):
+            return super().get_delta_weight(adapter)
+        A, B = self.factors(adapter)
+        delta = delta_weight(A, B, self.scaling[adapter], *self.at_work(adapter))
+        return delta.T if getattr(self, "fan_in_fan_out", False) else delta
+
+    def _look_for_a_controller(self) -> None:
+        """Say once that an adaptive adapter trains and nobody decides.
+
+        Trains: A was changed since an earlier forward pass that took gradients.
+        """
+        for name, hosted in self.hosted.items():
+            if hosted.is_decided or (live := self.configs[name]._live).is_told or torch.compiler.is_compiling():
+                continue
+            A, B = self.factors(name)
+            if not (A.requires_grad or B.requires_grad):
+                continue
+            now = float(A.detach().sum() + B.detach().sum())
+            if hosted.seen is None:
+                hosted.seen = now
+            elif hosted.seen != now:
+                live.is_told = True
+                warnings.warn(
+                    f"adapter {name!r} has a rank or freeze method, but nothing decides: add trimtab.TrimCallback() to "
+                    "the Trainer's callbacks, or put trimtab.Controller around optimizer.step()",
+                    stacklevel=2,
+                )
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.hosted and self.training and torch.is_grad_enabled():
+            self._look_for_a_controller()
+        if not args and (not kwargs or all(v is None for v in kwargs.values())):
+            result = self._fused(x)
+            if result is not None:
+                return result
+        names = [n for n in self.active_adapters if n in self.lora_A]
+        mixed = kwargs.get("adapter_names") is not None
+        if mixed or self.disable_adapters or self.merged or not any(self.is_adaptive(n) for n in names):
+            return super().forward(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        dtype = result.dtype
+        for name in names:
+            result = result + self._delta(name, x)
+        return result.to(dtype)
+
+    def _fused(self, x: Tensor) -> Tensor | None:
+        """Base and adapter in one function, plain LoRA included; None where the plain formula has to do it."""
+        if self._disable_adapters or self.merged_adapters:
+            return None
+        # Straight from the dictionaries: on small inputs nn.Module's attribute look-up costs as much as the products.
+        modules: Any = self._modules
+        downs, active = modules["lora_A"]._modules, self._active_adapter
+        present = [active] if isinstance(active, str) else [n for n in active if n in downs]
+        if len(present) != 1:
+            return None
+        name = present[0]
+        base, down, up = modules["base_layer"], downs.get(name), modules["lora_B"]._modules.get(name)
+        if down is None or name in self.lora_variant or not fused.can_fuse(x, base, down, up):
+            return None
+        dropout, p = modules["lora_dropout"]._modules[name], 0.0
+        if type(dropout) is nn.Dropout:
+            p = dropout.p if dropout.training else 0.0
+        elif type(dropout) is not nn.Identity:
+            return None
+        (weight, bias), (A, _), (B, _) = _weights(base), _weights(down), _weights(up)
+        return fused.lowrank_linear(x, weight, bias, A, B, self.scaling[name], *self.at_work(name), p)
+
+    def _delta(self, name: str, x: Tensor) -> Tensor:
+        A, B = self.factors(name)
+        x = self.lora_dropout[name](self._cast_input_dtype(x, A.dtype))
+        return lowrank_delta(x, A, B, self.scaling[name], *self.at_work(name))
+
+    def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
+        if not any(self.is_adaptive(n) for n in set(adapter_names)):
+            return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        raise ModelError(
+            f"adapter_names={sorted(set(adapter_names))}: mixed batches need plain LoRA layers; "
+            "call trimtab's Controller.finish(), or load the checkpoint with stock PEFT"
+        )
+
+
+def _emit_plain_lora(layer: TrimLayer, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    for name in layer.hosted:
+        A, B = layer.folded(name)
+        for diagonal in DIAGONALS:
+            state_dict.pop(f"{prefix}{diagonal}.{name}", None)
+        keys = [f"{prefix}{which}.{name}.weight" for which in PROJECTIONS]
+        for key, tensor in zip(keys, (A, B)):
+            if A.shape[0] == 0:  # a module without ranks has no adapter, and stock PEFT knows no rank 0
+                state_dict.pop(key, None)
+            elif key in state_dict:
+                state_dict[key] = tensor
+
+
+def _accept_plain_lora(layer: TrimLayer, state_dict: dict[str, Any], prefix: str, *_rest: Any) -> None:
+    """Take a plain LoRA's tensors, or recognise our own fold coming back and change nothing."""
+    for name, hosted in layer.hosted.items():
+        key_a, key_b = (f"{prefix}{which}.{name}.weight" for which in PROJECTIONS)
+        own = {f"{prefix}{d}.{name}": p for d, p in zip(DIAGONALS, layer.diagonals(name)) if p is not None}
+        A, B = layer.factors(name)
+        if key_a not in state_dict or key_b not in state_dict:
+            if A.shape[0] == 0:
+                state_dict.update({key_a: A.data, key_b: B.data})
+            elif any(key.startswith(f"{prefix}base_layer.") for key in state_dict):
+                # A whole model was saved with this site at rank 0: it adds nothing, until `trim_state` cuts it.
+                hosted.is_stale = True
+                state_dict.update({key_a: A.data, key_b: torch.zeros_like(B.data)})
+            state_dict.update({key: p.data for key, p in own.items()})
+            continue
+        new_a, new_b = state_dict[key_a], state_dict[key_b]
+        folded_a, folded_b = layer.folded(name)
+        if A.device.type != "meta" and _same(folded_a, new_a) and _same(folded_b, new_b):
+            state_dict.update({key_a: A.data, key_b: B.data, **{key: p.data for key, p in own.items()}})
+            continue
+        hosted.is_stale = True
+        if new_a.shape[0] != A.shape[0]:
+            set_data(A, A.new_empty(new_a.shape))
+            set_data(B, B.new_empty(new_b.shape))
+            e = layer.diagonals(name)[0]
+            if e is not None:
+                set_data(e, e.new_empty(new_a.shape[0]))
+            layer.resized(name)
+        for key, parameter in own.items():
+            device = new_a.device if parameter.device.type == "meta" else parameter.device
+            state_dict[key] = torch.ones(parameter.shape, dtype=parameter.dtype, device=device)
+
+
+def _same(ours: Tensor, theirs: Tensor) -> bool:
+    return ours.shape == theirs.shape and ours.dtype == theirs.dtype and torch.equal(ours, theirs.to(ours.device))
+
+
+def set_data(parameter: nn.Parameter, data: Tensor) -> None:
+    """Give a parameter a tensor of another shape, keeping its identity.
+
+    A graph that is still alive (the user's ``loss`` variable) holds the parameter's gradient accumulator,
+    which remembers the old shape. Passing through a tensor of another dtype makes torch drop it.
+    """
+    parameter.grad = None
+    other = torch.float16 if parameter.dtype != torch.float16 else torch.float32
+    parameter.data = torch.empty(0, dtype=other, device=data.device)
+    parameter.data = data
+
+
+def _weights(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+    own: Any = linear._parameters
+    return own["weight"], own["bias"]
+
+
+class TrimLinear(TrimLayer, PeftLinear):
+    """Over `nn.Linear` and transformers' `Conv1D`."""
+
+
+class ParamWrapper(TrimLayer, PeftParamWrapper):  # type: ignore[misc]
+    """Over a parameter, such as a block's fused experts; PEFT knows its layer by this name. Never adaptive."""
+
+    forward = PeftParamWrapper.forward
+
+    def __init__(self, *args: Any, target_name: str = "", **kwargs: Any) -> None:
+        object.__setattr__(self, "site_name", target_name)
+        super().__init__(*args, **kwargs)
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
+        if not _is_outside(self.site_name, config):
+            super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
+
+
+def _is_outside(parameter: str, config: LoraConfig) -> bool:
+    """Whether a parameter lies outside of the chosen layers; `exclude_modules` has a say over modules only."""
+    where = getattr(config, "where", None)
+    return where is not None and re.fullmatch(where.outside, parameter) is not None
+
+
+def _quantized_classes() -> dict[type[nn.Module], type[nn.Module]]:
+    """Exact bitsandbytes types -> hosted layers; empty where bitsandbytes is not installed."""
+    try:
+        import bitsandbytes as bnb
+        from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
+    except ImportError:
+        return {}
+
+    class TrimQuantized(TrimLayer):
+        """PEFT's own classes keep the site's name from `update_layer`, so it is set before they are made."""
+
+        def __init__(self, *args: Any, target_name: str = "", **kwargs: Any) -> None:
+            object.__setattr__(self, "site_name", target_name)
+            super().__init__(*args, **kwargs)
+
+    class TrimLinear8bitLt(TrimQuantized, Linear8bitLt):
+        """Over `bitsandbytes.nn.Linear8bitLt`."""
+
+    class TrimLinear4bit(TrimQuantized, Linear4bit):
+        """Over `bitsandbytes.nn.Linear4bit`."""
+
+    for cls in (TrimQuantized, TrimLinear8bitLt, TrimLinear4bit):  # so that they can be pickled
+        cls.__qualname__ = cls.__name__
+        globals()[cls.__name__] = cls
+    return {bnb.nn.Linear8bitLt: TrimLinear8bitLt, bnb.nn.Linear4bit: TrimLinear4bit}
+
+
+def __getattr__(name: str) -> Any:
+    """Classes over bitsandbytes are made when first needed: by a pickled model, too."""
+    if name in ("TrimLinear8bitLt", "TrimLinear4bit") and _quantized_classes():
+        return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+_quantized: dict[type[nn.Module], type[nn.Module]] | None = None
+
+
+def host(target: nn.Module, adapter_name: str, config: TrimConfig, **kwargs: Any) -> nn.Module | None:
+    """PEFT asks this first for every target; None hands the target to PEFT's own layers.
+
+    Exact types only: `Linear4bit` is an `nn.Linear`, and other quantised linears wrap their weights.
+    Raises `ModelError` where a rank or freeze method is asked for on a base that cannot carry it.
+    """
+    global _quantized
+    if kwargs.get("parameter_name") is not None and not config.is_adaptive:
+        if _is_outside(kwargs["target_name"], config):
+            return target  # PEFT puts it back where it was
+        return ParamWrapper(target, adapter_name, config=config, **kwargs)
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    kind: type[nn.Module] = type(base)
+    plain_weight = type(getattr(base, "weight", None)) in (nn.Parameter, Tensor) or _is_dtensor(base)
+    if isinstance(base, nn.Linear) and plain_weight and kind.__module__.split(".")[0] not in ("bitsandbytes",):
+        if config.fan_in_fan_out and kwargs.get("parameter_name") is None:
+            config.fan_in_fan_out = False
+        if kwargs.get("parameter_name") is None:
+            return TrimLinear(target, adapter_name, config=config, **kwargs)
+    if kind is Conv1D and kwargs.get("parameter_name") is None:
+        config.fan_in_fan_out = True
+        return TrimLinear(target, adapter_name, config=config, is_target_conv_1d_layer=True, **kwargs)
+    if kind.__module__.startswith("bitsandbytes") and config.is_adaptive:
+        _quantized = _quantized_classes() if _quantized is None else _quantized
+        if kind in _quantized:
+            return _bnb_layer(_quantized[kind], target, base, adapter_name, config, kwargs)
+    if config.is_adaptive:
+        what = "rank" if config.rank is not None else "freeze"
+        raise ModelError(
+            f"target_modules: {kwargs.get('target_name', kind.__name__)!r} is a {kind.__name__}; {what} "
+            "methods work on nn.Linear, Conv1D and bitsandbytes linears. Leave it out of target_modules."
+        )
+    return None
+
+
+def _bnb_layer(
+    cls: type[nn.Module],
+    target: nn.Module,
+    base: Any,
+    adapter_name: str,
+    config: TrimConfig,
+    kwargs: dict[str, Any],
+) -> nn.Module:
+    # The keyword arguments that PEFT's own dispatchers hand to these layers.
+    extra = dict(kwargs)
+    if hasattr(base, "state") and hasattr(base.state, "has_fp16_weights"):
+        extra.update(has_fp16_weights=base.state.has_fp16_weights, threshold=base.state.threshold, index=base.index)
+    elif hasattr(base, "compute_dtype"):
+        extra.update(
+            compute_dtype=base.compute_dtype,
+            compress_statistics=base.weight.compress_statistics,
+            quant_type=base.weight.quant_type,
+        )
+    return cls(target, adapter_name, config=config, **extra)
+
+
+def _is_dtensor(module: nn.Module) -> bool:
+    return type(getattr(module, "weight", None)).__name__ == "DTensor"
+
+
+def peft_model_of(model: nn.Module) -> PeftModel:
+    """The `PeftModel` inside whatever holds it: DDP, accelerate, compile, a sentence encoder, a module of the user's.
+
+    Raises:
+        ModelError: there is none, or more than one.
+    """
+    found = [m for m in model.modules() if isinstance(m, PeftModel)] if isinstance(model, nn.Module) else []
+    if not found:
+        raise ModelError(f"model: {type(model).__name__} holds no PEFT adapter; call peft.get_peft_model first")
+    if len(found) > 1:
+        raise ModelError(
+            f"model: {type(model).__name__} holds {len(found)} PEFT models; hand over the one that is meant, or put "
+            "one adapter on the module that holds both"
+        )
+    return found[0]
+
+
+def hosted_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, TrimLayer]:
+    """Site name -> layer, for every layer that holds an adaptive adapter of this name, in module order."""
+    found: dict[str, TrimLayer] = {}
+    for layer in peft_model_of(model).modules():
+        if isinstance(layer, TrimLayer) and layer.is_adaptive(adapter_name):
+            assert layer.site_name and layer.site_name not in found, f"two sites are called {layer.site_name!r}"
+            found[layer.site_name] = layer
+    return found
+
+
+def adapter_layers(model: nn.Module, adapter_name: str = "default") -> Iterator[tuple[str, LoraLayer]]:
+    """Every LoRA layer that holds the adapter, adaptive or not, with its name in the base model."""
+    for name, module in peft_model_of(model).get_base_model().named_modules():
+        if isinstance(module, LoraLayer) and (adapter_name in module.lora_A or adapter_name in module.lora_embedding_A):
+            yield name, module
+
+
+def adapter_config(model: nn.Module, adapter_name: str = "default") -> LoraConfig:
+    return cast(LoraConfig, peft_model_of(model).peft_config[adapter_name])

@@ -1,0 +1,340 @@
+"""From any transformer to its stacks of blocks, and from target names to the linears they mean.
+
+A *stack* is a list of repeated blocks (`nn.ModuleList`); an encoder-decoder has two. Its *path* is
+relative to the backbone, so that it is the same with and without a head: "encoder.layer" for BERT and
+for BertForSequenceClassification. A *site* is one linear that can carry an adapter.
+
+Names are matched by PEFT's own functions, so what Trimtab counts is what PEFT will adapt. Only shapes
+are read: a model on the meta device will do.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _get_in_out_features,
+    _maybe_include_all_linear_layers,
+)
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import ConfigError, ModelError, TrimtabError, did_you_mean
+from ..plans import Site, Where
+
+HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
+"""What PEFT adds to ``modules_to_save`` by itself for a task type, and therefore never adapts."""
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """One list of repeated blocks."""
+
+    path: str
+    """Name below the backbone, the key in `Where.stacks`."""
+    name: str
+    """Full name in the base model (``"bert.encoder.layer"``)."""
+    module: nn.ModuleList = field(repr=False)
+    owner: nn.Module = field(repr=False)
+    """The module that runs the blocks and, in many models, a final norm after them."""
+    hidden_size: int
+
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        return tuple(self.module)
+
+    def __len__(self) -> int:
+        return len(self.module)
+
+
+def base_of(model: Any) -> Any:
+    """The model under a `PeftModel`, a data-parallel wrapper or `torch.compile`; else the model itself.
+
+    Module names in here are the ones that PEFT matches and that `Site.name` holds.
+    """
+    while True:
+        if hasattr(model, "get_base_model"):
+            inner = model.get_base_model()
+        elif isinstance(model, BaseTuner) or hasattr(model, "_orig_mod"):
+            inner = getattr(model, "_orig_mod", None) or model.model
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        else:
+            return model
+        if inner is model:
+            return model
+        model = inner
+
+
+def backbone_of(base: Any) -> tuple[str, Any]:
+    """Prefix and module of the part below the head (``("bert.", BertModel)``); ``("", base)`` without one."""
+    name = getattr(base, "base_model_prefix", "") or ""
+    inner = getattr(base, name, None) if name else None
+    return (f"{name}.", inner) if isinstance(inner, nn.Module) else ("", base)
+
+
+def find_stacks(model: nn.Module, include_vision: bool = False) -> dict[str, Stack]:
+    """The stacks of blocks of a model, by path below its backbone, in the order of the model.
+
+    A model of several modalities yields its language model only, unless ``include_vision``.
+
+    Raises:
+        ModelError: the model has no list of repeated blocks.
+    """
+    base = base_of(model)
+    prefix, backbone = backbone_of(base)
+    found = [
+        (Stack(path, prefix + path, module, owner, _hidden_size(near, base, module)), near)
+        for path, module, owner, near in _block_lists(backbone, "", backbone)
+    ]
+    if not include_vision:
+        found = [(s, near) for s, near in found if _is_language(near, base)] or found
+    if not found:
+        raise ModelError(f"model: {type(base).__name__} has no list of repeated blocks (nn.ModuleList) to choose from.")
+    return {stack.path: stack for stack, _ in found}
+
+
+def check_where(where: Where, stacks: dict[str, Stack]) -> None:
+    """Raise `ConfigError` when a selection was made for another model than the one with these stacks."""
+    for path, mask in where.stacks.items():
+        if path not in stacks:
+            raise ConfigError(
+                "where.stacks",
+                path,
+                f"the model has no such stack; it has {', '.join(stacks)}.{did_you_mean(path, stacks)}",
+            )
+        if len(mask) != len(stacks[path]):
+            raise ConfigError(
+                f"where.mask[{path}]",
+                mask,
+                f"{len(mask)} characters, but {path} has {len(stacks[path])} layers; select again for this model",
+            )
+
+
+def find_sites(
+    model: nn.Module,
+    target_modules: Any = None,
+    where: Where | None = None,
+    *,
+    exclude_modules: list[str] | str | None = None,
+    modules_to_save: list[str] | None = None,
+    task_type: str | None = None,
+) -> list[Site]:
+    """The linears that a PEFT config would adapt, in the order of the model.
+
+    Args:
+        target_modules: as in `LoraConfig`: names or name endings, one regex for whole names,
+            ``"all-linear"``, or ``None`` for PEFT's default for the model type. A PEFT config also
+            serves; every setting that has a say in matching is then taken from it.
+        where: keep only the sites inside the chosen blocks.
+        exclude_modules, modules_to_save, task_type: as in `LoraConfig`; all three keep PEFT from
+            adapting what would match otherwise.
+
+    Raises:
+        ModelError: a target matches nothing, or something that is not a linear.
+        ConfigError: ``where`` belongs to another model.
+    """
+    base = base_of(model)
+    config = target_modules
+    if not isinstance(config, PeftConfig):
+        config = LoraConfig(
+            target_modules=target_modules,
+            exclude_modules=exclude_modules,
+            modules_to_save=modules_to_save,
+            task_type=task_type,
+        )
+    modules = dict(base.named_modules())
+    linears = {name: module for name, module in outside_adapters(base) if is_linear(module)}
+    _check_targets(config.target_modules, linears)
+
+    stacks = find_stacks(base, include_vision=True)
+    if where is not None:
+        check_where(where, stacks)
+    sites = []
+    for name in matched_names(base, config):
+        stack, block, kind = locate(name, stacks)
+        if where is not None and (stack is None or not is_chosen(where, stack, block)):
+            continue
+        if name not in linears:
+            raise ModelError(
+                f"target_modules: {name!r} is a {type(modules[name]).__name__}, not a linear. "
+                f"Linears here are {', '.join(_endings(linears))}."
+            )
+        sites.append(Site(name, *features(modules[name]), stack, block, kind))
+    if not sites:
+        raise ModelError(
+            f"target_modules={_shown(config.target_modules)}: every match is excluded"
+            f"{' or lies outside the chosen layers' if where else ''}."
+        )
+    return sites
+
+
+def matched_names(base: nn.Module, config: Any) -> list[str]:
+    """Names of the modules of a base model that PEFT would adapt under this config, in model order."""
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+    config = prepared(base, config)
+    if heads := HEADS.get(str(getattr(config.task_type, "value", config.task_type)), []):
+        config.modules_to_save = [*(getattr(config, "modules_to_save", None) or []), *heads]
+    return [name for name, _ in outside_adapters(base) if tuner._check_target_module_exists(config, name)]
+
+
+def prepared(base: nn.Module, config: Any) -> Any:
+    """A copy of the config with the model type's defaults filled in and "all-linear" spelt out, by PEFT.
+
+    Names of experts, which transformers 5 fuses into parameters, become ``target_parameters``.
+    """
+    config = copy.deepcopy(config)
+    convert_peft_config_for_transformers(config, base, None)
+    tuner_class = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+    tuner = tuner_class.__new__(tuner_class)  # not initialised: we ask it a question, it must not inject anything
+    nn.Module.__init__(tuner)
+    tuner.__dict__["model"] = base  # not as a submodule
+    try:
+        config = tuner._prepare_adapter_config(config, BaseTuner.get_model_config(base))
+    except TrimtabError:  # ours say what is wrong themselves
+        raise
+    except ValueError as error:
+        kind = getattr(getattr(base, "config", None), "model_type", type(base).__name__)
+        raise ModelError(
+            f"target_modules: PEFT has no default for {kind!r}; name the modules or say 'all-linear'."
+        ) from error
+    return _maybe_include_all_linear_layers(config, base)
+
+
+def locate(name: str, stacks: dict[str, Stack]) -> tuple[str | None, int | None, str]:
+    """Stack path, block index and name inside the block; ``(None, None, name)`` outside of all stacks."""
+    for path, stack in stacks.items():
+        if name.startswith(f"{stack.name}."):
+            index, _, kind = name[len(stack.name) + 1 :].partition(".")
+            return path, int(index), kind
+    return None, None, name
+
+
+def is_chosen(where: Where, stack: str, block: int | None) -> bool:
+    """Is this block of this stack among the chosen ones?"""
+    return block is not None and stack in where.stacks and where.stacks[stack][block] == "1"
+
+
+# ---------------------------------------------------------------------------------------- blocks of a model
+
+
+def _block_lists(
+    module: nn.Module, name: str, near: nn.Module
+) -> Iterator[tuple[str, nn.ModuleList, nn.Module, nn.Module]]:
+    """Outermost module lists whose items are blocks, with their owner and the nearest model with a config."""
+    for child_name, child in module.named_children():
+        child_path = f"{name}.{child_name}" if name else child_name
+        if isinstance(child, BaseTunerLayer):
+            continue
+        if isinstance(child, nn.ModuleList) and len(child) and all(_is_block(item) for item in child):
+            yield child_path, child, module, near
+        else:
+            yield from _block_lists(child, child_path, child if hasattr(child, "config") else near)
+
+
+def _is_block(module: nn.Module) -> bool:
+    if isinstance(module, nn.ModuleList) or is_linear(module):
+        return False
+    return any(is_linear(inner) for inner in module.modules())
+
+
+def _is_language(near: Any, base: Any) -> bool:
+    """Is the model nearest to a stack the language model of its composite?"""
+    config: Any = getattr(base, "config", None)
+    if not hasattr(config, "get_text_config"):
+        return True
+    try:
+        text_config = config.get_text_config()
+    except ValueError:  # several text parts: their modality has to tell
+        text_config = None
+    if text_config is config:
+        return True
+    modalities = getattr(near, "input_modalities", "text")
+    if "text" not in ((modalities,) if isinstance(modalities, str) else modalities):
+        return False
+    return text_config is None or config.is_encoder_decoder or type(near.config) is type(text_config)
+
+
+def _hidden_size(near: nn.Module, base: nn.Module, blocks: nn.ModuleList) -> int:
+    for owner in (near, base):
+        size = getattr(getattr(owner, "config", None), "hidden_size", None)
+        if isinstance(size, int):
+            return size
+    first = next(m for m in blocks.modules() if is_linear(m))
+    return features(first)[0]
+
+
+# --------------------------------------------------------------------------------------------- linears
+
+
+def outside_adapters(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Named modules, without the inside of adapter layers that are already there (as PEFT skips them)."""
+    inside: tuple[str, ...] = ()
+    for name, module in base.named_modules():
+        if not name or name.startswith(inside or ("\0",)):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside += (f"{name}.",)
+        yield name, module
+
+
+def bare(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def is_linear(module: nn.Module) -> bool:
+    layer = bare(module)
+    if isinstance(layer, (nn.Linear, Conv1D)):
+        return True
+    names = ("in_features", "out_features"), ("infeatures", "outfeatures")  # quantised linears of several makers
+    return any(all(isinstance(getattr(layer, n, None), int) for n in pair) for pair in names)
+
+
+def features(linear: nn.Module) -> tuple[int, int]:
+    """Numbers of inputs and outputs of a linear of any make."""
+    inputs, outputs = _get_in_out_features(bare(linear))
+    assert inputs is not None and outputs is not None  # `is_linear` saw them
+    return int(inputs), int(outputs)
+
+
+def _endings(linears: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in linears))
+
+
+def _shown(target_modules: Any) -> str:
+    return repr(sorted(target_modules) if isinstance(target_modules, set) else target_modules)
+
+
+def _check_targets(target_modules: Any, linears: dict[str, nn.Module]) -> None:
+    """Every named target must be there: PEFT only complains when all of them are missing."""
+    if target_modules is None or (isinstance(target_modules, str) and target_modules.lower() == "all-linear"):
+        return
+    known = _endings(linears)
+    if isinstance(target_modules, str):
+        if not any(re.fullmatch(target_modules, name) for name in linears):
+            raise ModelError(
+                f"target_modules: no linear matches {target_modules!r} as a regex for the whole name. "
+                f"Linears here end in {', '.join(known)}."
+            )
+        return
+    for target in sorted(target_modules):
+        if not any(name == target or name.endswith(f".{target}") for name in linears):
+            raise ModelError(
+                f"target_modules: no linear named {target!r} in this model. "
+                f"It has {', '.join(known)}.{did_you_mean(target, known)}"
+            )
+
+
+def is_on_meta(model: nn.Module) -> bool:
+    """Does any weight live on the meta device, so that nothing can be computed?"""
+    return any(p.device == torch.device("meta") for p in model.parameters())

@@ -1,0 +1,451 @@
+"""TrimCallback: stock Trainer's events, in the controller's order.
+
+Trainer clips before it fires `on_pre_optimizer_step` and has no event between backward and clipping. So
+`before_step` is reached through a hook on the model's output that queues an end-of-backward callback, on
+the synchronising micro-batch only. `after_step` sits at `on_optimizer_step`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+import uuid
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from ..errors import CheckpointError, ConfigError, StaleAdapterError
+from ..host.layers import TrimConfig, adapter_config, hosted_layers, peft_model_of
+from .checkpoint import COMPLETE, checkpoints, last_checkpoint, read_facts, read_state, what_is_wrong, write_state
+from .controller import Controller, Event, is_distributed, what_differs
+from .parallel import give_back_to_ddp, leave_out_of_ddp
+from .steps import Weakly, callers, is_accumulating
+
+logger = logging.getLogger("trimtab")
+
+# What a log row may hold: numbers that a resumed run repeats exactly. Clock times go to timing.jsonl.
+_CLOCK = ("runtime", "per_second", "model_preparation_time", "total_flos")
+
+
+class TrimCallback(TrainerCallback, ExportableState):
+    """Decides during a stock Trainer's run, and keeps what exact resume needs in every checkpoint.
+
+    Args:
+        history: file for the run's history, one JSON object a line, without clock times (those go to
+            ``timing.jsonl`` beside it); None keeps it in memory (`.events`).
+        adapter_name: PEFT's name of the adapter; None takes the active one.
+        resume_from: folder of the checkpoint being resumed, if it is not
+            ``<output_dir>/checkpoint-<step>``.
+    """
+
+    def __init__(
+        self,
+        history: str | os.PathLike[str] | None = None,
+        adapter_name: str | None = None,
+        resume_from: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.history = Path(history) if history is not None else None
+        self.adapter_name = adapter_name
+        self.resume_from = Path(resume_from) if resume_from is not None else None
+        self.controller: Controller | None = None
+        self.events: list[Event] = []
+        self._args: TrainingArguments | None = None
+        self._hook: Any = None
+        self._is_queued = False
+        self._was_reached = False
+        self._has_loop = False  # Trainer's own loop runs; an exception or Ctrl-C ends it without an event
+        self._is_training = False
+        self._penalties: list[Tensor] = []
+        self._optimizer: Any = None
+        self._began = 0.0
+        self._run = ""  # tells this run's checkpoints from another run's
+
+    # -- Trainer's events, in their order ----------------------------------------------------------
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        model = kw.get("model")
+        self._args = args
+        if model is None or not self._layers(model):
+            return
+        if getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None):
+            raise ConfigError(
+                "deepspeed",
+                args.deepspeed or "from the environment",
+                "DeepSpeed zeroes gradients before Trainer's optimizer events, so nothing could be decided; use DDP",
+            )
+        if getattr(args, "fsdp", None) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+            raise ConfigError(
+                "fsdp",
+                args.fsdp or True,
+                "rank and freeze methods do not work on sharded adapters yet; use DDP, or TrimConfig without rank and "
+                "freeze",
+            )
+        if args.save_only_model:
+            warnings.warn(
+                "save_only_model=True: checkpoints will be plain LoRA, but this run cannot be resumed",
+                stacklevel=2,
+            )
+        self._widen(model)
+        self._leave_out_of_ddp(model, args)
+        self._warn_of_checkpoints(args, model)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        model, self._optimizer = kw["model"], kw.get("optimizer")
+        self._args = args
+        last = self.controller
+        if last is not None and last.model is model and last.step > 0 and last.layers and not last.is_finished:
+            raise StaleAdapterError(
+                "training begins again on an adapter that has already adapted (auto_find_batch_size "
+                "after its first steps, or a second train()); build the model anew, or load it "
+                "with PeftModel.from_pretrained(checkpoint, is_trainable=True)"
+            )
+        self.events, self._penalties, self._run = [], [], ""
+        self._is_queued = self._was_reached = False  # a first attempt may have run out of memory in mid-backward
+        if self._hook is not None:
+            self._hook.remove()
+        self._has_loop = _is_in_training()
+        self.controller = Controller(
+            model,
+            self._optimizer,
+            state.max_steps,
+            steps_per_epoch=self._steps_per_epoch(args, kw),
+            adapter_name=self._name(model),
+            on_event=self._record,
+        )
+        if state.global_step > 0:
+            self._resume(args, state)
+        else:
+            self._start_history()
+            if self.controller.layers:
+                self.controller._check_not_stale()
+        if not self._run:
+            self._run = uuid.uuid4().hex
+        self._is_training = True
+        config = adapter_config(model, self.controller.adapter_name)
+        is_plain = config.peft_type == "LORA" and not isinstance(config, TrimConfig)
+        if not self.controller.layers and is_plain:
+            logger.warning("these are plain LoRA layers: they train on at their ranks, and nothing is decided")
+        if self.controller.layers and not self.controller.is_finished:
+            self._hook = peft_model_of(model).register_forward_hook(Weakly(self._watch_output))
+        self._began = time.perf_counter()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
+    ) -> None:
+        if self._is_running() and not self._was_reached:
+            raise StaleAdapterError(
+                "the adapters' gradients were never seen: the model's forward was not called "
+                "through the PeftModel, or nothing in its output needs a gradient"
+            )
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
+    ) -> None:
+        self._was_reached = False
+        controller = self.controller
+        if controller is None:
+            return
+        if not self._is_running():  # nothing to decide: count only
+            controller.param_steps += controller.trainable_params()
+            controller.step += 1
+            return
+        ranks = controller.ranks()
+        controller.after_step(skipped=bool(getattr(self._optimizer, "step_was_skipped", False)))
+        if controller.last_penalty is not None:
+            self._penalties.append(controller.last_penalty)
+        if controller.ranks() != ranks:
+            self._restart_best(args, state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        if state.global_step >= state.max_steps or control.should_training_stop:
+            self._finish(args, state)
+        self._log_before_saving(args, control)
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        if control.should_training_stop:  # early stopping speaks up after on_step_end
+            self._finish(args, state)
+        self._log_before_saving(args, control)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kw: Any,
+    ) -> None:
+        if logs and "train_runtime" in logs and control.should_training_stop:
+            self._finish(args, state)  # Trainer's last row: the last event before it loads the best model
+        if not logs or "loss" not in logs:
+            return
+        row: Event = {"event": "log", "step": state.global_step, "epoch": state.epoch}
+        row.update({k: v for k, v in logs.items() if k != "epoch" and not any(c in k for c in _CLOCK)})
+        if self._penalties:
+            row["penalty"] = float(torch.stack(self._penalties).mean())
+            self._penalties = []
+        self._record(row)
+        self._record_time(state.global_step)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kw: Any,
+    ) -> None:
+        kept = {k: v for k, v in (metrics or {}).items() if k != "epoch" and not any(c in k for c in _CLOCK)}
+        self._record({"event": "eval", "step": state.global_step, "epoch": state.epoch, "metrics": kept})
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        self._finish(args, state)
+        self._is_training = False
+        if self.controller is not None and self.controller.layers:
+            give_back_to_ddp(kw["model"])
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    # -- ExportableState: called just before trainer_state.json is written -------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Writes `trim_state` into the checkpoint being saved; called by Trainer before `trainer_state.json`."""
+        controller, args = self.controller, self._args
+        if self._is_training and controller is not None and args is not None and controller.step > 0:
+            folder = _being_saved(Path(args.output_dir or "."), controller.step)
+            if folder is not None and not args.save_only_model:
+                (folder / COMPLETE).unlink(missing_ok=True)  # of an earlier run that is being overwritten
+                tensors, facts = controller.state_dict()
+                facts["processes"], facts["run"] = args.world_size, self._run
+                facts["history_rows"] = self._history_rows()
+                if self._penalties:  # the mean that the next log row will show must not lose its first part
+                    facts["penalties"] = [float(p) for p in self._penalties]
+                write_state(folder, tensors, facts)
+        # What restore_callback_states_from_checkpoint makes the callback anew from; the folder is found again then.
+        history = None if self.history is None else str(self.history)
+        return {"args": {"history": history, "adapter_name": self.adapter_name}, "attributes": {}}
+
+    # -- inside -------------------------------------------------------------------------------------
+
+    def _widen(self, model: nn.Module) -> None:
+        was_narrow = [layer.widen(self._name(model)) for layer in self._layers(model).values()]
+        if any(was_narrow):  # TRL does this to adapters of a quantised base
+            logger.warning("adapters in half precision are brought to float32: smaller steps would be lost in it")
+
+    @staticmethod
+    def _log_before_saving(args: TrainingArguments, control: TrainerControl) -> None:
+        # Trainer does not save its running loss: after a resume the mean would lack the steps since the last row.
+        may_save = control.should_save or (args.save_strategy == SaveStrategy.BEST and control.should_evaluate)
+        if may_save and args.logging_strategy != IntervalStrategy.NO:
+            control.should_log = True
+
+    def _warn_of_checkpoints(self, args: TrainingArguments, model: nn.Module) -> None:
+        """Trainer would trip over these before it asks us, and could not say what to do instead."""
+        folder = args.output_dir or "."
+        newest = next(iter(checkpoints(folder)), None)
+        if newest is None:
+            return
+        config = adapter_config(model, self._name(model))
+        if fault := what_is_wrong(newest):
+            logger.warning(
+                "%s cannot be resumed from (%s); use trainer.train(resume_from_checkpoint="
+                "trimtab.last_checkpoint(%r)), which gives %r", newest, fault, folder, last_checkpoint(folder),
+            )  # fmt: skip
+        elif isinstance(config, TrimConfig) and config.budget is None:  # a budget chooses the settings later
+            sites = {n: (la.hosted[self._name(model)].initial_r, la.scaling[self._name(model)])
+                     for n, la in self._layers(model).items()}  # fmt: skip
+            other = what_differs(read_facts(newest), {"rank": repr(config.rank), "freeze": repr(config.freeze)}, sites)
+            if other:
+                logger.warning("%s is of another run (%s) and cannot be resumed by this one", newest, other)
+
+    def _name(self, model: nn.Module) -> str:
+        if self.adapter_name is not None:
+            return self.adapter_name
+        active = peft_model_of(model).active_adapter
+        return active if isinstance(active, str) else active[0]
+
+    def _layers(self, model: nn.Module) -> dict[str, Any]:
+        try:
+            return hosted_layers(model, self._name(model))
+        except Exception:  # not a PeftModel (yet): on_train_begin says so with its reason
+            return {}
+
+    def _is_running(self) -> bool:
+        return self.controller is not None and bool(self.controller.layers) and not self.controller.is_finished
+
+    @staticmethod
+    def _steps_per_epoch(args: TrainingArguments, kw: dict[str, Any]) -> int | None:
+        try:
+            return max(1, math.ceil(len(kw["train_dataloader"]) / args.gradient_accumulation_steps))
+        except (TypeError, KeyError):  # a streaming dataset has no length
+            return None
+
+    def _watch_output(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if not torch.is_grad_enabled():
+            return
+        if self._has_loop and not torch.compiler.is_compiling() and not _is_in_training():
+            if self._hook is not None:
+                self._hook.remove()
+            return
+        for tensor in _tensors(output):
+            if tensor.requires_grad:
+                tensor.register_hook(self._on_backward)
+
+    def _on_backward(self, gradient: Tensor) -> None:
+        # Runs at the start of the outermost backward, also under gradient checkpointing.
+        if self._is_queued or is_accumulating():
+            return
+        self._is_queued = True
+        torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
+
+    def _after_backward(self) -> None:
+        self._is_queued = False
+        assert self.controller is not None
+        self.controller.before_step()
+        self._was_reached = True
+
+    def _finish(self, args: TrainingArguments, state: TrainerState) -> None:
+        if not self._is_running():
+            return
+        assert self.controller is not None
+        ranks = self.controller.ranks()
+        self.controller.finish()
+        if self.controller.ranks() != ranks:
+            self._restart_best(args, state)
+
+    def _restart_best(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Only checkpoints at the final shape compete for the best model."""
+        if not args.load_best_model_at_end or state.best_metric is None:
+            return
+        logger.warning(
+            "ranks changed at step %d: the best checkpoint so far (%s=%.6g) has another shape and no longer competes. "
+            "Reach the target rank earlier (shorter warmup/allocation) to leave more steps at the final shape.",
+            self.controller.step if self.controller is not None else state.global_step,
+            args.metric_for_best_model,
+            state.best_metric,
+        )
+        state.best_metric = state.best_model_checkpoint = None
+        state.best_global_step = None
+
+    def _leave_out_of_ddp(self, model: nn.Module, args: TrainingArguments) -> None:
+        if args.world_size < 2 or getattr(args, "fsdp", None):
+            return
+        name = self._name(model)
+        ours = [
+            p for la in self._layers(model).values() for p in (*la.factors(name), *la.diagonals(name)) if p is not None
+        ]
+        leave_out_of_ddp(model, ours)
+        if args.ddp_find_unused_parameters is False and hasattr(peft_model_of(model), "trim_anchor"):
+            raise ConfigError("ddp_find_unused_parameters", False, "must be unset or true when only adapters train")
+        if hasattr(peft_model_of(model), "trim_anchor"):
+            args.ddp_find_unused_parameters = True
+
+    def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
+        assert self.controller is not None
+        own = Path(args.output_dir or ".")
+        folder = self.resume_from or _trainers_folder() or own / f"checkpoint-{state.global_step}"
+        if not self.controller.layers and what_is_wrong(folder):
+            self._start_history()
+            return  # a plain adapter resumes with Trainer's own means
+        tensors, facts = read_state(folder)
+        self._run = facts.get("run") or self._run
+        for other in checkpoints(own):
+            if what_is_wrong(other) is None and read_facts(other).get("run", self._run) != self._run:
+                raise CheckpointError(
+                    f"output_dir={str(own)!r}: its {other.name} is of another run than {str(folder)!r}, which is being "
+                    "resumed; give the resumed run a folder of its own"
+                )
+        if facts["step"] != state.global_step:
+            raise CheckpointError(
+                f"checkpoint {str(folder)!r}: it is of step {facts['step']}, Trainer resumes step "
+                f"{state.global_step}; pass TrimCallback(resume_from=…) the folder you resume from"
+            )
+        if facts["is_finished"] and self.controller.layers and is_distributed():
+            raise CheckpointError(  # DDP wrapped the model before it was known that nobody would average them
+                f"checkpoint {str(folder)!r}: its run is finished, and DDP would not average the gradients of a model "
+                "that is made to adapt; load it with PeftModel.from_pretrained(checkpoint, is_trainable=True)"
+            )
+        self._cut_history(facts.get("history_rows", 0))
+        self.controller.load_state_dict(tensors, facts)
+        self._penalties = [torch.tensor(p) for p in facts.get("penalties", [])]
+
+    # -- history -------------------------------------------------------------------------------------
+
+    def _record(self, row: Event) -> None:
+        self.events.append(row)
+        # Before training, and in a process that only evaluates, the file is another run's or not there yet.
+        if self.history is not None and self._run and _is_main():
+            with self.history.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def _record_time(self, step: int) -> None:
+        if self.history is not None and _is_main():
+            with (self.history.parent / "timing.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "seconds": round(time.perf_counter() - self._began, 3)}) + "\n")
+
+    def _history_rows(self) -> int:
+        if self.history is None or not self.history.exists():
+            return len(self.events)
+        return sum(1 for _ in self.history.open(encoding="utf-8"))
+
+    def _start_history(self) -> None:
+        if self.history is not None and _is_main():
+            self.history.parent.mkdir(parents=True, exist_ok=True)
+            rows = "".join(json.dumps(row) + "\n" for row in self.events)
+            self.history.write_text(rows, encoding="utf-8")
+            (self.history.parent / "timing.jsonl").unlink(missing_ok=True)
+
+    def _cut_history(self, rows: int) -> None:
+        """Drop what a killed run wrote after its last checkpoint; the resumed run writes it again."""
+        self.events = []
+        if self.history is not None and _is_main() and self.history.exists():
+            kept = self.history.read_text(encoding="utf-8").split("\n")[:rows]
+            temporary = self.history.with_suffix(".tmp")
+            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            os.replace(temporary, self.history)
+
+
+def _being_saved(output_dir: Path, step: int) -> Path | None:
+    """The checkpoint folder that Trainer is writing; a hyperparameter search has one folder a trial in between."""
+    found = [p for p in (output_dir / f"checkpoint-{step}", *output_dir.glob(f"*/checkpoint-{step}")) if p.is_dir()]
+    return max(found, key=lambda p: p.stat().st_mtime_ns, default=None)
+
+
+def _trainers_folder() -> Path | None:
+    """The folder that the Trainer which is calling resumes from: it tells no callback, so its own variable is read."""
+    for frame in callers():
+        folder = frame.f_locals.get("resume_from_checkpoint")
+        if isinstance(frame.f_locals.get("self"), Trainer) and isinstance(folder, (str, os.PathLike)):
+            return Path(folder)
+    return None
+
+
+def _is_in_training() -> bool:
+    """Whether a Trainer's training loop is among the callers."""
+    return any(
+        frame.f_code.co_name in ("_inner_training_loop", "train") and isinstance(frame.f_locals.get("self"), Trainer)
+        for frame in callers()
+    )
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, dict):
+        return [t for value in output.values() for t in _tensors(value)]
+    if isinstance(output, (list, tuple)):
+        return [t for value in output for t in _tensors(value)]
+    return []
+
+
+def _is_main() -> bool:
+    return not is_distributed() or torch.distributed.get_rank() == 0

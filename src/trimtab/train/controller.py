@@ -1,0 +1,947 @@
+"""The step protocol: who decides when, during training.
+
+    start -> per step: backward done -> before_step -> clipping -> optimizer.step -> after_step -> zero_grad
+          -> finish
+
+`before_step` averages the adapters' gradients over processes, adds the penalty's gradient and reads what
+must be read before clipping. `after_step` lets the rank method decide, then the freeze method, and applies
+both. The controller knows no method by name: it calls settings objects through `rank/base.py` and
+`freeze/base.py`, and finds parameters by type.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+import warnings
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.lowrank import fold
+from ..budget import Choice, solve
+from ..errors import CheckpointError, ConfigError, DisagreementError, ModelError, StaleAdapterError
+from ..host.layers import (
+    PROJECTIONS,
+    TrimConfig,
+    TrimLayer,
+    adapter_layers,
+    hosted_layers,
+    own_config,
+    peft_model_of,
+    set_data,
+    settle,
+)
+from ..plans import Budget, Site
+from .parallel import give_back_to_ddp, leave_out_of_ddp, refuse_if_in_ddp
+from .prune import Freed, decouples_decay, drop_optimizer_state, prune_layer, unwrap_optimizer, why_not_cuttable
+from .steps import NOT_FINITE_LIMIT, StepWatch, is_accumulating, refuse_second_copies, refuse_what_cannot_be_followed
+
+if TYPE_CHECKING:
+    from ..rank.base import Decision
+
+Event = dict[str, Any]
+
+
+class Controller:
+    """Owns what adapts during training; independent of any trainer.
+
+    In a bare loop::
+
+        ctl = trimtab.Controller(model, optimizer, total_steps=n)
+        for batch in data:
+            model(**batch).loss.backward()
+            ctl.before_step()          # before clipping
+            optimizer.step()
+            ctl.after_step()
+            optimizer.zero_grad()
+        ctl.finish()
+
+    The same inside ``with accelerator.accumulate(model)``: only micro-batches that end in a step count. With several
+    processes, make it before `DistributedDataParallel` or `accelerator.prepare` wraps the model.
+
+    Args:
+        model: a `PeftModel` (possibly wrapped) whose adapter came from `TrimConfig`; any other adapter is
+            only counted.
+        optimizer: the torch optimizer, or a wrapper with ``.optimizer``.
+        total_steps: optimizer steps of the whole run.
+        steps_per_epoch: needed where a phase is given in epochs.
+        adapter_name: PEFT's name of the adapter.
+        on_event: called with each history row (see the reports page for the rows).
+    Raises:
+        ConfigError: a schedule that does not fit ``total_steps``, with the numbers.
+        StaleAdapterError: the layers hold tensors that were loaded from elsewhere.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any = None,
+        total_steps: int = 0,
+        *,
+        steps_per_epoch: int | None = None,
+        adapter_name: str = "default",
+        on_event: Callable[[Event], None] | None = None,
+    ) -> None:
+        if not is_count(total_steps):
+            raise ConfigError("total_steps", total_steps, "the number of optimizer steps of the run, at least 1")
+        if steps_per_epoch is not None and not is_count(steps_per_epoch):
+            raise ConfigError("steps_per_epoch", steps_per_epoch, "optimizer steps of one epoch, at least 1")
+        self.model, self.adapter_name = model, adapter_name
+        self.optimizer = unwrap_optimizer(optimizer)
+        self.total_steps = operator.index(total_steps)
+        self.steps_per_epoch = steps_per_epoch = None if steps_per_epoch is None else operator.index(steps_per_epoch)
+        self.on_event = on_event
+        self.step = 0
+        self.layers: dict[str, TrimLayer] = hosted_layers(model, adapter_name)
+        self._parameters = adapter_parameters(model, adapter_name)  # pruning keeps their identity
+        self._refuse_groups_that_leave_out()
+        if self.layers:
+            refuse_what_cannot_be_followed(self.optimizer)
+            if is_distributed():
+                refuse_if_in_ddp(model, self._parameters)
+                leave_out_of_ddp(model, self._parameters)
+                self.broadcast()  # nobody else does
+            was_narrow = [layer.widen(adapter_name) for layer in self.layers.values()]
+            if any(was_narrow):
+                warnings.warn(
+                    "adapters in half precision are brought to float32: smaller steps would be lost in it", stacklevel=2
+                )
+        self.param_steps = 0  # sum over steps of what was trainable in them: the time-average's numerator
+        self.initial_params = self.trainable_params()
+        self.last_penalty: Tensor | None = None
+        self.final_params = self.held_params = 0  # known once finished
+        self.is_finished = False
+        self._finished: dict[str, Any] | None = None  # state of the finished run that trains on
+        self._is_ready = False
+        self._norms: list[Tensor] = []  # of the adapters' gradients, as before_step saw them
+        self._seen: tuple[nn.Parameter, Tensor] | None = None  # a gradient that the penalty was added to
+        self._not_finite = 0  # steps in a row without finite gradients
+        self._gradients: dict[str, Tensor] = {}
+        self._e_before: dict[str, Tensor] = {}
+        self._mask: dict[str, Tensor] = {}  # the last mask that processes have not compared yet, and its hash
+        self._mask_bits: list[int] = []
+        config = own_config(model, adapter_name)
+        for layer in self.layers.values():
+            layer.hosted[adapter_name].is_decided = True
+        if isinstance(config, TrimConfig) and config.is_adaptive:
+            self._refuse_plain_layers()
+            self._refuse_a_second_adapter()
+        self.rank = self.freeze = None
+        self.choice: Choice | None = None
+        if isinstance(config, TrimConfig) and self.layers:
+            self.rank, self.freeze = config.rank, config.freeze
+            if config.budget is not None:
+                self._meet(config.budget, config.budget_frees)
+        ranks = {name: layer.hosted[adapter_name].initial_r for name, layer in self.layers.items()}
+        self.initial_ranks = dict(ranks)
+        self._sites = {name: (r, self.layers[name].hosted[adapter_name].scale) for name, r in ranks.items()}
+        self.allocator = self.freezer = None
+        if self.rank is not None:
+            limit = self.choice.cost_limit() if self.choice is not None else None
+            self.allocator = self.rank.build(ranks, total_steps, steps_per_epoch, self._peak_learning_rate(), limit)
+        if self.freeze is not None:
+            self.freeze.check_sites(self.layers)
+            self.freezer = self.freeze.build(self._trainable_projections(), total_steps, steps_per_epoch)
+            if self.choice is not None:
+                self.freezer.follow(list(self.choice.levels))
+        self._why_masks_only = self._masks_only_reason()
+        self._refuse_dead_start()
+        self._watch = StepWatch(self.optimizer if self.layers else None, optimizer)
+        if never := self.frozen():
+            self._emit_freeze(never)
+        self._emit_params()
+
+    # -- the protocol -------------------------------------------------------------------------------
+
+    def before_step(self, loss_scale: float | None = None) -> None:
+        """After the step's last backward and before clipping.
+
+        While accelerate accumulates, it does nothing. Called again in the same step (a second loss), it takes in what
+        was added to the gradients since.
+
+        Args:
+            loss_scale: factor that the gradients still carry (a bare fp16 scaler's ``get_scale()``); None asks
+                accelerate's optimizer, and is 1 without one.
+        """
+        if is_accumulating():
+            return
+        self._check_not_stale()
+        if self._watch.has_stepped:
+            raise StaleAdapterError(
+                "before_step: the optimizer has stepped since the last call of "
+                + ("before_step, and after_step was not called" if self._is_ready else "after_step without before_step")
+                + "; the order is before_step, optimizer.step, after_step, zero_grad"
+            )
+        if loss_scale is None:
+            loss_scale = self._watch.loss_scale()
+        has_penalty = self._is_ready and not self._was_zeroed()
+        self._average_gradients()  # what was averaged before is the same everywhere, so that it stays as it is
+        self._silence_dead_columns()
+        if not has_penalty:
+            self._add_penalty(loss_scale)
+        with_gradient = [p for p in self._adapted() if p.grad is not None]
+        gradients = [p.grad for p in with_gradient if p.grad is not None]
+        self._seen = (with_gradient[0], gradients[0]) if gradients else None
+        self._norms = list(torch._foreach_norm(gradients)) if gradients else []
+        if self.freezer is not None and self.freezer.reads_gradients:
+            self._gradients = {
+                name: p.grad.detach() / loss_scale if loss_scale != 1.0 else p.grad.detach().clone()
+                for name, p in self._projections().items()
+                if p.requires_grad and p.grad is not None
+            }
+        if self.rank is not None and not self.rank.e_decays:
+            self._e_before = {n: e.detach().clone() for n, e in self._e_parameters().items()}
+        self._is_ready = self._watch.is_ready = True
+
+    def after_step(self, skipped: bool = False) -> None:
+        """After `optimizer.step`, while gradients are still there. While accelerate accumulates, it does nothing.
+
+        A step without finite gradients counts, but scores nothing.
+
+        Args:
+            skipped: the optimizer was not stepped, for a reason that cannot be seen from here.
+        """
+        if not self._is_ready:
+            if is_accumulating() and not self._watch.has_stepped:
+                return
+            raise StaleAdapterError(
+                "after_step: call before_step first, after backward and before clipping"
+                + (" (accelerate says that gradients are still accumulating)" if is_accumulating() else "")
+            )
+        skipped = self._tell_not_finite() or skipped
+        if not skipped:
+            self._refuse_lost_gradients()
+            if self.step == 0:
+                refuse_second_copies(self._adapted(), self.optimizer, self._watch.given)
+        self._is_ready = self._watch.is_ready = False
+        self._watch.forget()
+        self.param_steps += self.trainable_params()
+        self.step += 1
+        if skipped:
+            self._emit({"event": "skipped", "step": self.step})
+            self._not_finite += 1
+            if self._not_finite >= NOT_FINITE_LIMIT:
+                raise ModelError(
+                    f"gradients were not finite, or the optimizer was not stepped, for {self._not_finite} steps in a "
+                    f"row, up to step {self.step}: lower the learning rate, train in bf16 or fp32 instead of fp16, "
+                    "and look for NaN in the data and the loss"
+                )
+        else:
+            self._not_finite = 0
+            self._undo_decay_of_e()
+            if self.freezer is not None:
+                self.freezer.observe(self.step - 1, self._gradients)
+            if self.allocator is not None:
+                self._apply(self.allocator.after_step(self.step, self._factors()))
+        if self.freezer is not None and (not skipped or self._has_purse()):
+            is_due = self.freezer.is_due(self.step - 1)
+            self._freeze(self.freezer.decide(self.step - 1, self._allowance()), is_due)
+        self._gradients, self._e_before, self._norms, self._seen = {}, {}, [], None
+
+    def finish(self) -> None:
+        """Cut to the target, fold the diagonals, leave plain LoRA factors. Safe to call twice."""
+        if self.is_finished:
+            return
+        if self.allocator is not None:
+            self._apply(self.allocator.finish(self.step, self._factors()) or self._masked_for_good(), is_last=True)
+        # Before the diagonals are folded in: they were trained, and are part of what the run held.
+        self.final_params = self.trainable_params()
+        self.held_params = self._held_params()
+        self._emit_params()
+        for layer in self.layers.values():
+            if any(d is not None for d in layer.at_work(self.adapter_name)):  # A and B change as they are folded in
+                for p in self._named(layer).values():
+                    drop_optimizer_state(p, self.optimizer)
+        self._settle()
+        self._watch.close()
+        give_back_to_ddp(self.model)
+
+    # -- figures ------------------------------------------------------------------------------------
+
+    def trainable_params(self) -> int:
+        """Trainable adapter parameters now; heads and other saved modules are not counted."""
+        at_rest = {id(p) for p in self._at_rest()}
+        return sum(p.numel() for p in self._parameters if p.requires_grad and id(p) not in at_rest)
+
+    def _held_params(self) -> int:
+        return sum(p.numel() for p in self._parameters) - sum(p.numel() for p in self._at_rest())
+
+    def _at_rest(self) -> list[nn.Parameter]:
+        return [
+            p
+            for layer in self.layers.values()
+            if layer.is_adaptive(self.adapter_name)
+            for p in layer.resting(self.adapter_name)
+        ]
+
+    def average_params(self) -> float:
+        """Mean over the steps so far of the parameters that were trainable in them (AFLoRA's figure)."""
+        return self.param_steps / self.step if self.step else float(self.initial_params)
+
+    def figures(self) -> dict[str, float]:
+        """Measured adapter parameters: ``initial``, ``final``, ``average`` trainable, and ``held`` at the end."""
+        is_open = not self.is_finished
+        held = self._held_params() if is_open else self.held_params
+        final = self.trainable_params() if is_open else self.final_params
+        return {"initial": self.initial_params, "final": final, "average": self.average_params(), "held": held}
+
+    def ranks(self) -> dict[str, int]:
+        """Site name -> current rank."""
+        return {name: layer.r.get(self.adapter_name, 0) for name, layer in self.layers.items()}
+
+    # -- state --------------------------------------------------------------------------------------
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that training needs beyond the checkpoint: tensors, and JSON-able facts."""
+        if self._finished is not None:  # a finished run that trains on: what was decided stands
+            return {}, {**self._finished, "step": self.step, "param_steps": self.param_steps}
+        tensors: dict[str, Tensor] = {}
+        for name, layer in self.layers.items():
+            if self.is_finished:
+                continue
+            for key, p in self._named(layer).items():
+                tensors[f"factors/{name}/{key}"] = p.detach()
+        meta: dict[str, Any] = {
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "steps_per_epoch": self.steps_per_epoch,
+            "param_steps": self.param_steps,
+            "initial_params": self.initial_params,
+            "initial_ranks": self.initial_ranks,
+            "final_params": self.final_params,
+            "held_params": self.held_params,
+            "is_finished": self.is_finished,
+            "settings": self.settings(),
+            "sites": self._sites,
+            "fingerprint": self.fingerprint(),
+            "ranks": self.ranks(),
+            "frozen": sorted(self.frozen()),
+        }
+        for part, owner in (("rank", self.allocator), ("freeze", self.freezer)):
+            if owner is not None:
+                own, facts = owner.state_dict()
+                tensors.update({f"{part}/{key}": value for key, value in own.items()})
+                meta[part] = facts
+        return tensors, meta
+
+    def load_state_dict(
+        self, tensors: dict[str, Tensor] | tuple[dict[str, Tensor], dict[str, Any]], meta: dict[str, Any] | None = None
+    ) -> None:
+        """Restore what `state_dict` gave, in two arguments or as the pair that it is (as accelerate hands it over).
+
+        The layers take the raw factors, at their saved shapes.
+
+        Raises:
+            CheckpointError: the state belongs to another horizon, other settings, other sites, or to other tensors
+                than were loaded into the layers.
+        """
+        if isinstance(tensors, tuple):
+            tensors, meta = tensors
+        assert meta is not None
+        if self.layers:  # a finished run may also have been loaded as the plain LoRA that it left
+            self._check_fits(meta)
+        self._check_belongs(tensors, meta)
+        self.step, self.param_steps = meta["step"], meta["param_steps"]
+        self.initial_params, self.initial_ranks = meta["initial_params"], meta["initial_ranks"]
+        self.final_params, self.held_params = meta["final_params"], meta["held_params"]
+        for name, layer in self.layers.items():
+            if meta["is_finished"]:
+                self._restore_finished(layer, meta["ranks"][name])
+            for key, parameter in self._named(layer).items():
+                saved = tensors.get(f"factors/{name}/{key}")
+                if saved is not None:
+                    self._restore(parameter, saved.to(parameter.device))
+            layer.resized(self.adapter_name)
+            layer.hosted[self.adapter_name].is_stale = False
+        for name in meta["frozen"]:
+            self._freeze_one(name)
+        for part, owner in (("rank", self.allocator), ("freeze", self.freezer)):
+            if owner is not None and not meta["is_finished"]:
+                own = {k.removeprefix(f"{part}/"): v for k, v in tensors.items() if k.startswith(f"{part}/")}
+                owner.load_state_dict(own, meta[part])
+        if meta["is_finished"]:
+            self._settle()  # nothing is decided again
+            self._finished = meta
+
+    def _settle(self) -> None:
+        own_config(self.model, self.adapter_name)
+        for layer in self.layers.values():
+            layer.finish(self.adapter_name)
+        if self.layers:
+            settle(self.model, self.adapter_name)
+        self._parameters = adapter_parameters(self.model, self.adapter_name)
+        self.is_finished = True
+
+    def settings(self) -> dict[str, str]:
+        """What decides, in words: a resumed run must have the same."""
+        budget = "; ".join(self.choice.explanation[:1]) if self.choice is not None else "None"
+        return {"rank": repr(self.rank), "freeze": repr(self.freeze), "budget": budget, "adapter": self.adapter_name}
+
+    def fingerprint(self) -> str:
+        """Hash of the settings, the sites with their initial ranks and scales, and the horizon."""
+        text = repr((sorted(self.settings().items()), self._sites, self.total_steps, self.steps_per_epoch))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _check_belongs(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """The saved raw factors fold to what was loaded into the layers; else two checkpoints would be mixed."""
+        if meta["is_finished"]:
+            return
+        for name, layer in self.layers.items():
+            saved = [tensors.get(f"factors/{name}/{key}") for key in ("lora_A", "lora_B", "lora_e", "lora_b")]
+            A, B, e, b = saved
+            if not layer.hosted[self.adapter_name].is_stale or A is None or B is None or not A.shape[0]:
+                continue
+            for mine, theirs in zip(layer.folded(self.adapter_name), fold(A, B, e, b)):
+                if mine.shape != theirs.shape or not torch.equal(mine.to(theirs), theirs.to(mine.dtype).to(theirs)):
+                    raise CheckpointError(
+                        f"checkpoint: its state is of other tensors than were loaded into {name!r}, so two runs would "
+                        "be mixed; resume from one folder, and name it in TrimCallback(resume_from=…) if it is not "
+                        "<output_dir>/checkpoint-<step>"
+                    )
+
+    def _check_fits(self, meta: dict[str, Any]) -> None:
+        """Raises `CheckpointError` with the first thing in which the state's run differs from this one."""
+        other = what_differs(meta, self.settings(), self._sites)
+        if meta["is_finished"] and not other:
+            return  # nothing is decided any more, so the run may have been made longer
+        horizon = ((key, meta[key], getattr(self, key)) for key in ("total_steps", "steps_per_epoch"))
+        other = other or next(
+            (f"its {k} is {its!r}, this run's is {mine!r}" for k, its, mine in horizon if its != mine), None
+        )
+        if other:
+            raise CheckpointError(
+                f"checkpoint: {other}; resume with the settings it was made with, or start a new run from it with "
+                "PeftModel.from_pretrained(..., is_trainable=True)"
+            )
+        if meta["fingerprint"] != self.fingerprint():  # nothing above differs, so the file was edited
+            raise CheckpointError(
+                f"checkpoint: its fingerprint is {meta['fingerprint']!r}, its plan gives {self.fingerprint()!r}"
+            )
+
+    def frozen(self) -> set[str]:
+        """Names ``<site>.lora_A`` of the projections that no longer train."""
+        return {
+            f"{name}.{which}"
+            for name, layer in self.layers.items()
+            if layer.is_adaptive(self.adapter_name)
+            for which in layer.hosted[self.adapter_name].frozen
+        }
+
+    # -- inside -------------------------------------------------------------------------------------
+
+    def _named(self, layer: TrimLayer) -> dict[str, nn.Parameter]:
+        A, B = layer.factors(self.adapter_name)
+        e, b = layer.diagonals(self.adapter_name)
+        named = {"lora_A": A, "lora_B": B, "lora_e": e, "lora_b": b}
+        return {key: p for key, p in named.items() if p is not None}
+
+    def _projections(self) -> dict[str, nn.Parameter]:
+        return {
+            f"{name}.{which}": parameter
+            for name, layer in self.layers.items()
+            for which, parameter in zip(PROJECTIONS, layer.factors(self.adapter_name))
+        }
+
+    def _meet(self, budget: Budget, free: tuple[str, ...]) -> None:
+        """Choose the free settings for the sites and steps that there really are."""
+        sites = [Site(name, *layer.widths()) for name, layer in self.layers.items()]
+        ranks = {name: layer.hosted[self.adapter_name].initial_r for name, layer in self.layers.items()}
+        self.choice = solve(
+            budget, sites, ranks, rank=self.rank, freeze=self.freeze, ratio=None, total_steps=self.total_steps,
+            steps_per_epoch=self.steps_per_epoch, free=free,
+        )  # fmt: skip
+        self.rank, self.freeze = self.choice.rank, self.choice.freeze
+        reason = why_not_cuttable(self.optimizer)
+        if self.rank is not None and reason:
+            raise ConfigError("budget", str(budget), f"ranks cannot be cut: {reason}; use torch's AdamW, Adam or SGD")
+
+    def _has_purse(self) -> bool:
+        return self.choice is not None and self.choice.purse is not None
+
+    def _allowance(self) -> int | None:
+        if self.choice is None or self.choice.purse is None:
+            return None
+        trainable = self.trainable_params() + sum(p.numel() for p in self._at_rest())  # they will be at work
+        projections = sum(p.numel() for p in self._projections().values() if p.requires_grad)
+        return self.choice.purse.allowance(self.param_steps, trainable - projections, self.total_steps - self.step)
+
+    def _peak_learning_rate(self) -> float | None:
+        if self.optimizer is None:
+            return None
+        gates = {id(e) for e in self._e_parameters().values()}
+        groups = [g for g in self.optimizer.param_groups if any(id(p) in gates for p in g["params"])]
+        return max(group.get("initial_lr", group["lr"]) for group in groups or self.optimizer.param_groups)
+
+    def _trainable_projections(self) -> dict[str, int]:
+        """Elements of every projection that trains at the start of the run, also when this is a resumed one."""
+        found = {}
+        for name, layer in self.layers.items():
+            for which, p, width in zip(PROJECTIONS, layer.factors(self.adapter_name), layer.widths()):
+                if p.requires_grad:
+                    found[f"{name}.{which}"] = layer.hosted[self.adapter_name].initial_r * width
+        return found
+
+    def _e_parameters(self) -> dict[str, nn.Parameter]:
+        return {n: e for n, la in self.layers.items() if (e := la.diagonals(self.adapter_name)[0]) is not None}
+
+    def _factors(self) -> dict[str, Any]:
+        from ..rank.base import Factors
+
+        found = {}
+        for name, layer in self.layers.items():
+            A, B = layer.factors(self.adapter_name)
+            e, _ = layer.at_work(self.adapter_name)
+            ones_or_e = A.new_ones(A.shape[0]) if e is None else e
+            found[name] = Factors(name, A, ones_or_e, B, has_values=self.rank is None or self.rank.has_e)
+        return found
+
+    def _check_not_stale(self) -> None:
+        stale = [
+            name
+            for name, layer in self.layers.items()
+            if not layer.is_adaptive(self.adapter_name) or layer.hosted[self.adapter_name].is_stale
+        ]
+        if self.is_finished:
+            raise StaleAdapterError(
+                "this adapter is finished: plain LoRA factors are left. To train on, load it with "
+                "PeftModel.from_pretrained(checkpoint, is_trainable=True)"
+            )
+        if stale:
+            raise StaleAdapterError(
+                f"the tensors of {stale[0]!r} and {len(stale) - 1} more modules were replaced while a rank or freeze "
+                "method was at work. To resume, use train(resume_from_checkpoint=trimtab.last_checkpoint(dir)); "
+                "to train on from a finished adapter, use PeftModel.from_pretrained(checkpoint, is_trainable=True)"
+            )
+
+    def _refuse_plain_layers(self) -> None:
+        # PEFT puts a second adapter into the layers that the first one made, whatever kind they are.
+        plain = [name for name, _ in adapter_layers(self.model, self.adapter_name) if name not in self.layers]
+        if plain:
+            raise ModelError(
+                f"{plain[0]!r} and {len(plain) - 1} more modules carry {self.adapter_name!r} in PEFT's own layers, "
+                "which another adapter brought there; add the adapter with a rank or freeze method before the others"
+            )
+
+    def _refuse_a_second_adapter(self) -> None:
+        peft_model = peft_model_of(self.model)
+        for other in peft_model.active_adapters:
+            if other != self.adapter_name and hosted_layers(peft_model, other):
+                raise ConfigError(
+                    "adapter_name",
+                    self.adapter_name,
+                    f"{other!r} is active as well and adapts, too, and nobody would decide on it; activate one with "
+                    "model.set_adapter",
+                )
+
+    def _refuse_groups_that_leave_out(self) -> None:
+        if self.optimizer is None:
+            return
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        if not self.layers and not any(id(p) in held for p in self.model.parameters()):
+            return  # an optimizer that shards (ZeRO) holds flat copies: nothing can be told from those
+        missing = {id(p) for p in self._parameters if p.requires_grad} - held
+        left = [name for name, p in self.model.named_parameters() if id(p) in missing]
+        if left:
+            raise ConfigError(
+                "optimizer",
+                type(self.optimizer).__name__,
+                f"no parameter group holds {left[0]!r} and {len(left) - 1} more adapter tensors, so they "
+                "would not train; make the groups with trimtab.parameter_groups(model, learning_rate)",
+            )
+
+    def _refuse_dead_start(self) -> None:
+        if self.freeze is not None and self.layers and not self._trains_to_the_end():
+            raise ConfigError(
+                "freeze.method",
+                self.freeze.method,
+                "nothing would be left to train once all projections froze; use aflora, whose vectors train on, or a "
+                "rank method with start=svd, or train a head (modules_to_save)",
+            )
+        for name, layer in self.layers.items():
+            A, B = layer.factors(self.adapter_name)
+            e, b = layer.diagonals(self.adapter_name)
+            zero = [p is not None and p.numel() > 0 and not bool(p.detach().any()) for p in (A, e, B, b)]
+            if sum(zero) > 1:
+                raise ConfigError(
+                    "adapter.init",
+                    name,
+                    "two of A, e, B, b are all zero: no gradient can ever reach them; start at most one at zero",
+                )
+
+    def _trains_to_the_end(self) -> bool:
+        projections = {id(p) for p in self._projections().values()}
+        return any(p.requires_grad and id(p) not in projections for p in self.model.parameters())
+
+    def _masks_only_reason(self) -> str | None:
+        if self.rank is None:
+            return None
+        if (
+            not self.rank.e_decays
+            and self.optimizer is not None
+            and any(
+                group.get("weight_decay") and not decouples_decay(self.optimizer, group)
+                for group in self.optimizer.param_groups
+            )
+        ):
+            warnings.warn(
+                f"weight_decay: in {type(self.optimizer).__name__} it is part of the gradient, so it also pulls at "
+                f"{self.rank.method}'s gates; use AdamW, or set it to 0",
+                stacklevel=3,
+            )
+        if not self.rank.prune:
+            return "prune is off"
+        reason = why_not_cuttable(self.optimizer)
+        if reason:
+            warnings.warn(
+                f"ranks are masked, not pruned: {reason}. Memory stays as it is; use torch's AdamW, Adam or "
+                "SGD to have it freed.",
+                stacklevel=3,
+            )
+        return reason
+
+    def _why_state_is_not_cuttable(self) -> str | None:
+        if self.optimizer is None or not (reason := why_not_cuttable(self.optimizer)):
+            return None
+        warnings.warn(f"ranks are masked, not pruned: {reason}. Memory stays as it is", stacklevel=4)
+        return reason
+
+    def _adapted(self) -> list[nn.Parameter]:
+        return [p for la in self.layers.values() for p in self._named(la).values() if p.requires_grad and p.numel()]
+
+    def _was_zeroed(self) -> bool:
+        # Another backward adds to the gradients that are there; only after zero_grad are they new tensors. (Those of
+        # create_graph are new as well, and remember what they were added up from.)
+        if self._seen is None:
+            return False
+        p, gradient = self._seen
+        return p.grad is not gradient and (p.grad is None or p.grad.grad_fn is None)
+
+    def _tell_not_finite(self) -> bool:
+        """Whether the step must not be scored: its gradients overflowed or are NaN, or a scaler left it out."""
+        watch, found = self._watch, self._watch.found_inf
+        if watch.can_tell and watch.has_scaler and not watch.has_stepped:
+            return True
+        if not self._norms:
+            return found is not None and bool(found)
+        total = torch.stack([n.float() for n in self._norms]).sum()
+        if found is not None:
+            total = torch.where(found.to(total.device).bool().reshape(()), torch.inf, total)
+        return not bool(torch.isfinite(total))
+
+    def _refuse_lost_gradients(self) -> None:
+        if self.allocator is None or not self._norms:
+            return
+        left = [p.grad for p in self._adapted() if p.grad is not None]
+        # A loop has the same order in all its steps, so that a look at the values is needed in the first ones only.
+        if len(left) < len(self._norms) or (
+            self.step < 3 and bool(torch.stack(self._norms).any()) and not any(bool(g.any()) for g in left)
+        ):
+            raise StaleAdapterError(
+                "after_step: the gradients that scores need are gone; call optimizer.zero_grad after after_step"
+            )
+
+    def _average_gradients(self) -> None:
+        if not is_distributed() or not self.layers:
+            return
+        world = torch.distributed.get_world_size()
+        by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
+        at_rest = {id(p) for p in self._at_rest()}
+        for layer in self.layers.values():
+            for p in self._named(layer).values():
+                if p.requires_grad and p.numel() and id(p) not in at_rest:
+                    by_dtype.setdefault(p.dtype, []).append(p)
+        bits = self._mask_bits
+        for dtype, parameters in by_dtype.items():  # one flat all-reduce: few, small tensors
+            if 2 / torch.finfo(dtype).eps < world:
+                bits = []  # bfloat16 cannot count that many processes
+            has_gradient = [p.grad is not None for p in parameters]
+            extra = torch.tensor([*has_gradient, *bits], dtype=dtype, device=parameters[0].device)
+            pieces = [(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in parameters]
+            flat = torch.cat([*pieces, extra])
+            torch.distributed.all_reduce(flat)
+            *pieces, counts, sums = flat.split([*(p.numel() for p in parameters), len(parameters), len(bits)])
+            if bits and bool(((sums != 0) & (sums != world)).any()):
+                agree("rank", self.step, self._mask)
+            bits = []
+            for i, (p, piece) in enumerate(zip(parameters, pieces)):
+                # What no process used keeps no gradient, as with one process: the optimizer leaves it alone.
+                if has_gradient[i] or bool(counts[i]):
+                    p.grad = (piece / world).view_as(p)
+        self._mask, self._mask_bits = {}, []
+
+    def _silence_dead_columns(self) -> None:
+        # A rank that is gone but could not be cut has a column of B at zero. Its gradient would weigh in the clipping
+        # norm and in freezing scores, as it does not where ranks are cut.
+        if self.allocator is None or self.rank is None or self.rank.has_e or not self.allocator.some_dead:
+            return
+        sizes = self.allocator.sizes
+        for name, alive in zip(self.allocator.names, self.allocator.alive.split(sizes)):
+            B = self.layers[name].factors(self.adapter_name)[1]
+            if B.grad is not None:
+                B.grad.mul_(alive.to(B.device))
+
+    def broadcast(self) -> None:
+        """Give every process the factors of process 0; DDP leaves the adapters alone."""
+        if not is_distributed():
+            return
+        for layer in self.layers.values():
+            for p in self._named(layer).values():
+                torch.distributed.broadcast(p.data, src=0)
+
+    def _add_penalty(self, loss_scale: float) -> None:
+        self.last_penalty = None
+        if self.allocator is None:
+            return
+        with torch.enable_grad():  # an end-of-backward callback runs without
+            penalty = self.allocator.penalty(self._factors())
+        if penalty is None:
+            return
+        self.last_penalty = penalty.detach()
+        parameters = self._adapted()
+        gradients = torch.autograd.grad(penalty, parameters, allow_unused=True)
+        with torch.no_grad():
+            for p, g in zip(parameters, gradients):
+                if g is None:
+                    continue
+                if loss_scale != 1.0:
+                    g = g * loss_scale
+                p.grad = g if p.grad is None else p.grad.add_(g)
+
+    def _undo_decay_of_e(self) -> None:
+        # A gate that is pulled to zero by its own rule must not be pulled by weight decay as well. Decoupled
+        # decay has taken lr·wd·e from it; give that back.
+        if not self._e_before or self.optimizer is None:
+            return
+        rates = {
+            p: group["lr"] * group.get("weight_decay", 0.0)
+            for group in self.optimizer.param_groups
+            if decouples_decay(self.optimizer, group)
+            for p in group["params"]
+        }
+        for name, e in self._e_parameters().items():
+            rate = rates.get(e, 0.0)
+            if rate and e.grad is not None:
+                e.data.add_(self._e_before[name], alpha=float(rate))
+
+    def _masked_for_good(self) -> Decision | None:
+        """Ranks that are gone but could only be masked so far; None if there are none."""
+        from ..rank.base import Decision
+
+        assert self.allocator is not None
+        if bool(self.allocator.alive.all()):
+            return None
+        keep = dict(zip(self.allocator.names, self.allocator.alive.split(self.allocator.sizes)))
+        return Decision(keep, "prune", None, event=True)
+
+    def _apply(self, decision: Decision | None, is_last: bool = False) -> None:
+        if decision is None:
+            return
+        if decision.event:
+            agree("rank", self.step, decision.keep)
+        elif decision.budget is not None and is_distributed():
+            # A mask that is not worth a row changes no shape: it is compared with the next gradients, at no cost.
+            self._mask, self._mask_bits = decision.keep, _bits(_plain(decision.keep))
+        assert self.rank is not None
+        if decision.kind == "prune" and self._why_masks_only is None:
+            self._why_masks_only = self._why_state_is_not_cuttable()
+        # Moments that cannot be cut are needed no more once training is over.
+        is_cuttable = self._why_masks_only is None
+        cut = decision.kind == "prune" and (is_cuttable or (is_last and self.rank.prune))
+        freed = Freed()
+        with torch.no_grad():
+            for name, keep in decision.keep.items():
+                layer = self.layers[name]
+                if not cut:
+                    _, B = layer.factors(self.adapter_name)
+                    e, _ = layer.at_work(self.adapter_name)
+                    # A column of B takes gradients through A, so that it may come back; frozen, only e can.
+                    hidden = B if e is None or (B.requires_grad and not self.rank.has_e) else e
+                    hidden.data.mul_(keep.to(hidden.device))
+                elif not bool(keep.all()):
+                    freed += prune_layer(layer, self.adapter_name, keep, self.optimizer if is_cuttable else None)
+                    if not is_cuttable:
+                        dropped = [drop_optimizer_state(p, self.optimizer) for p in self._named(layer).values()]
+                        freed += Freed(moments=sum(dropped))
+        if cut:
+            own_config(self.model, self.adapter_name)  # another adapter may have been made from it since the start
+            assert self.allocator is not None
+            self.allocator.pruned(decision.keep)
+            if self.freezer is not None:
+                self.freezer.pruned(decision.keep)
+        if decision.event:
+            alive = self.ranks() if cut else {n: int(k.sum()) for n, k in decision.keep.items()}
+            self._emit(
+                {
+                    "event": "rank",
+                    "step": self.step,
+                    "kind": "prune" if cut else "mask",
+                    "budget": decision.budget,
+                    "ranks": {**self.ranks(), **alive},
+                    "freed": vars(freed),
+                }
+            )
+            self._emit(
+                {
+                    "event": "values",
+                    "step": self.step,
+                    "values": {n: f.values().abs().tolist() for n, f in self._factors().items()},
+                }
+            )
+            if cut:
+                self._emit_params()
+
+    def _freeze(self, names: set[str], is_due: bool) -> None:
+        if names or is_due:  # a process that freezes nothing must take part where another one may
+            agree("freeze", self.step, sorted(names))
+        if not names:
+            return
+        for name in sorted(names):
+            self._freeze_one(name)
+        self._emit_freeze(names)
+        self._emit_params()
+
+    def _emit_freeze(self, names: set[str]) -> None:
+        projections = self._projections().values()
+        total = sum(p.numel() for p in projections)
+        left = sum(p.numel() for p in projections if p.requires_grad)
+        self._emit(
+            {
+                "event": "freeze",
+                "step": self.step,
+                "frozen": sorted(names),
+                "trainable_ratio": left / total if total else 0.0,
+            }
+        )
+
+    def _freeze_one(self, name: str) -> None:
+        site, _, which = name.rpartition(".")
+        drop_optimizer_state(self.layers[site].freeze(self.adapter_name, which), self.optimizer)
+
+    @staticmethod
+    def _restore(parameter: nn.Parameter, saved: Tensor) -> None:
+        if saved.shape != parameter.shape:
+            set_data(parameter, saved.clone())
+        else:
+            parameter.data.copy_(saved)
+
+    def _restore_finished(self, layer: TrimLayer, r: int) -> None:
+        # A finished run's checkpoint holds plain factors, which the load has put in place already; only rank 0,
+        # of which a plain LoRA has no trace, is left to set.
+        if r == 0:
+            A, B = layer.factors(self.adapter_name)
+            e, _ = layer.diagonals(self.adapter_name)
+            set_data(A, A.data[:0])
+            set_data(B, B.data[:, :0])
+            if e is not None:
+                set_data(e, e.data[:0])
+
+    def _emit(self, event: Event) -> None:
+        if self.on_event is not None:
+            self.on_event(event)
+
+    def _emit_params(self) -> None:
+        row: Event = {"event": "params", "step": self.step, "trainable": self.trainable_params()}
+        ranks = [layer.r[self.adapter_name] for _, layer in adapter_layers_or_none(self.model, self.adapter_name)]
+        if ranks:
+            row["total_rank"] = sum(ranks)
+        self._emit(row)
+
+
+def is_count(value: Any) -> bool:
+    """Whether it is an integer of at least 1, numpy's and torch's included."""
+    try:
+        return not isinstance(value, bool) and operator.index(value) >= 1
+    except TypeError:
+        return False
+
+
+def what_differs(meta: dict[str, Any], settings: dict[str, str], sites: dict[str, tuple[int, float]]) -> str | None:
+    """The first thing in which a saved state's plan differs from this one, in words; None if nothing does."""
+    theirs = {name: tuple(site) for name, site in meta["sites"].items()}
+    for key, mine in settings.items():
+        if meta["settings"].get(key) != mine:
+            return f"its {key} is {meta['settings'].get(key)}, this run's is {mine}"
+    if other := sorted(theirs.keys() ^ sites.keys()):
+        return f"it adapts other modules ({other[0]!r} and {len(other) - 1} more)"
+    if name := next((name for name in sites if theirs[name] != sites[name]), None):
+        return f"its (rank, scale) of {name!r} is {theirs[name]}, this run's is {sites[name]}"
+    return None
+
+
+def adapter_layers_or_none(model: nn.Module, adapter_name: str) -> list[tuple[str, Any]]:
+    """LoRA layers of the adapter, or an empty list for adapters that are no LoRA."""
+    return list(adapter_layers(model, adapter_name))
+
+
+def adapter_parameters(model: nn.Module, adapter_name: str = "default") -> list[nn.Parameter]:
+    """Every parameter that belongs to the adapter, of any PEFT tuner; saved modules (heads) are not among them."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            for attribute in module.adapter_layer_names:
+                holder = getattr(module, attribute, None)
+                if holder is None or adapter_name not in getattr(holder, "keys", list)():
+                    continue
+                item = holder[adapter_name]
+                for p in item.parameters() if isinstance(item, nn.Module) else [item]:
+                    if isinstance(p, nn.Parameter):
+                        found[id(p)] = p
+        for name, p in module.named_parameters(recurse=False):
+            if name.startswith("adaption_"):  # adaption prompts: in PEFT no layer of a tuner, without adapter names
+                found[id(p)] = p
+    return list(found.values())
+
+
+def is_distributed() -> bool:
+    return (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and (torch.distributed.get_world_size() > 1)
+    )
+
+
+def agree(what: str, step: int, decision: Mapping[str, Tensor] | list[str]) -> None:
+    """Every process compares its decision with the others'; all stop when one differs.
+
+    Args:
+        decision: site -> (r,) bool, what stays; or the names that freeze.
+    Raises:
+        DisagreementError: on every process, with what differs.
+    """
+    if not is_distributed():
+        return
+    mine = _plain(decision)
+    digests: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(digests, _digest(mine))
+    if len(set(digests)) == 1:
+        return
+    plans: list[Any] = [None] * len(digests)
+    torch.distributed.all_gather_object(plans, mine)
+    differing = sorted(key for key in set().union(*plans) if len({plan.get(key, "nothing") for plan in plans}) > 1)
+    shown = "; ".join(
+        f"process {i}: " + ", ".join(f"{key} {plan.get(key, 'nothing')}" for key in differing[:5])
+        for i, plan in enumerate(plans)
+    )
+    raise DisagreementError(f"{what} decisions differ at step {step} in {len(differing)} places: {shown}")
+
+
+def _plain(decision: Mapping[str, Tensor] | list[str]) -> dict[str, str]:
+    """A decision as text: ``{site: "keeps 0110"}`` or ``{projection: "freezes"}``."""
+    if isinstance(decision, Mapping):
+        return {name: "keeps " + "".join("01"[int(k)] for k in keep.tolist()) for name, keep in decision.items()}
+    return dict.fromkeys(decision, "freezes")
+
+
+def _digest(plain: dict[str, str]) -> str:
+    return hashlib.sha256(repr(sorted(plain.items())).encode()).hexdigest()
+
+
+def _bits(plain: dict[str, str]) -> list[int]:
+    """32 bits of the hash: their sum over equal processes is 0 or the number of processes, in any dtype."""
+    number = int(_digest(plain)[:8], 16)
+    return [number >> i & 1 for i in range(32)]

@@ -1,0 +1,161 @@
+"""What an optimizer step was: due or only accumulating, taken or left out, and at which loss scale.
+
+No flag tells in every case: accelerate's never learns of an overflow under a fused optimizer, and a bare loop has
+none. So the optimizer itself is watched, through torch's own step hooks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate.state import GradientState
+from torch import Tensor
+
+from ..errors import ConfigError, StaleAdapterError
+
+NOT_FINITE_LIMIT = 50
+"""Steps in a row without finite gradients that end a run. A scaler that starts at 65536 needs at most 16 to find its
+scale, and 40 would take it to 2^-24, the smallest number in fp16."""
+
+
+class Weakly:
+    """A hook that does not keep its owner alive, does nothing once that is gone, and is empty in copies and pickles."""
+
+    def __init__(self, method: Callable | None = None) -> None:
+        self.method = weakref.WeakMethod(method) if method is not None else lambda: None
+
+    def __call__(self, *args: Any) -> Any:
+        method = self.method()
+        return None if method is None else method(*args)
+
+    def __reduce__(self) -> tuple:
+        return Weakly, ()
+
+
+def is_accumulating() -> bool:
+    """Whether accelerate says that this backward pass is not yet the one that an optimizer step follows."""
+    return not GradientState().sync_gradients
+
+
+class StepWatch:
+    """Whether an optimizer stepped since the last `forget`, and what a scaler told it.
+
+    Args:
+        optimizer: the torch optimizer, or None.
+        given: what the user handed over; accelerate's wrapper knows the scaler.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer | None, given: Any) -> None:
+        self.given, self.optimizer = given, optimizer
+        self.is_ready = False
+        """The gradients are complete: a closure that makes them anew would undo what was done to them."""
+        self.scaler: Any = None
+        self._looks = 2  # a profiler or a warm-up may have the first step
+        self._hooks: list[Any] = []
+        self.forget()
+        if hasattr(optimizer, "_optimizer_step_post_hooks"):
+            assert optimizer is not None
+            self._hooks = [
+                optimizer.register_step_pre_hook(Weakly(self._begins)),
+                optimizer.register_step_post_hook(Weakly(self._ended)),
+            ]
+
+    @property
+    def can_tell(self) -> bool:
+        return bool(self._hooks)
+
+    def forget(self) -> None:
+        self.has_stepped = False
+        self.found_inf: Tensor | None = None
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    @property
+    def has_scaler(self) -> bool:
+        return self._scaler() is not None
+
+    def _scaler(self) -> Any:
+        scaler = getattr(self.given, "scaler", None) or self.scaler
+        return scaler if scaler is not None and scaler.is_enabled() else None
+
+    def loss_scale(self) -> float:
+        """What the gradients carry, where accelerate's wrapper holds the scaler, or one was seen at a first step."""
+        scaler = self._scaler()
+        if scaler is None:
+            return 1.0
+        state = scaler._per_optimizer_states.get(id(self.optimizer))
+        if state is not None and state["stage"].name == "UNSCALED":
+            return 1.0
+        return float(scaler.get_scale())
+
+    def _begins(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self.is_ready and (kwargs.get("closure") or any(callable(a) for a in args[1:])):
+            raise StaleAdapterError(
+                "optimizer.step(closure): the closure makes the gradients anew after before_step has seen them; call "
+                "before_step at the end of the closure, or step without one"
+            )
+        if self._looks and self.scaler is None:
+            self._looks -= 1
+            self.scaler = _scaler_above()
+
+    def _ended(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.has_stepped = True
+        found = getattr(optimizer, "found_inf", None)  # a fused optimizer is stepped, and leaves the step out itself
+        if isinstance(found, Tensor):
+            self.found_inf = found
+
+
+def callers() -> Iterator[FrameType]:
+    """Who is calling, nearest first. Only for what no event and no argument tells."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _scaler_above() -> Any:
+    """The `GradScaler` whose `step` is calling, if one is."""
+    for frame in itertools.islice(callers(), 12):
+        if isinstance(scaler := frame.f_locals.get("self"), torch.amp.GradScaler) and scaler.is_enabled():
+            return scaler
+    return None
+
+
+def refuse_what_cannot_be_followed(optimizer: Any) -> None:
+    """Raise `ConfigError` for optimizers that take several gradients a step, or keep weights of their own."""
+    name = type(optimizer).__name__
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ConfigError("optimizer", name, "takes many gradients a step, so none can be scored; use AdamW or SGD")
+    if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
+        raise ConfigError(
+            "optimizer", name, "keeps a second copy of the weights, which would not be cut or folded; use torch's "
+            "AdamW, Adam or SGD"
+        )  # fmt: skip
+
+
+def refuse_second_copies(parameters: Iterable[Tensor], *optimizers: Any) -> None:
+    """After the first step: raise `ConfigError` where an optimizer's state holds the weights once more.
+
+    Slow weights and master copies would neither be cut nor folded, and be written over what was.
+    """
+    for p in parameters:
+        weights = p.detach()
+        for optimizer in optimizers:
+            state = getattr(optimizer, "state", None)
+            for key, value in state[p].items() if isinstance(state, Mapping) and p in state else ():
+                if not isinstance(value, Tensor) or value.dim() < 2 or value.shape != p.shape:
+                    continue
+                if bool((value.to(weights) - weights).norm() < 0.1 * weights.norm()):
+                    raise ConfigError(
+                        "optimizer", type(optimizer).__name__, f"keeps a second copy of the weights ({key!r}), which "
+                        "would not be cut or folded; use torch's AdamW, Adam or SGD"
+                    )  # fmt: skip
