@@ -12,7 +12,7 @@ from tasks.tiny import byte_model, byte_tokenizer, data_pack, decoder_tokenizer,
 from trimtab.app.models import ModelSpec, load_config, load_model
 from trimtab.app.tasks import get_task
 from trimtab.app.tasks.answering import answer_scores, answer_sums
-from trimtab.app.tasks.instruct import CONVERTERS, form_of
+from trimtab.app.tasks.chats import Reader
 from trimtab.errors import ConfigError, DataError
 
 ROWS = [
@@ -158,8 +158,8 @@ def test_a_beginning_token_is_written_once_where_the_tokenizer_writes_one(tmp_pa
 )
 def test_chats_are_one_whatever_their_keys(form, row):
     table = {name: [value] for name, value in row.items()}
-    assert form_of(table, "x") == form
-    assert CONVERTERS[form](table, "x") == [CHAT]
+    assert Reader().form(table, "x") == form
+    assert Reader().conversations(table, "x") == [CHAT]
 
 
 @pytest.mark.parametrize(
@@ -175,8 +175,10 @@ def test_chats_are_one_whatever_their_keys(form, row):
 )
 def test_questions_and_answers_are_one_whatever_their_columns(form, row):
     table = {name: [value] for name, value in row.items()}
-    assert form_of(table, "x") == form
-    assert CONVERTERS[form](table, "x") == [[{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]]
+    assert Reader().form(table, "x") == form
+    assert Reader().conversations(table, "x") == [
+        [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    ]
 
 
 def test_columns_can_be_named_and_prompts_taken_as_they_stand(tmp_path):
@@ -349,7 +351,7 @@ def test_rows_without_an_answer_are_left_out(tmp_path):
     [
         ([{"text": "a"}], {}, ["its columns text are in none of the forms known", "task.prompt and task.answer"]),
         ([{"a": "x", "b": "y"}], {"prompt": "a", "answer": "c"}, ["task.answer='c'", "no column 'c'"]),
-        ([{"prompt": None, "completion": "a"}], {}, ["row 1: its prompt is empty"]),
+        ([{"prompt": None, "completion": "a"}], {}, ["no row has a prompt"]),
         ([{"prompt": {"a": 1}, "completion": "a"}], {}, ["row 1: its prompt is a dict"]),
         ([{"messages": "hello"}], {}, ["row 1 has a str where a list of messages is needed"]),
         ([{"messages": [{"role": "robot", "content": "x"}]}], {}, ["row 1 has a message with role 'robot'"]),

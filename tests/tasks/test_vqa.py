@@ -260,3 +260,9 @@ def test_real_rows_are_read_and_learned(name, file, answers):
     processor, model = llava_processor(), llava_model()
     ready = task.prepare(small, processor, model)
     assert model(**task.collator(processor)([ready["test"][i] for i in range(3)])).loss > 0
+
+
+@pytest.mark.parametrize("written", [b64(RED), "data:image/png;base64," + b64(RED)])
+def test_an_image_may_stand_in_its_column_as_base64(tmp_path, written):
+    rows = [{"question": "what colour?", "answer": "red", "image": written}] * 2
+    assert load(tmp_path, rows)[1]["train"]["image"][:] == [RED, RED]

@@ -35,6 +35,13 @@ def pool_of(config: PretrainedConfig) -> str:
     return "cls"
 
 
+def reads_only(config: PretrainedConfig) -> bool:
+    """Whether it is an encoder, trained to fill in masked words, and so cannot write a text."""
+    from transformers.models.auto import modeling_auto as names
+
+    return config.model_type in names.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+
+
 def forward_names(model: PreTrainedModel) -> set[str]:
     """Names of the arguments of the model's ``forward``, seen through a PEFT wrapper."""
     return set(inspect.signature(_base(model).forward).parameters)

@@ -1,7 +1,7 @@
 """What every task with a written answer shares: conversations, prompts, labels on the answer, its loss.
 
-A row is a conversation: a list of messages ``{role, content, input}``, roles ``system``, ``user`` and
-``assistant``. Decoders read it through the tokenizer's chat template (one is put there where it has none, so
+A row is a conversation, as `chats.py` makes them: messages with the roles ``system``, ``user``, ``assistant`` and
+``tool``. Decoders read it through the tokenizer's chat template (one is put there where it has none, so
 that it is saved with the adapter) and learn what the assistant says; encoder-decoders read the user's words
 and learn the answer.
 
@@ -11,8 +11,11 @@ how a generated answer is scored.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +25,8 @@ import numpy as np
 
 from ...errors import ConfigError, DataError, did_you_mean
 from . import Task
-from .data import Columns, DataSpec
+from .chats import NO_ANSWER, Message, m_is_learned
+from .data import MISSING, Columns, DataSpec
 from .files import Table, from_dataset
 from .generation import Decoding, MakeBar, Question, generate
 
@@ -30,21 +34,19 @@ if TYPE_CHECKING:
     import torch
     from datasets import Dataset, DatasetDict
 
-Message = dict[str, str]
-"""``role`` and ``content``; a user's may have an ``input``, what the instruction is about."""
-
 SPLITS = ("train", "validation", "test")
 
 ALPACA = (
     "{%- set system = messages[0].content if messages[0].role == 'system' else '' -%}"
     "{%- for m in messages -%}"
-    "{%- if m.role == 'user' -%}"
-    "{%- if loop.first or (system and loop.index0 == 1) -%}"
+    "{%- if loop.index0 == (1 if system else 0) -%}"
     "{{ system or ('Below is an instruction that describes a task'"
     " + (', paired with an input that provides further context' if m.input else '')"
     " + '. Write a response that appropriately completes the request.') }}{{ '\n\n' }}"
     "{%- endif -%}"
-    "{{ '### Instruction:\n' + m.content + '\n\n' }}"
+    "{%- if m.role == 'system' and not loop.first -%}{{ m.content + '\n\n' }}"
+    "{%- elif m.role == 'tool' -%}{{ '### Input:\n' + m.content + '\n\n' }}"
+    "{%- elif m.role == 'user' -%}{{ '### Instruction:\n' + m.content + '\n\n' }}"
     "{%- if m.input -%}{{ '### Input:\n' + m.input + '\n\n' }}{%- endif -%}"
     "{%- elif m.role == 'assistant' -%}{{ '### Response:\n' + m.content + eos_token + '\n\n' }}{%- endif -%}"
     "{%- endfor -%}"
@@ -71,6 +73,8 @@ HUB_ROWS = {
 """Training rows of what is fetched where no files are given, for plans without data."""
 
 TEMPLATES = {"alpaca": ALPACA, "plain": PLAIN}
+
+_BLANK: Message = {"input": "", "tool_calls": "", "tools": "", "name": "", "tool_call_id": "", "train": True}
 
 
 @dataclass(kw_only=True)
@@ -116,6 +120,7 @@ class Answering(Task):
         self.decoding = Decoding.read(self.generation, **self.decoding_defaults)
         self.is_encoder_decoder = False
         self._special: tuple[Any, tuple[str, ...]] | None = None
+        self.missing = frozenset(MISSING)
         self.train_rows = self._rows_on_the_hub()
 
     def _rows_on_the_hub(self) -> int | None:
@@ -137,7 +142,7 @@ class Answering(Task):
     def conversations(self, split: str, table: Columns, source: str) -> Columns:
         """From a file's columns to ``messages`` (the answer last) and what scoring needs.
 
-        Rows whose ``messages`` is None are left out, with a note.
+        Rows whose ``messages`` is None, or a text that says what they lack, are left out, with a note.
         """
         raise NotImplementedError
 
@@ -161,7 +166,16 @@ class Answering(Task):
 
     def adjust_to(self, config: Any) -> None:
         """An encoder-decoder is another class of model, and reads its prompt apart from its answer."""
+        from ..model_facts import reads_only
+
         self.is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+        if not self.is_encoder_decoder and reads_only(config):
+            raise ConfigError(
+                "task.name",
+                self.name,
+                f"needs a model that writes; {config.model_type} is an encoder, which reads "
+                "(for text_classification): name a decoder or an encoder-decoder",
+            )
         if self.is_encoder_decoder:
             self.auto_class, self.task_type = "AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM"
         else:
@@ -172,6 +186,7 @@ class Answering(Task):
 
         spec = DataSpec.read(data, SPLITS)
         self.notes.clear()
+        self.missing = spec.missing
         if not spec.is_given and not self.hub_sources:
             raise ConfigError("data.train", None, "give a file with training rows (JSONL, CSV or Parquet)")
         rows: dict[str, Dataset] = {}
@@ -332,26 +347,24 @@ class Answering(Task):
     def _with_messages(self, split: str, table: Columns, source: str) -> Columns:
         """Without the rows that have no answer, and with the system message where one is set."""
         messages = table["messages"]
-        keep = [i for i, conversation in enumerate(messages) if conversation]
+        keep = [i for i, conversation in enumerate(messages) if isinstance(conversation, list) and conversation]
+        lacks = Counter(m if isinstance(m, str) else NO_ANSWER for m in messages if not isinstance(m, list) or not m)
         if not keep:
-            raise DataError(f"{source}: no row has an answer")
-        if len(keep) < len(messages):
-            self.notes.append(
-                f"{split}: {len(messages) - len(keep)} of {len(messages)} rows have no answer and were left out"
-            )
+            needed = " and ".join(lack.replace("no a", "an a").replace("no p", "a p") for lack in lacks)
+            raise DataError(f"{source}: no row has {needed}")
+        for lack, n in lacks.items():
+            self.notes.append(f"{split}: {n} of {len(messages)} rows have {lack} and were left out")
         table = {name: [values[i] for i in keep] for name, values in table.items()}
         table["messages"] = [self._complete(conversation) for conversation in table["messages"]]
         return table
 
     def _complete(self, conversation: list[Message]) -> list[Message]:
-        first = (
-            [{"role": "system", "content": self.system}]
-            if self.system and (conversation[0]["role"] != "system")
-            else []
-        )
-        return [
-            {"role": m["role"], "content": m["content"], "input": m.get("input") or ""} for m in (*first, *conversation)
-        ]
+        """All messages with the same keys, as a dataset needs them."""
+        first, *others = conversation
+        if self.system and first["role"] != "system":
+            tools = {"tools": first.get("tools", "")}
+            conversation = [{"role": "system", "content": self.system, **tools}, {**first, "tools": ""}, *others]
+        return [{**_BLANK, **{key: value for key, value in m.items() if value is not None}} for m in conversation]
 
     def _with_held_out(self, rows: dict[str, Dataset]) -> dict[str, Dataset]:
         """A tenth of the training rows, at most 500, for validation where no other split can be scored.
@@ -408,20 +421,34 @@ class Answering(Task):
         return TEMPLATES[self.fallback_template if self.template == "auto" else self.template]
 
     def shown(self, message: Message, template: str) -> dict[str, Any]:
-        """A message as the template takes it; only ours has a place for an input of its own."""
-        content, about = message["content"], message.get("input") or ""
+        """A message as the template takes it; only ours has a place for an input of its own, not all one for tools."""
+        content, about, calls = message["content"], message.get("input") or "", message.get("tool_calls") or ""
+        out = {"role": message["role"], **{key: message[key] for key in ("name", "tool_call_id") if message.get(key)}}
+        if calls and "tool_calls" in template:
+            return {**out, "content": content, "tool_calls": [_with_arguments(call) for call in json.loads(calls)]}
         if about and template.endswith(ALPACA):
-            return {"role": message["role"], "content": content, "input": about}
-        return {"role": message["role"], "content": f"{content}\n\n{about}" if about else content}
+            return {**out, "content": content, "input": about}
+        return {**out, "content": "\n\n".join(text for text in (content, about, calls) if text)}
 
     def render(self, messages: Sequence[Message], tokenizer: Any, asks: bool, where: str = "row") -> str:
         """The conversation as text; with `asks`, up to where the assistant's words begin."""
         import jinja2
 
-        shown = [self.shown(m, str(tokenizer.chat_template)) for m in messages]
+        template = str(tokenizer.chat_template)
+        shown = [self.shown(m, template) for m in messages]
+        tools = json.loads(messages[0].get("tools") or "null")
+        if tools and not re.search(r"\btools\b", template):
+            told = f"Tools that can be called:\n{json.dumps(tools, ensure_ascii=False)}"
+            if shown[0]["role"] == "system":
+                shown[0] = {**shown[0], "content": f"{shown[0]['content']}\n\n{told}"}
+            else:
+                shown.insert(0, {"role": "system", "content": told})
+            tools = None
         try:
-            return tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=asks)
-        except jinja2.TemplateError as error:
+            return tokenizer.apply_chat_template(
+                shown, tokenize=False, add_generation_prompt=asks, **({"tools": tools} if tools else {})
+            )
+        except (jinja2.TemplateError, TypeError) as error:
             raise DataError(f"{where}: the chat template refuses it: {error}") from error
 
     def segments(self, messages: Sequence[Message], tokenizer: Any, where: str = "row") -> list[tuple[str, bool]]:
@@ -430,7 +457,8 @@ class Answering(Task):
         Every answer counts where the template writes a conversation's beginning the same way whatever
         follows; where it does not (some leave out earlier reasoning), the last answer alone does.
         """
-        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        asked = next((i for i, m in enumerate(messages) if m["role"] != "assistant" and m["role"] != "system"), 0)
+        turns = [i for i, m in enumerate(messages) if i > asked and m["role"] == "assistant" and m_is_learned(m)]
         for chosen in (turns, turns[-1:]):
             pieces: list[tuple[str, bool]] = []
             done = ""
@@ -438,7 +466,7 @@ class Answering(Task):
                 prompt = self.render(messages[:i], tokenizer, True, where)
                 whole = self.render(messages[: i + 1], tokenizer, False, where).rstrip()
                 if not whole.startswith(prompt):  # what generation would see after the prompt
-                    whole = prompt + messages[i]["content"]
+                    whole = prompt + self.shown(messages[i], "")["content"]
                 if not prompt.startswith(done):
                     break
                 pieces += [(prompt[len(done) :], False), (whole[len(prompt) :], True)]
@@ -659,6 +687,15 @@ def context_length(tokenizer: Any, model: Any) -> int | None:
 def _ids(tokenizer: Any, text: str) -> list[int]:
     # The template has written every special token already.
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    """A call of a tool as templates take it: its arguments as an object, which OpenAI writes as text."""
+    function = dict(call.get("function") or call)
+    if isinstance(function.get("arguments"), str):
+        with contextlib.suppress(ValueError):
+            function["arguments"] = json.loads(function["arguments"])
+    return {**call, "function": function}
 
 
 def _is_per_token(value: Any, ids: Sequence[int]) -> bool:

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import ConfigError, DataError
-from .answering import Message, check_choice, mean_of
+from .answering import check_choice, mean_of
+from .chats import Message
 from .data import Columns, column, texts
 from .generation import Decoding, MakeBar
 from .instruct import Instruct

@@ -291,11 +291,11 @@ def _read_json(where: str, text: str, split: str) -> Columns:
 
 def _is_rows(value: Any) -> bool:
     return (
-        isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value) and not _is_chat(value)
+        isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value) and not is_chat(value)
     )
 
 
-def _is_chat(value: Any) -> bool:
+def is_chat(value: Any) -> bool:
     """Whether a list of objects is one conversation."""
     kinds = ({"role", "content"}, {"from", "value"})
     return isinstance(value, list) and any(isinstance(m, dict) and any(k <= m.keys() for k in kinds) for m in value)
@@ -349,7 +349,7 @@ def _rows_within(where: str, value: Any, split: str) -> list[Any] | Columns:
     if {"columns", "data"} <= value.keys() and all(isinstance(row, list) for row in value["data"]):  # pandas' "split"
         return [dict(zip(value["columns"], row)) for row in value["data"]]
     inner = list(value.values())
-    if any(map(_is_chat, inner)):
+    if any(map(is_chat, inner)):
         return [value]
     if inner and all(isinstance(column, list) for column in inner) and len(set(map(len, inner))) == 1:
         return value

@@ -19,8 +19,9 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import ConfigError
-from .answering import Message, check_choice, mean_of
-from .data import Columns
+from .answering import check_choice, mean_of
+from .chats import Conversation
+from .data import Columns, is_missing
 from .instruct import Instruct
 
 if TYPE_CHECKING:
@@ -75,15 +76,18 @@ class Math(Instruct):
         stated = table.get("answer", []) if "output" in table or "response" in table else []
         out: Columns = {"messages": [self._asked(turns) for turns in messages]}
         # A Self-Instruct row may become several; then there is no column of answers to go with them.
-        given = [None if value is None else str(value) for value in stated]
+        given = [None if is_missing(value, self.missing) else str(value) for value in stated]
         given = given if len(given) == len(messages) else [None] * len(messages)
         out["gold"] = [
-            None if not turns else value or gold_of(turns[-1]["content"]) for turns, value in zip(messages, given)
+            value or gold_of(turns[-1]["content"]) or bare_gold(turns[-1]["content"])
+            if isinstance(turns, list)
+            else None
+            for turns, value in zip(messages, given)
         ]
         return out
 
-    def _asked(self, turns: list[Message] | None) -> list[Message] | None:
-        if not turns:
+    def _asked(self, turns: Conversation) -> Conversation:
+        if isinstance(turns, str):
             return turns
         turns = [dict(m) for m in turns]
         for m in turns:
@@ -98,10 +102,13 @@ class Math(Instruct):
 
     def score(self, rows: Dataset, answers: list[list[str]]) -> tuple[dict[str, float], list[dict[str, Any]]]:
         scored: list[dict[str, Any]] = []
-        for i, (gold, samples) in enumerate(zip(rows["gold"], answers)):
+        for i, (gold, turns, samples) in enumerate(zip(rows["gold"], rows["messages"], answers)):
             if gold is None:
                 continue
-            strict = [is_same(strict_answer(text, self.marks, gold), gold) for text in samples]
+            # A row whose answer is nothing but the number teaches no mark: the whole answer is read in its place.
+            is_bare = gold_of(turns[-1]["content"]) is None
+            marks = () if is_bare and bare_gold(turns[-1]["content"]) is not None else self.marks
+            strict = [is_same(strict_answer(text, marks, gold), gold) for text in samples]
             flexible = [is_same(flexible_answer(text, gold), gold) for text in samples]
             scored.append({"row": i, "gold": gold, "strict": strict, "flexible": flexible})
         return {
@@ -130,17 +137,30 @@ def gold_of(solution: str) -> str | None:
     return None
 
 
+def bare_gold(solution: str) -> str | None:
+    """The final answer where a reference solution is nothing but that: a number, an option's letter, one formula.
+
+    >>> [bare_gold(text) for text in ("72", "1,200 euros", "(B)", "3/4", "It is 72, then.")]
+    ['72', '1,200', 'B', '3/4', None]
+    """
+    text = solution.strip().removesuffix(".")
+    if "\n" in text:
+        return None
+    stated = gold_of(f"#### {text}")
+    return stated if stated != text or not re.search(r"\s", text) else None
+
+
 def strict_answer(text: str, marks: Sequence[str], gold: str) -> str | None:
-    """What follows the first mark in a generated text, of the right answer's kind.
+    """What follows the first mark in a generated text, of the right answer's kind; without marks, the text itself.
 
     >>> strict_answer("It is 3.\\n#### 1,200\\nQuestion: 7", ["####"], "5")
     '1,200'
     """
     places = [(text.index(mark), mark) for mark in marks if mark in text]
-    if not places:
+    if marks and not places:
         return None
-    at, mark = min(places)
-    after = text[at + len(mark) :].lstrip(" :")
+    at, mark = min(places) if places else (0, "")
+    after = text[at + len(mark) :].lstrip(" :" if places else None)
     if number_of(gold) is not None:
         found = re.match(_NUMBER, after)
         return found[0] if found else None
@@ -162,7 +182,7 @@ def flexible_answer(text: str, gold: str) -> str | None:
     if _is_letter(gold):
         letters = re.findall(r"(?<![A-Za-z])([A-E])(?![A-Za-z])", text)
         return letters[-1] if letters else None
-    return strict_answer(text, _GOLD_MARKS, gold)
+    return strict_answer(text, _GOLD_MARKS if any(mark in text for mark in _GOLD_MARKS) else (), gold)
 
 
 def is_same(answer: str | None, gold: str) -> bool:

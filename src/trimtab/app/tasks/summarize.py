@@ -16,7 +16,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import ConfigError, DataError
-from .answering import Answering, Message, check_choice, mean_of
+from .answering import Answering, check_choice, mean_of
+from .chats import Message
 from .data import Columns, column
 
 if TYPE_CHECKING:

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import ConfigError, DataError, ModelError
 from ..model_facts import forward_names
-from .answering import Answering, Message, Padder, check_choice, mean_of
+from .answering import Answering, Padder, check_choice, mean_of
+from .chats import Message
 from .data import Columns, DataSpec, column, existing_file, read_file, texts
 
 if TYPE_CHECKING:
@@ -308,7 +309,7 @@ def _true_or_false(table: Columns, source: str) -> tuple[list[str], list[str], l
 
 
 def _image(value: Any, folder: Path, where: str) -> bytes | None:
-    """Image data from the hub's ``{bytes, path}``, from data, or from a file's name."""
+    """Image data from the hub's ``{bytes, path}``, from data (base64, too), or from a file's name."""
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if value is None or isinstance(value, bytes):
@@ -316,14 +317,17 @@ def _image(value: Any, folder: Path, where: str) -> bytes | None:
     if not isinstance(value, str):
         raise DataError(f"{where} has a {type(value).__name__} for an image, where a file's name is needed")
     file = folder / value
-    if not file.is_file():
+    is_there = len(value) < 1024 and file.is_file()  # a longer name would be an error of its own
+    if not is_there and re.fullmatch(r"data:[^,]*,.*|[A-Za-z0-9+/\s]{64,}=*\s*", value, re.DOTALL):
+        return _decoded(re.sub(r"^data:[^,]*,", "", value), where)
+    if not is_there:
         raise DataError(f"{where} names the image {str(file)!r}, which is not there; task.images names the folder")
     return file.read_bytes()
 
 
 def _decoded(value: Any, where: str) -> bytes:
     try:
-        return base64.b64decode(value, validate=True)
+        return base64.b64decode(re.sub(r"\s", "", value), validate=True)
     except (binascii.Error, TypeError, ValueError) as error:
         raise DataError(f"{where}: its image is not base64: {error}") from error
 

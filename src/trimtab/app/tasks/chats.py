@@ -1,0 +1,314 @@
+"""Rows in any of the forms that instructions and chats are published in -> conversations.
+
+A conversation is a list of messages ``{role, content}``; a message may also have what the instruction is about
+(``input``), calls of tools (``tool_calls``, as JSON), a ``name``, and ``train: False`` where it is read and not
+learned. The first may have ``tools`` (JSON). A row that makes none is a text instead: what it lacks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...errors import DataError
+from .data import MISSING, is_missing
+from .files import Columns, Table, is_chat
+
+Message = dict[str, Any]
+Conversation = list[Message] | str
+
+CHATS = ("messages", "conversations", "conversation")
+"""Columns of lists of messages: OpenAI's ``{role, content}``, ShareGPT's ``{from, value}``."""
+# Prompt, answer, and what the prompt is about.
+PAIRS: dict[str, tuple[str, str, str | None]] = {
+    "alpaca": ("instruction", "output", "input"),
+    "dolly": ("instruction", "response", "context"),
+    "completion": ("prompt", "completion", None),
+    "prompt": ("prompt", "response", None),
+    "response": ("query", "response", None),  # MetaMathQA
+    "query": ("query", "answer", None),  # Code-Feedback
+    "question": ("question", "answer", None),  # GSM8K
+    "orca": ("question", "response", None),
+    "targets": ("inputs", "targets", None),
+    "input": ("input", "output", None),
+}
+FORMS: dict[str, tuple[str, ...]] = {
+    **{name: (name,) for name in CHATS},
+    "instances": ("instruction", "instances"),  # Self-Instruct: several inputs to one instruction
+    **{form: names[:2] for form, names in PAIRS.items()},
+}
+"""Form -> the columns by which it is known; the first that fits."""
+BESIDE = ("system", "system_prompt", "history", "tools")
+"""Columns that go with any form."""
+
+ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", "ai", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function", "function_response", "tool_response", "ipython"), "tool"),
+}
+"""What a role is called, in small letters -> the role."""
+
+NO_ANSWER, NO_PROMPT, NOT_LEARNED = "no answer", "no prompt", "no answer that is learned (weight, train)"
+
+
+@dataclass
+class Reader:
+    """How rows are read, and what was met on the way."""
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Our name -> the file's, of columns and of the keys of a message (role, content)."""
+    roles: Mapping[str, str] = field(default_factory=dict)
+    """The file's names of roles -> ours, beside those that are known."""
+    missing: frozenset[str] = frozenset(MISSING)
+    met: Counter[str] = field(default_factory=Counter)
+    """What is worth saying -> in how many rows."""
+
+    def form(self, table: Columns, source: str) -> str:
+        """The form of the rows, by their columns.
+
+        Raises:
+            DataError: when they have none of the known forms, or a file lacks a column that the form needs.
+        """
+        for form, needed in FORMS.items():
+            if all(name in table for name in needed):
+                for name in needed:
+                    if lacking := getattr(table, "absent", {}).get(name):
+                        raise DataError(
+                            f"{source}: {lacking} has no column {name!r}, which others have; give files of one form"
+                        )
+                return form
+        forms = "; ".join(" and ".join(names) for names in FORMS.values())
+        raise DataError(
+            f"{source}: its columns {', '.join(table)} are in none of the forms known ({forms}); "
+            "name two of them in task.prompt and task.answer, or say in task.columns what ours are called"
+        )
+
+    def renamed(self, table: Columns, source: str) -> Columns:
+        """The table with our names of its columns."""
+        ours = {theirs: name for name, theirs in self.columns.items() if name not in ("role", "content")}
+        for theirs, name in ours.items():
+            if theirs not in table:
+                has = f"It has {', '.join(table)}"
+                raise DataError(f"task.columns.{name}={theirs!r}: no such column in {source}. {has}")
+        out = Table({name: values for name, values in table.items() if name not in ours})
+        out.absent = {ours.get(name, name): file for name, file in getattr(table, "absent", {}).items()}
+        out.update({name: table[theirs] for theirs, name in ours.items()})
+        return out
+
+    def conversations(self, table: Columns, source: str, form: str | None = None) -> list[Conversation]:
+        """Each row's conversation, or what it lacks."""
+        form = form or self.form(table, source)
+        wheres = [f"{source}: row {i}" for i in range(1, len(table[FORMS[form][0]]) + 1)]
+        if form in CHATS:
+            return self.beside(table, [self._chat(turns, w) for turns, w in zip(table[form], wheres)], wheres)
+        if form == "instances":
+            return [
+                conversation
+                for prompt, instances, where in zip(table["instruction"], table["instances"], wheres)
+                for conversation in self._instances(prompt, instances, where)
+            ]
+        prompt, answer, about = PAIRS[form]
+        return self.pairs(table, table[prompt], table[answer], table.get(about or "", [None] * len(wheres)), wheres)
+
+    def pairs(
+        self,
+        table: Columns,
+        prompts: Sequence[Any],
+        answers: Sequence[Any],
+        abouts: Sequence[Any],
+        wheres: Sequence[str],
+    ) -> list[Conversation]:
+        """One question and one answer a row. Either may be a list of messages (TRL's conversational form)."""
+        return self.beside(table, [self._turn(*row) for row in zip(prompts, answers, abouts, wheres)], wheres)
+
+    def beside(self, table: Columns, found: list[Conversation], wheres: Sequence[str]) -> list[Conversation]:
+        """The conversations with what other columns say: what came before, the system's words, tools."""
+        n = len(found)
+        systems = table.get("system", table.get("system_prompt", [None] * n))
+        rows = zip(found, table.get("history", [None] * n), systems, table.get("tools", [None] * n), wheres)
+        return [self._complete(*row) for row in rows]
+
+    def _complete(self, found: Conversation, history: Any, system: Any, tools: Any, where: str) -> Conversation:
+        if isinstance(found, str):
+            return found
+        found = [*self._history(history, where), *found]
+        if not is_missing(system, self.missing) and found[0]["role"] != "system":
+            found = [{"role": "system", "content": _text(system, "system", where)}, *found]
+        if tools := _from_json(tools, "tools", where):
+            found = [{**found[0], "tools": json.dumps(tools, ensure_ascii=False)}, *found[1:]]
+        return found
+
+    def _history(self, value: Any, where: str) -> list[Message]:
+        value = _from_json(value, "history", where)
+        if not value:
+            return []
+        if isinstance(value, list) and all(isinstance(m, dict) for m in value):
+            return self.messages(value, where)
+        out: list[Message] = []
+        for pair in value if isinstance(value, list) else [None]:
+            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+                raise DataError(f"{where}: its history is no list of [question, answer]")
+            for role, text in zip(("user", "assistant"), pair):
+                out.append({"role": role, "content": _text(text, "history", where)})
+        return out
+
+    def _turn(self, prompt: Any, answer: Any, about: Any, where: str) -> Conversation:
+        prompt, answer = (read if is_chat(read := _loads(value)) else value for value in (prompt, answer))
+        if isinstance(answer, list):
+            said = self.messages(answer, where)
+        elif is_missing(answer, self.missing):
+            return self._left(NO_ANSWER, answer)
+        else:
+            said = [{"role": "assistant", "content": _text(answer, "answer", where)}]
+        if isinstance(prompt, list):
+            return self._up_to_last_answer([*self.messages(prompt, where), *said])
+        if is_missing(about, self.missing):
+            about = None
+        if is_missing(prompt, self.missing):
+            if about is None:
+                return self._left(NO_PROMPT, prompt)
+            prompt, about = about, None
+        asked: Message = {"role": "user", "content": _text(prompt, "prompt", where)}
+        if about is not None:
+            asked["input"] = _text(about, "input", where)
+        return self._up_to_last_answer([asked, *said])
+
+    def _left(self, lack: str, value: Any) -> str:
+        if isinstance(value, str) and value.strip():
+            self.met[value.strip()] += 1
+        return lack
+
+    def _instances(self, prompt: Any, instances: Any, where: str) -> list[Conversation]:
+        out = []
+        for one in instances or ():
+            if not isinstance(one, dict) or "output" not in one:
+                raise DataError(f"{where} has an instance that is no object with input and output")
+            out.append(self._turn(prompt, one["output"], one.get("input"), where))
+        return out
+
+    def _chat(self, turns: Any, where: str) -> Conversation:
+        turns = _from_json(turns, "list of messages", where)
+        if turns is None or turns == []:
+            return NO_ANSWER
+        return self._up_to_last_answer(self.messages(turns, where))
+
+    def messages(self, turns: Any, where: str) -> list[Message]:
+        """Messages as ``{role, content}`` or ShareGPT's ``{from, value}``."""
+        if not isinstance(turns, list):
+            raise DataError(f"{where} has a {type(turns).__name__} where a list of messages is needed")
+        return [self._message(turn, where) for turn in turns]
+
+    def _message(self, turn: Any, where: str) -> Message:
+        if not isinstance(turn, dict):
+            raise DataError(f"{where} has a {type(turn).__name__} where a message {{role, content}} is needed")
+        called = _first(turn, (self.columns.get("role"), "role", "from"))
+        known = {**ROLES, **{name.lower(): role for name, role in self.roles.items()}}
+        role = known.get(called.strip().lower()) if isinstance(called, str) else None
+        if role is None:
+            raise DataError(
+                f"{where} has a message with role {called!r}; known are {', '.join(known)}; "
+                f"task.roles says what others are ({{{called}: user}})"
+            )
+        content = _first(turn, (self.columns.get("content"), "content", "value"))
+        calls = _from_json(_first(turn, ("tool_calls",)), "tool_calls", where)
+        if str(called).lower() == "function_call":
+            read = _loads(content)
+            each = read if isinstance(read, list) else [read]
+            if all(isinstance(call, dict) and "name" in call for call in each):
+                calls, content = [{"type": "function", "function": call} for call in each], ""
+        if content is None and (calls or role == "assistant"):
+            content = ""
+        message: Message = {"role": role, "content": _content(content, where)}
+        if calls:
+            message["tool_calls"] = json.dumps(calls, ensure_ascii=False)
+        for key in ("name", "tool_call_id"):
+            if isinstance(turn.get(key), str):
+                message[key] = turn[key]
+        if not _is_learned(turn, where):
+            message["train"] = False
+        return message
+
+    def _up_to_last_answer(self, messages: list[Message]) -> Conversation:
+        """The messages up to the last answer that is learned; an assistant that speaks first answers nothing."""
+        asked = next((i for i, m in enumerate(messages) if m["role"] in ("user", "tool")), len(messages))
+        said = [
+            i
+            for i, m in enumerate(messages)
+            if i > asked and m["role"] == "assistant" and (m["content"].strip() or m.get("tool_calls"))
+        ]
+        learned = [i for i in said if m_is_learned(messages[i])]
+        if not learned:
+            return NOT_LEARNED if said else NO_ANSWER
+        if messages[-1]["role"] != "assistant":
+            self.met["\0unanswered"] += 1
+        return messages[: learned[-1] + 1]
+
+
+def m_is_learned(message: Mapping[str, Any]) -> bool:
+    """Whether an assistant's message is one to learn."""
+    return message.get("train") is not False
+
+
+def _is_learned(turn: Mapping[str, Any], where: str) -> bool:
+    """What ``weight`` (OpenAI), ``train`` (axolotl) or ``loss`` say of a message."""
+    for key in ("weight", "train", "loss"):
+        value = turn.get(key)
+        if value is None:
+            continue
+        if value not in (0, 1):
+            raise DataError(f"{where} has a message with {key} {value!r}; it is learned (1, true) or not (0, false)")
+        if not value:
+            return False
+    return True
+
+
+def _first(turn: Mapping[str, Any], keys: Iterable[str | None]) -> Any:
+    return next((turn[key] for key in keys if key is not None and turn.get(key) is not None), None)
+
+
+def _content(value: Any, where: str) -> str:
+    """A message's text; of a list of parts, those that are text."""
+    if not isinstance(value, list):
+        return _text(value, "message", where)
+    texts = []
+    for part in value:
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        if kind != "text":
+            raise DataError(f"{where} has a message with {kind}; this task reads text alone (vqa reads images)")
+        texts.append(_text(part.get("text") if isinstance(part, dict) else part, "message", where))
+    return "\n".join(texts)
+
+
+def _loads(value: Any) -> Any:
+    """What a text says as JSON; None for one that says nothing so."""
+    try:
+        return json.loads(value) if isinstance(value, str) and value.strip()[:1] in ("[", "{") else None
+    except ValueError:
+        return None
+
+
+def _from_json(value: Any, what: str, where: str) -> Any:
+    """A list or object, also one that a cell holds as text, as in CSV files; None for none."""
+    if is_missing(value):
+        return None
+    if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise DataError(f"{where}: its {what} is not valid JSON: {error}") from error
+    return value
+
+
+def _text(value: Any, what: str, where: str) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float)):
+        return str(value)
+    if not isinstance(value, str):
+        found = "is empty" if value is None else f"is a {type(value).__name__}"
+        raise DataError(f"{where}: its {what} {found}, where a text is needed")
+    return value
