@@ -527,6 +527,7 @@ def score(
         return {}
     with screen.stage("eval") as stage:
         trainer = make_trainer(job, model, folder, callbacks=[_bar(stage)])
+        trainer.args.train_sampling_strategy = "random"  # by length would shuffle what is scored, too
         found: dict[str, float] = {}
         kept: dict[str, Any] = {}
         for i, split in enumerate(splits):
@@ -548,11 +549,9 @@ def score(
 def _keeping_rows(job: Job, trainer: Trainer, kept: dict[str, Any]) -> Callable[[Any], dict[str, float]]:
     """The task's `compute_metrics`, which also puts what each row got into ``kept``."""
     row_scores = getattr(job.task, "row_scores", None)  # a task of one's own need not have it
-    # Rows that are put together by length come in an order that depends on the seed.
-    in_order = getattr(trainer.args, "train_sampling_strategy", None) != "group_by_length"
 
     def compute_metrics(eval_pred: Any) -> dict[str, float]:
-        if row_scores is not None and in_order:
+        if row_scores is not None:
             kept.update(row_scores(eval_pred))
         return job.task.compute_metrics(eval_pred)
 
