@@ -1,0 +1,97 @@
+"""The evidence: every row of the matrix, tuned alike, on several tasks and seeds.
+
+    python -m benchmarks.evidence --data DATA [--tasks sst2 stsb] [--rows lora-r8 …] [--workers 2]
+    python -m benchmarks.evidence --list
+    python -m benchmarks.evidence --page
+
+A run that has its JSON file is not run again, so that the same command goes on with what is left, and more tasks, rows
+or seeds may be asked for at any time. DATA holds a folder per task with train.jsonl and validation.jsonl.
+``--page`` makes docs/evidence.md and its figures anew from the JSON files alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+import time
+from multiprocessing.connection import wait
+from pathlib import Path
+
+from . import RESULTS
+from .matrix import ROWS, SEEDS, TASKS, Run, plan
+from .results import chosen_rates, is_done
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with a folder per task")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the JSON files are")
+    parser.add_argument("--list", action="store_true", help="what there is to run, and what is done")
+    parser.add_argument("--page", action="store_true", help="write the page from the JSON files, run nothing")
+    options = parser.parse_args()
+    if options.page:
+        from .page import write
+
+        write(options.results)
+        return 0
+    if options.list:
+        show(options)
+        return 0
+    if options.data is None:
+        parser.error("--data is needed: a folder that holds " + ", ".join(options.tasks))
+    return go_on(options)
+
+
+def runs(options: argparse.Namespace) -> list[Run]:
+    """Every run that can be named now; the rest follows when rates are chosen."""
+    found = plan(options.tasks, options.rows, options.seeds, chosen_rates(options.results))
+    return list(dict.fromkeys(found))
+
+
+def show(options: argparse.Namespace) -> None:
+    known = runs(options)
+    for run in known:
+        print(f"{'done' if is_done(run, options.results) else 'open'}  {run.file}")
+    done = sum(is_done(run, options.results) for run in known)
+    unknown = len(options.tasks) * len(options.rows) - len(
+        {(run.task.name, run.row.name) for run in known if not run.tuning}
+    )
+    print(f"{done} of {len(known)} done; {unknown} rows wait for their rate, {len(options.seeds)} runs each")
+
+
+def go_on(options: argparse.Namespace) -> int:
+    """Runs what is missing, in order; a run that failed is left, and its log kept beside the others' files."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    from .single import PRELOAD, in_own_process
+
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(PRELOAD)
+    going: dict[int, tuple[Run, multiprocessing.process.BaseProcess, float]] = {}
+    failed: list[Run] = []
+    while True:
+        busy = [run for run, _, _ in going.values()]
+        left = [run for run in runs(options) if not is_done(run, options.results) and run not in busy + failed]
+        if not left and not going:
+            break
+        for run in left[: max(0, options.workers - len(going))]:
+            process = processes.Process(target=in_own_process, args=(run, options.data, options.results / run.file))
+            process.start()
+            going[process.sentinel] = run, process, time.monotonic()
+        for sentinel in wait(list(going)):
+            run, process, began = going.pop(sentinel)  # type: ignore[index]
+            process.join()
+            if not is_done(run, options.results):
+                failed.append(run)
+            said = "done" if run not in failed else f"failed, see {(options.results / run.file).with_suffix('.log')}"
+            print(f"{run.file}: {said} ({time.monotonic() - began:.0f} s)", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

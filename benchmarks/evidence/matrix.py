@@ -1,0 +1,152 @@
+"""What is run: tasks, rows, rates, seeds, and in which order. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+SEEDS = (0, 1, 2)
+RATES = ("1e-3", "2e-3", "4e-3")
+"""Learning rates that are tried for every row of every task."""
+UNTUNED = "1e-3"
+"""The rate at which a user swaps one method for another without tuning anything."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set, and how long a run on it is."""
+
+    name: str
+    title: str
+    rows: int
+    """Training rows of a run: the first ones of the file."""
+    epochs: int
+    tuning_rows: int
+    """Rows of a tuning run: the first ones of the file, a fifth of which is held out and scored."""
+    settings: tuple[str, ...] = ()
+    """Overrides of the recipe."""
+
+    def overrides(self, data: Path) -> list[str]:
+        files = [f"data.{split}={data / self.name / f'{split}.jsonl'}" for split in ("train", "validation")]
+        return [f"task.name=glue/{self.name}", *files, f"train.num_train_epochs={self.epochs}", *self.settings]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of adapting the model."""
+
+    name: str
+    title: str
+    overrides: tuple[str, ...] = ()
+    core: bool = True
+    untuned: bool = False
+    """Whether it is also run at `UNTUNED` over all seeds, whatever tuning says."""
+    kind: str = ""
+    """``full`` or ``peft_adalora``: what no recipe says; see `single`."""
+    rate_factor: float = 1
+    """What the tried rates are multiplied by: full fine-tuning and VeRA live in another range than LoRA."""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run, which is one JSON file."""
+
+    task: Task
+    row: Row
+    rate: str
+    """As tried: times the row's `rate_factor` it is the learning rate."""
+    seed: int = 0
+    tuning: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"tuning-{self.rate}" if self.tuning else f"{self.rate}-seed{self.seed}"
+
+    @property
+    def file(self) -> Path:
+        """Below the folder of results."""
+        return Path(self.task.name, self.row.name, f"{self.name}.json")
+
+    def overrides(self, data: Path) -> list[str]:
+        rows = [f"data.max_samples={{train: {self.task.tuning_rows if self.tuning else self.task.rows}}}"]
+        held_out = ["data.held_out=0.2"] if self.tuning else []
+        rate = float(self.rate) * self.row.rate_factor
+        ends = [f"train.learning_rate={rate:g}", f"seed={self.seed}"]
+        return [*self.task.overrides(data), *rows, *held_out, *self.row.overrides, *ends]
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("sst2", "SST-2", 6000, 1, 2400),
+        Task("stsb", "STS-B", 3000, 2, 1800),
+        Task("mrpc", "MRPC", 3668, 2, 1800),
+        Task("cola", "CoLA", 6000, 3, 3600),
+        Task("rte", "RTE", 2490, 3, 1500),
+    )
+}
+
+CKA = "where={method: cka, ratio: 0.5, samples: 1024}"
+SALIENT = "rank={method: salientlora, target_r: 4}"
+QUARTER = 82_944  # of LoRA r 8's parameters, 331,776
+
+ROWS = {
+    row.name: row
+    for row in (
+        Row("lora-r8", "LoRA r 8", untuned=True),
+        Row("salientlora", "SalientLoRA 8→4", (SALIENT,), untuned=True),
+        Row("adalora", "AdaLoRA 8→4", ("rank={method: adalora, target_r: 4}",), untuned=True),
+        Row("cka-salientlora", "CKA half × SalientLoRA 8→4", (CKA, SALIENT), untuned=True),
+        Row("composition", "CKA half × SalientLoRA 8→4 × AFLoRA", (CKA, SALIENT, "freeze=aflora"), untuned=True),
+        Row("lora-r4", "LoRA r 4", ("adapter.r=4", "adapter.alpha=8")),
+        Row("cka-lora", "CKA half × LoRA r 8", (CKA,)),
+        Row("random-lora", "random half × LoRA r 8", ("where={method: random, ratio: 0.5}",),
+            note="which half follows the seed"),
+        Row("uniform-lora", "uniform half × LoRA r 8", ("where={method: uniform, ratio: 0.5}",)),
+        Row("last-lora", "last half × LoRA r 8", ("where={method: last, ratio: 0.5}",)),
+        Row("lora-r2", "LoRA r 2", ("adapter.r=2", "adapter.alpha=4"), note="holds what the composition holds"),
+        Row("aflora", "AFLoRA r 8", ("freeze=aflora",)),
+        Row("budget", "the composition under one budget",
+            ("where={method: cka, samples: 1024}", "rank=salientlora", "freeze={method: aflora, rule: tensor_rank}",
+             f"budget={{average_params: {QUARTER}}}"),
+            note="on average a quarter of LoRA r 8's parameters; layers, ranks and freezing follow"),
+        Row("peft-adalora", "PEFT's AdaLoRA at its defaults", kind="peft_adalora",
+            note="r 12 → 8, alpha 8, its own start; rates as for the rest"),
+        Row("sora", "SoRA from r 8", ("rank={method: sora, prox_threshold: 2e-3}",),
+            note="its threshold decides the size"),
+        Row("full", "full fine-tuning", kind="full", rate_factor=0.05, core=False),
+        Row("dora", "DoRA r 8", ("adapter.use_dora=true",), core=False),
+        Row("pissa", "PiSSA r 8", ("adapter.init=pissa",), core=False),
+        Row("vera", "VeRA r 256", ("adapter={type: vera, r: 256}", "adapter.target_modules=[query, key, value, "
+            "attention.output.dense, intermediate.dense, output.dense]"), core=False, rate_factor=5),
+        Row("houlsby", "Houlsby 32", ("adapter={type: bottleneck, variant: houlsby, bottleneck_size: 32}",),
+            core=False),
+        Row("salientlora-svd", "SalientLoRA 8→4, the paper's start",
+            ("rank={method: salientlora, target_r: 4, start: svd}",), core=False),
+        Row("salientlora-released", "SalientLoRA 8→4 as released",
+            ("rank={method: salientlora, target_r: 4, start: svd, parity: released}",), core=False),
+        Row("peft-adalora-scaled", "PEFT's AdaLoRA 8→4 at a fair scale", kind="peft_adalora_scaled", core=False,
+            note="alpha 160, phases as ours"),
+        Row("cka-aflora", "CKA half × AFLoRA", (CKA, "freeze=aflora"), core=False),
+    )
+}  # fmt: skip
+
+
+def plan(
+    tasks: Sequence[str], rows: Sequence[str], seeds: Sequence[int], chosen: dict[tuple[str, str], str | None]
+) -> Iterator[Run]:
+    """Every run in the order of doing; of rows whose rate is not chosen yet the tuning runs alone.
+
+    Args:
+        chosen: rate by (task, row), for those that are tuned.
+    """
+    for task in (TASKS[name] for name in tasks):
+        swapped = [ROWS[name] for name in rows if ROWS[name].untuned and task.name == "sst2"]
+        yield from (Run(task, row, UNTUNED, seed) for seed in seeds for row in swapped)
+        for core in (True, False):
+            for row in (ROWS[name] for name in rows if ROWS[name].core == core):
+                yield from (Run(task, row, rate, tuning=True) for rate in RATES)
+                if rate := chosen.get((task.name, row.name)):
+                    yield from (Run(task, row, rate, seed) for seed in seeds)

@@ -1,0 +1,160 @@
+"""One run -> one record. The stages are those of `trimtab run`, but for the export and the report.
+
+Full fine-tuning and PEFT's own AdaLoRA, which no recipe says, train in the same Trainer with the same settings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import resource
+import subprocess
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from .matrix import Run
+
+PRELOAD = ["trimtab.run", "transformers", "peft", "datasets", "sklearn.metrics", "scipy.stats"]
+"""What every run imports: seconds, if each did."""
+
+
+def record(run: Run, data: Path, target: Path) -> None:
+    """Trains, scores, and writes ``target``, whole or not at all."""
+    import torch
+
+    from trimtab import recipe as recipes
+    from trimtab import run as stages
+    from trimtab.allocator import keep_freed_memory
+    from trimtab.runfolder import begin, write_text
+    from trimtab.screen import Screen
+
+    from . import RECIPE
+
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    screen = Screen(quiet=True)
+    recipe = recipes.load(RECIPE, run.overrides(data))
+    with tempfile.TemporaryDirectory() as place:
+        folder = begin(recipe, Path(place))
+        job = stages.load(recipe, screen)
+        where = stages.select(job, folder, screen)
+        began = time.process_time()
+        if run.row.kind:
+            model, params = _stock(run.row.kind, job, folder)
+        else:
+            trained = stages.train(job, where, folder, screen)
+            model, params = trained.model, trained.plan.params
+        training = time.process_time() - began
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of Linux
+        metrics = stages.score(job, model, folder, screen, folder.answers, folder.predictions)
+        kept = next(iter(folder.read(folder.predictions).values()))
+    settings = json.loads(recipe.model_dump_json(exclude_none=True, exclude={"output_dir", "data", "export"}))
+    found = {
+        "task": run.task.name,
+        "row": run.row.name,
+        "seed": run.seed,
+        "tuning": run.tuning,
+        "rate": run.rate,
+        "learning_rate": recipe.train["learning_rate"],
+        "settings": settings,
+        "train_rows": len(job.ready["train"]),
+        "layers": where and dict(where.stacks),
+        "metric": job.task.metric,
+        "score": metrics[job.task.metric],
+        "loss": metrics.get("loss"),
+        "metrics": metrics,
+        "params": {name: params.get(name) for name in ("initial", "final", "average")},
+        "cpu_seconds": {"training": round(training, 1), "whole": round(time.process_time(), 1)},
+        "peak_memory_bytes": peak,
+        "versions": {name: version(name) for name in ("trimtab", "torch", "transformers", "peft")}
+        | {"python": platform.python_version()},
+        "commit": commit(),
+        "rows": {key: _short(value) for key, value in kept.items()},
+    }
+    write_text(target, json.dumps(found) + "\n")
+
+
+def _short(value: Any) -> Any:
+    """Predicted numbers to five places: the rest is noise, and half of the file."""
+    return [round(x, 5) for x in value] if isinstance(value, list) and any(isinstance(x, float) for x in value) else value
+
+
+def commit() -> str:
+    """Of the code that runs; marked where it was changed since."""
+    here = Path(__file__).parent
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        said = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=10"]
+        return subprocess.run(said, capture_output=True, text=True, check=True).stdout.strip()
+    return "unknown"
+
+
+def _stock(kind: str, job: Any, folder: Any) -> tuple[Any, dict[str, float]]:
+    """A model that was trained without Trimtab, and what it trained; the head is left out of the counts, as in ours."""
+    from transformers import set_seed
+
+    from trimtab import run as stages
+    from trimtab.planning import horizon_of
+
+    recipe = job.recipe
+    horizon = horizon_of(recipe, len(job.ready["train"]))
+    set_seed(recipe.seed)
+    if kind == "full":
+        model = job.model.requires_grad_(True)
+        stages.make_trainer(job, model, folder, []).train()
+        heads = [p for name in job.modules_to_save for p in model.get_submodule(name).parameters()]
+        n = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in heads)
+        return model, {"initial": n, "final": n, "average": n}
+    model = _peft_adalora(kind, job, horizon.total_steps)
+    initial = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and ".lora_" in name)
+    stages.make_trainer(job, model, folder, [_allocating(model)]).train()
+    final = sum(
+        int(site.lora_E["default"].ne(0).sum()) * (site.in_features + site.out_features + 1)
+        for site in model.modules()
+        if hasattr(site, "lora_E") and "default" in site.lora_E
+    )
+    # Its masks stop nothing from training. Merged, so that the penalty which its forward pass adds is not in the loss.
+    return model.merge_and_unload(), {"initial": initial, "final": final, "average": initial}
+
+
+def _peft_adalora(kind: str, job: Any, total_steps: int) -> Any:
+    import peft
+
+    scaled = {
+        "init_r": 8, "target_r": 4, "lora_alpha": 160, "orth_reg_weight": 0.1,
+        "tinit": total_steps // 10, "tfinal": 4 * total_steps // 10,
+    }  # fmt: skip
+    config = peft.AdaLoraConfig(
+        task_type=job.task.task_type,
+        target_modules=job.recipe.adapter.target_modules,
+        modules_to_save=list(job.modules_to_save),
+        total_step=total_steps,
+        **(scaled if kind == "peft_adalora_scaled" else {}),
+    )
+    return peft.get_peft_model(job.model, config)
+
+
+def _allocating(model: Any) -> Any:
+    """What PEFT asks a training loop to call."""
+    from transformers import TrainerCallback
+
+    class Allocating(TrainerCallback):
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            model.base_model.update_and_allocate(state.global_step)
+
+    return Allocating()
+
+
+def in_own_process(run: Run, data: Path, target: Path) -> None:
+    """`record` for a process of its own: what it prints goes to a file beside the record until the run is done."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    log = target.with_suffix(".log")
+    with log.open("w") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+        record(run, data, target)
+    log.unlink()
