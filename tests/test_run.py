@@ -173,6 +173,15 @@ def test_the_model_without_an_adapter_is_scored_beside_the_run(copied):
     assert "without adapter" in (copied / "report.html").read_text()
 
 
+def test_what_each_row_got_is_kept_in_the_data_s_order_however_batches_are_put_together(tmp_path):
+    uneven = [{"sentence1": "ab " * (1 + i * 7 % 11), "sentence2": "ba", "label": int(i % 3 == 0)} for i in range(24)]
+    data = {"train": paraphrases(tmp_path / "train.jsonl", 16), "validation": write_jsonl(tmp_path / "v.jsonl", uneven)}
+    training = {"max_steps": 1, "use_cpu": True, "train_sampling_strategy": "group_by_length"}
+    trimtab("run", write_recipe(tmp_path, data=data, train=training, where=None))
+    kept = read(tmp_path / "run", "predictions.json")["validation"]
+    assert kept["label"] == [row["label"] for row in uneven]
+
+
 def test_the_base_can_be_scored_before_there_is_a_run(tmp_path):
     recipe = write_recipe(tmp_path, where=None)
     trimtab("eval", recipe, "--base")

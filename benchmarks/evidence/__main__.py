@@ -16,15 +16,30 @@ import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 
 from . import RESULTS
 from .matrix import ROWS, SEEDS, TASKS, Run, plan
 from .results import chosen_rates, is_done
+from .single import PRELOAD, in_own_process
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = options_of(arguments)
+    if options.page:
+        from .page import write
+
+        write(options.results)
+    elif options.list:
+        show(options)
+    else:
+        return go_on(options)
+    return 0
+
+
+def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with a folder per task")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
@@ -34,18 +49,10 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the JSON files are")
     parser.add_argument("--list", action="store_true", help="what there is to run, and what is done")
     parser.add_argument("--page", action="store_true", help="write the page from the JSON files, run nothing")
-    options = parser.parse_args()
-    if options.page:
-        from .page import write
-
-        write(options.results)
-        return 0
-    if options.list:
-        show(options)
-        return 0
-    if options.data is None:
+    options = parser.parse_args(arguments)
+    if options.data is None and not (options.list or options.page):
         parser.error("--data is needed: a folder that holds " + ", ".join(options.tasks))
-    return go_on(options)
+    return options
 
 
 def runs(options: argparse.Namespace) -> list[Run]:
@@ -65,13 +72,15 @@ def show(options: argparse.Namespace) -> None:
     print(f"{done} of {len(known)} done; {unknown} rows wait for their rate, {len(options.seeds)} runs each")
 
 
-def go_on(options: argparse.Namespace) -> int:
-    """Runs what is missing, in order; a run that failed is left, and its log kept beside the others' files."""
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    from .single import PRELOAD, in_own_process
+def go_on(options: argparse.Namespace, work: Callable[[Run, Path, Path], None] = in_own_process) -> int:
+    """Runs what is missing, in order; a run that failed is left, and its log kept beside the others' files.
 
+    Args:
+        work: what a process does with a run, DATA, and the file to write.
+    """
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(PRELOAD)
+    processes.set_forkserver_preload(PRELOAD if work is in_own_process else [])
     going: dict[int, tuple[Run, multiprocessing.process.BaseProcess, float]] = {}
     failed: list[Run] = []
     while True:
@@ -80,7 +89,7 @@ def go_on(options: argparse.Namespace) -> int:
         if not left and not going:
             break
         for run in left[: max(0, options.workers - len(going))]:
-            process = processes.Process(target=in_own_process, args=(run, options.data, options.results / run.file))
+            process = processes.Process(target=work, args=(run, options.data, options.results / run.file))
             process.start()
             going[process.sentinel] = run, process, time.monotonic()
         for sentinel in wait(list(going)):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SEEDS = (0, 1, 2)
-RATES = ("1e-3", "2e-3", "4e-3")
+RATES = ("5e-4", "1e-3", "2e-3")
 """Learning rates that are tried for every row of every task."""
 UNTUNED = "1e-3"
 """The rate at which a user swaps one method for another without tuning anything."""
@@ -105,7 +105,6 @@ ROWS = {
         Row("random-lora", "random half × LoRA r 8", ("where={method: random, ratio: 0.5}",),
             note="which half follows the seed"),
         Row("uniform-lora", "uniform half × LoRA r 8", ("where={method: uniform, ratio: 0.5}",)),
-        Row("last-lora", "last half × LoRA r 8", ("where={method: last, ratio: 0.5}",)),
         Row("lora-r2", "LoRA r 2", ("adapter.r=2", "adapter.alpha=4"), note="holds what the composition holds"),
         Row("aflora", "AFLoRA r 8", ("freeze=aflora",)),
         Row("budget", "the composition under one budget",
@@ -116,6 +115,7 @@ ROWS = {
             note="r 12 → 8, alpha 8, its own start; rates as for the rest"),
         Row("sora", "SoRA from r 8", ("rank={method: sora, prox_threshold: 2e-3}",),
             note="its threshold decides the size"),
+        Row("last-lora", "last half × LoRA r 8", ("where={method: last, ratio: 0.5}",)),
         Row("full", "full fine-tuning", kind="full", rate_factor=0.05, core=False),
         Row("dora", "DoRA r 8", ("adapter.use_dora=true",), core=False),
         Row("pissa", "PiSSA r 8", ("adapter.init=pissa",), core=False),

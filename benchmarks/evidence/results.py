@@ -5,22 +5,21 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .matrix import RATES, ROWS, TASKS, Run
+from trimtab.app.report.pairing import Difference, Scored, difference
+
+from .matrix import RATES, ROWS, TASKS, UNTUNED, Run
+
+BASELINE = "lora-r8"
 
 
 def is_done(run: Run, results: Path) -> bool:
     return (results / run.file).is_file()
-
-
-def read(results: Path) -> list[dict[str, Any]]:
-    """All records, in the order of their names."""
-    return [json.loads(path.read_text()) for path in sorted(results.glob("*/*/*.json"))]
 
 
 def chosen_rates(results: Path) -> dict[tuple[str, str], str | None]:
@@ -35,10 +34,102 @@ def chosen_rates(results: Path) -> dict[tuple[str, str], str | None]:
 
 
 def best_rate(tried: Iterable[dict[str, Any]]) -> str | None:
-    """The rate with the best score on the rows held out, the lower loss where scores are equal. None if none learned."""
-    known = [one for one in tried if _finite(one["score"]) and _finite(one["loss"])]
+    """The rate with the best score on the rows held out, the lower loss where scores are equal. None if none learned.
+
+    >>> best_rate([{"rate": "1e-3", "score": .8, "loss": .5}, {"rate": "2e-3", "score": .8, "loss": .4}])
+    '2e-3'
+    """
+    known = [one for one in tried if _is_number(one["score"]) and _is_number(one["loss"])]
     return max(known, key=lambda one: (one["score"], -one["loss"]))["rate"] if known else None
 
 
-def _finite(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A row on a task, at one rate: its runs over the seeds."""
+
+    task: str
+    row: str
+    rate: str
+    records: tuple[dict[str, Any], ...]
+
+    @property
+    def scored(self) -> list[Scored]:
+        return [Scored(one["seed"], one["score"], one["rows"]) for one in self.records]
+
+    @property
+    def mean(self) -> float:
+        return self.of("score")
+
+    @property
+    def se(self) -> float | None:
+        """Standard error of the mean over seeds."""
+        scores = [one["score"] for one in self.records]
+        return statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else None
+
+    def of(self, key: str, inner: str | None = None) -> float:
+        """Mean over the seeds of a number in the records."""
+        return statistics.fmean(one[key] if inner is None else one[key][inner] for one in self.records)
+
+    def less(self, other: Cell) -> Difference | None:
+        """This row's score less another's, in points."""
+        if not {one["seed"] for one in self.records} & {one["seed"] for one in other.records}:
+            return None
+        return difference(self.scored, other.scored, self.records[0]["metric"], ROWS[other.row].title)
+
+
+class Results:
+    """All records of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.records = [json.loads(path.read_text()) for path in sorted(folder.glob("*/*/*.json"))]
+        self.rates = chosen_rates(folder)
+
+    def cell(self, task: str, row: str, rate: str | None = None) -> Cell | None:
+        """The row's runs at a rate, at the one that tuning chose if none is named; None where there is no run."""
+        rate = rate or self.rates.get((task, row))
+        found = tuple(
+            one
+            for one in self.records
+            if not one["tuning"] and (one["task"], one["row"], one["rate"]) == (task, row, rate)
+        )
+        return Cell(task, row, rate, found) if rate and found else None
+
+    def untuned(self, row: str) -> Cell | None:
+        return self.cell("sst2", row, UNTUNED)
+
+    @cache  # noqa: B019 (one object a page)
+    def apart(self, task: str, ours: str, theirs: str, rate: str | None = None) -> Difference | None:
+        """One row less another on a task, paired by seed and by scored row."""
+        a, b = self.cell(task, ours, rate), self.cell(task, theirs, rate)
+        return a.less(b) if a and b else None
+
+    def pooled(self, tasks: Sequence[str], ours: str, theirs: str) -> Difference | None:
+        """The same over all tasks that have both: pairs of a task and a seed are what is drawn again."""
+        left, right, n = [], [], 0
+        for task in tasks:
+            a, b = self.cell(task, ours), self.cell(task, theirs)
+            if a is None or b is None:
+                continue
+            for one in a.records:
+                for other in b.records:
+                    if one["seed"] == other["seed"]:
+                        left.append(Scored(n, one["score"], {}))
+                        right.append(Scored(n, other["score"], {}))
+                        n += 1
+        return difference(left, right, "", ROWS[theirs].title) if left else None
+
+    @property
+    def cka_takes_the_last_half(self) -> str:
+        """``in all of 9 runs`` where CKA's choice never is another one; else empty."""
+        masks = [mask for one in self.records if one["settings"].get("where", {}).get("method") == "cka"
+                 and one["settings"]["where"].get("ratio") for mask in one["layers"].values()]  # fmt: skip
+        is_last = masks and all(mask == "".join(sorted(mask)) for mask in masks)
+        return f"in all of {len(masks)} runs" if is_last else ""
+
+    @property
+    def cpu_hours(self) -> float:
+        return sum(one["cpu_seconds"]["whole"] for one in self.records) / 3600

@@ -19,7 +19,7 @@ from typing import Any
 
 from .matrix import Run
 
-PRELOAD = ["trimtab.run", "transformers", "peft", "datasets", "sklearn.metrics", "scipy.stats"]
+PRELOAD = ["trimtab.app.run", "transformers", "peft", "datasets", "sklearn.metrics", "scipy.stats"]
 """What every run imports: seconds, if each did."""
 
 
@@ -27,11 +27,11 @@ def record(run: Run, data: Path, target: Path) -> None:
     """Trains, scores, and writes ``target``, whole or not at all."""
     import torch
 
-    from trimtab import recipe as recipes
-    from trimtab import run as stages
-    from trimtab.allocator import keep_freed_memory
-    from trimtab.runfolder import begin, write_text
-    from trimtab.screen import Screen
+    from trimtab.app import recipe as recipes
+    from trimtab.app import run as stages
+    from trimtab.app.malloc import keep_freed_memory
+    from trimtab.app.runfolder import RunFolder, write_text
+    from trimtab.app.screen import Screen
 
     from . import RECIPE
 
@@ -40,15 +40,16 @@ def record(run: Run, data: Path, target: Path) -> None:
     screen = Screen(quiet=True)
     recipe = recipes.load(RECIPE, run.overrides(data))
     with tempfile.TemporaryDirectory() as place:
-        folder = begin(recipe, Path(place))
+        folder = RunFolder(Path(place))
         job = stages.load(recipe, screen)
         where = stages.select(job, folder, screen)
         began = time.process_time()
         if run.row.kind:
-            model, params = _stock(run.row.kind, job, folder)
+            model, params, curve = _stock(run.row.kind, job, folder)
         else:
             trained = stages.train(job, where, folder, screen)
             model, params = trained.model, trained.plan.params
+            curve = [json.loads(line) for line in folder.history.read_text().splitlines()]
         training = time.process_time() - began
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of Linux
         metrics = stages.score(job, model, folder, screen, folder.answers, folder.predictions)
@@ -68,7 +69,9 @@ def record(run: Run, data: Path, target: Path) -> None:
         "score": metrics[job.task.metric],
         "loss": metrics.get("loss"),
         "metrics": metrics,
-        "params": {name: params.get(name) for name in ("initial", "final", "average")},
+        "curve": [[one["step"], round(one["loss"], 4)] for one in curve if "loss" in one],
+        "params": {name: params[name] for name in ("initial", "final", "average")}
+        | {"held": params.get("held", params["final"])},
         "cpu_seconds": {"training": round(training, 1), "whole": round(time.process_time(), 1)},
         "peak_memory_bytes": peak,
         "versions": {name: version(name) for name in ("trimtab", "torch", "transformers", "peft")}
@@ -81,7 +84,9 @@ def record(run: Run, data: Path, target: Path) -> None:
 
 def _short(value: Any) -> Any:
     """Predicted numbers to five places: the rest is noise, and half of the file."""
-    return [round(x, 5) for x in value] if isinstance(value, list) and any(isinstance(x, float) for x in value) else value
+    return (
+        [round(x, 5) for x in value] if isinstance(value, list) and any(isinstance(x, float) for x in value) else value
+    )
 
 
 def commit() -> str:
@@ -93,32 +98,38 @@ def commit() -> str:
     return "unknown"
 
 
-def _stock(kind: str, job: Any, folder: Any) -> tuple[Any, dict[str, float]]:
-    """A model that was trained without Trimtab, and what it trained; the head is left out of the counts, as in ours."""
+def _stock(kind: str, job: Any, folder: Any) -> tuple[Any, dict[str, float], list[dict[str, Any]]]:
+    """A model that was trained without Trimtab, what it trained, and the Trainer's log.
+
+    The head is left out of the counts, as it is in ours.
+    """
     from transformers import set_seed
 
-    from trimtab import run as stages
-    from trimtab.planning import horizon_of
+    from trimtab.app import run as stages
+    from trimtab.app.planning import horizon_of
 
     recipe = job.recipe
     horizon = horizon_of(recipe, len(job.ready["train"]))
     set_seed(recipe.seed)
     if kind == "full":
         model = job.model.requires_grad_(True)
-        stages.make_trainer(job, model, folder, []).train()
+        trainer = stages.make_trainer(job, model, folder, [])
+        trainer.train()
         heads = [p for name in job.modules_to_save for p in model.get_submodule(name).parameters()]
         n = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in heads)
-        return model, {"initial": n, "final": n, "average": n}
+        return model, {"initial": n, "final": n, "average": n}, trainer.state.log_history
     model = _peft_adalora(kind, job, horizon.total_steps)
     initial = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and ".lora_" in name)
-    stages.make_trainer(job, model, folder, [_allocating(model)]).train()
+    trainer = stages.make_trainer(job, model, folder, [_allocating(model)])
+    trainer.train()
     final = sum(
         int(site.lora_E["default"].ne(0).sum()) * (site.in_features + site.out_features + 1)
         for site in model.modules()
         if hasattr(site, "lora_E") and "default" in site.lora_E
     )
     # Its masks stop nothing from training. Merged, so that the penalty which its forward pass adds is not in the loss.
-    return model.merge_and_unload(), {"initial": initial, "final": final, "average": initial}
+    params = {"initial": initial, "final": final, "average": initial}
+    return model.merge_and_unload(), params, trainer.state.log_history
 
 
 def _peft_adalora(kind: str, job: Any, total_steps: int) -> Any:

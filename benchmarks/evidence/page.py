@@ -1,0 +1,250 @@
+"""docs/evidence.md: its tables, verdicts and figures, made from the JSON files alone.
+
+The text around them is written by hand. A block stands between ``<!-- NAME -->`` and ``<!-- end -->``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from trimtab.app.report.pairing import Difference
+from trimtab.app.report.words import byte_size, count, duration, listing, number, plural
+
+from .figures import dots, pareto
+from .matrix import RATES, ROWS, SEEDS, TASKS, UNTUNED, Row
+from .results import BASELINE, Cell, Results
+
+PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
+_BLOCK = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def write(folder: Path) -> None:
+    """The page with every block made anew, and its figures."""
+    results = Results(folder)
+    PAGE.write_text(filled(PAGE.read_text(), results))
+    for name, svg in figures(results).items():
+        (PAGE.parent / name).write_text(svg)
+
+
+def filled(page: str, results: Results) -> str:
+    return _BLOCK.sub(lambda found: found[1] + BLOCKS[found[2]](results) + "\n" + found[3], page)
+
+
+# -- words ---------------------------------------------------------------------------------------------
+
+
+def points(value: float) -> str:
+    """A difference of scores in points: hundredths."""
+    return f"{100 * value:+.1f}".replace("-", "−")
+
+
+def interval(apart: Difference | None) -> str:
+    """``−1.2 (−2.0 to −0.1)``; a dash where nothing can be paired."""
+    if apart is None:
+        return "–"
+    if apart.low is None or apart.high is None:
+        return points(apart.mean)
+    return f"{points(apart.mean)} ({points(apart.low)} to {points(apart.high)})"
+
+
+def spread(cell: Cell) -> str:
+    """``84.1 ± 0.3``"""
+    return f"{100 * cell.mean:.1f}" + ("" if cell.se is None else f" ± {100 * cell.se:.1f}")
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    rule = ["---", *["---:"] * (len(columns) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (columns, rule, *rows))
+
+
+# -- the questions -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Question:
+    """Whether one row is above another, or at most a margin below it, by the whole interval."""
+
+    text: str
+    ours: str
+    theirs: str
+    margin: float = 0.0
+
+    def verdict(self, apart: Difference | None) -> str:
+        """
+        >>> Question("", "a", "b", .01).verdict(Difference("b", -.002, -.005, .001, 3, None))
+        'yes'
+        """
+        if apart is None:
+            return "not run yet"
+        if apart.low is None or apart.high is None:
+            return "too few runs"
+        if apart.low > -self.margin:
+            return "yes"
+        return "no" if apart.high < -self.margin else "cannot be told"
+
+
+QUESTIONS = (
+    Question("CKA's half above a random half?", "cka-lora", "random-lora"),
+    Question("CKA's half above a uniform half?", "cka-lora", "uniform-lora"),
+    Question("CKA's half above the last half?", "cka-lora", "last-lora"),
+    Question("CKA's half at most half a point below LoRA r 8?", "cka-lora", "lora-r8", 0.005),
+    Question("SalientLoRA above AdaLoRA, both 8→4?", "salientlora", "adalora"),
+    Question("AdaLoRA above LoRA r 4, of its final size?", "adalora", "lora-r4"),
+    Question("SalientLoRA above LoRA r 4, of its final size?", "salientlora", "lora-r4"),
+    Question("Ours above PEFT's AdaLoRA at its defaults?", "adalora", "peft-adalora"),
+    Question("The composition at most a point below LoRA r 8?", "composition", "lora-r8", 0.01),
+    Question("The composition above LoRA r 2, which holds as much?", "composition", "lora-r2"),
+    Question("Under one budget at most a point below LoRA r 8?", "budget", "lora-r8", 0.01),
+)
+
+
+def questions(results: Results) -> str:
+    tasks = measured(results)
+    if not tasks:
+        return "No row is tuned on its task yet."
+    rows = []
+    for one in QUESTIONS:
+        each = [results.apart(task, one.ours, one.theirs) for task in tasks]
+        over_all = results.pooled(tasks, one.ours, one.theirs)
+        verdict = one.verdict(over_all if sum(apart is not None for apart in each) > 1 else _only(each))
+        if one.theirs == "last-lora" and verdict == "not run yet" and (alike := results.cka_takes_the_last_half):
+            verdict = f"the same layers {alike}"
+        rows.append([one.text, *map(interval, each), interval(over_all), f"**{verdict}**"])
+    return table(["", *(TASKS[task].title for task in tasks), "tasks and seeds pooled", "holds here?"], rows)
+
+
+def _only(each: list[Difference | None]) -> Difference | None:
+    """Of one task alone its own interval counts, which knows the rows."""
+    return next((apart for apart in each if apart is not None), None)
+
+
+# -- the tables ----------------------------------------------------------------------------------------
+
+
+def measured(results: Results) -> list[str]:
+    """Tasks with a tuned row."""
+    return [task for task in TASKS if any(results.cell(task, row) for row in ROWS)]
+
+
+def untuned(results: Results) -> str:
+    """Methods swapped at LoRA's own rate."""
+    rows, behind = [], []
+    base = results.untuned(BASELINE)
+    for row in (row for row in ROWS.values() if row.untuned):
+        cell = results.untuned(row.name)
+        if cell is None:
+            rows.append([row.title, *["not run yet"] * 7])
+            continue
+        apart = None if base is None or row.name == BASELINE else results.apart("sst2", row.name, BASELINE, UNTUNED)
+        if apart is not None and apart.mean < -0.02:
+            behind.append(f"{row.title} ({points(apart.mean)})")
+        rows.append([row.title, spread(cell), interval(apart), number(cell.of("loss"), 3), str(len(cell.records)),
+                     ", ".join(f"{100 * one['score']:.1f}" for one in cell.records),
+                     *(count(cell.of("params", key)) for key in ("final", "average"))])  # fmt: skip
+    columns = ["", "accuracy", "points to LoRA r 8", "loss", "seeds", "each seed", "trained at the end", "on average"]
+    cells = [results.untuned(row.name) for row in ROWS.values() if row.untuned]
+    if any(cell is None or len(cell.records) < len(SEEDS) for cell in cells):
+        said = "Not all of it is run yet."
+    elif behind:
+        said = f"More than two points under LoRA: {listing(behind)}."
+    else:
+        said = "No adaptive row is more than two points under LoRA."
+    return f"{table(columns, rows)}\n\n{said}"
+
+
+def tasks(results: Results) -> str:
+    """A table a task."""
+    parts = []
+    for task in measured(results):
+        rows = [_of_task(results, task, row) for row in ROWS.values() if results.cell(task, row.name)]
+        setting, metric = TASKS[task], next(one["metric"] for one in results.records if one["task"] == task)
+        length = f"{count(setting.rows)} training rows, {plural(setting.epochs, 'epoch')}, batch 16"
+        tuning = f"rates chosen with {count(setting.tuning_rows)} of them, a fifth held out"
+        columns = ["", metric.replace("_", " "), "points to LoRA r 8", "loss", "rate", "seeds",
+                   "parameters, initial", "final", "average", "CPU time", "peak memory"]  # fmt: skip
+        parts.append(f"### {setting.title}\n\n{length}; {tuning}.\n\n{table(columns, rows)}")
+    drawn = "".join(f"![{what}]({name})\n\n" for name, what in FIGURES.items() if name in figures(results))
+    return drawn + "\n\n".join(parts) if parts else "No row is tuned on its task yet."
+
+
+def _of_task(results: Results, task: str, row: Row) -> list[str]:
+    cell = results.cell(task, row.name)
+    assert cell
+    rate = f"{float(cell.rate) * row.rate_factor:g}"
+    edge = " (the lowest tried)" if cell.rate == RATES[0] else " (the highest tried)" if cell.rate == RATES[-1] else ""
+    apart = None if row.name == BASELINE else results.apart(task, row.name, BASELINE)
+    return [row.title, spread(cell), interval(apart), number(cell.of("loss"), 3), rate + edge, str(len(cell.records)),
+            *(count(cell.of("params", key)) for key in ("initial", "final", "average")),
+            duration(cell.of("cpu_seconds", "training")),
+            byte_size(max(one["peak_memory_bytes"] for one in cell.records))]  # fmt: skip
+
+
+def extent(results: Results) -> str:
+    finals = sum(not one["tuning"] for one in results.records)
+    return (
+        f"{plural(len(results.records), 'run')} so far, {finals} of them scored on validation and the others to choose "
+        f"rates; {results.cpu_hours:.1f} CPU hours."
+    )
+
+
+def missing(results: Results) -> str:
+    """What of the matrix there is no run of."""
+    lines = []
+    for task in TASKS.values():
+        rows = [row for row in ROWS.values() if _seeds(results.cell(task.name, row.name)) < len(SEEDS)]
+        some = [f"{row.title} ({_seeds(results.cell(task.name, row.name))} of {len(SEEDS)} seeds)"
+                if results.cell(task.name, row.name) else row.title for row in rows]  # fmt: skip
+        if len(rows) == len(ROWS):
+            some = ["every row"]
+        if some:
+            lines.append(f"- {task.title}: {'; '.join(some)}")
+    return "\n".join(lines) or "Everything is run."
+
+
+def _seeds(cell: Cell | None) -> int:
+    return len(cell.records) if cell else 0
+
+
+BLOCKS: dict[str, Callable[[Results], str]] = {
+    "extent": extent,
+    "untuned": untuned,
+    "questions": questions,
+    "tasks": tasks,
+    "missing": missing,
+}
+
+
+FIGURES = {
+    "evidence_differences.svg": "differences to LoRA r 8, with intervals",
+    "evidence_pareto.svg": "score against average trainable parameters",
+}
+
+
+# -- the figures ---------------------------------------------------------------------------------------
+
+
+def figures(results: Results) -> dict[str, str]:
+    """File name -> SVG."""
+    names = measured(results)
+    if not names:
+        return {}
+    rows = [row for row in ROWS.values() if any(results.cell(task, row.name) for task in names)]
+    apart = [[results.apart(task, row.name, BASELINE) for task in names] for row in rows if row.name != BASELINE]
+    labels = [row.title for row in rows if row.name != BASELINE]
+    differences, front = FIGURES
+    found = {differences: dots(labels, [TASKS[task].title for task in names], apart)}
+    # Only rows that every measured task has can be averaged over tasks alike.
+    whole = [row for row in rows if all(results.cell(task, row.name) for task in names)]
+    marks = []
+    for row in whole:
+        cells = [results.cell(task, row.name) for task in names]
+        known = [cell for cell in cells if cell]
+        share = sum(cell.of("params", "average") for cell in known) / len(known)
+        marks.append((row.title, share, sum(cell.mean for cell in known) / len(known)))
+    if len(marks) > 1:
+        told = " and ".join(TASKS[task].title for task in names)
+        found[front] = pareto(marks, f"mean score over {told}")
+    return found

@@ -1,0 +1,97 @@
+"""The evidence: a page that says what the result files say, and a harness that goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from benchmarks.evidence import RESULTS
+from benchmarks.evidence.__main__ import go_on, main, options_of
+from benchmarks.evidence.matrix import RATES, ROWS, TASKS, UNTUNED, Run, plan
+from benchmarks.evidence.page import PAGE, figures, filled
+from benchmarks.evidence.results import Results
+
+
+@pytest.fixture(scope="module")
+def results() -> Results:
+    return Results(RESULTS)
+
+
+def test_page_and_figures_are_what_the_result_files_say(results):
+    page = PAGE.read_text()
+    assert page == filled(page, results), "run: python -m benchmarks.evidence --page"
+    for name, svg in figures(results).items():
+        assert (PAGE.parent / name).read_text() == svg, "run: python -m benchmarks.evidence --page"
+        assert f"({name})" in page
+
+
+def test_every_row_of_the_matrix_is_on_the_page_run_or_not(results):
+    page = PAGE.read_text()
+    assert all(row.title in page or "every row" in page for row in ROWS.values())
+    assert all(task.title in page for task in TASKS.values())
+
+
+def test_every_record_is_a_run_that_the_matrix_names_and_was_set_as_it_says(results):
+    for one in results.records:
+        run = Run(TASKS[one["task"]], ROWS[one["row"]], one["rate"], one["seed"], one["tuning"])
+        assert (RESULTS / run.file).is_file()
+        assert one["learning_rate"] == pytest.approx(float(run.rate) * run.row.rate_factor)
+        assert one["train_rows"] == (run.task.tuning_rows * 4 // 5 if run.tuning else run.task.rows)
+
+
+def test_every_row_of_a_task_tries_the_same_rates_on_the_same_rows():
+    runs = [run for run in plan(list(TASKS), list(ROWS), (0,), {}) if run.tuning]
+    tried = {(run.task.name, run.row.name): [] for run in runs}
+    for run in runs:
+        overrides = run.overrides(Path("data"))
+        rows = [text for text in overrides if text.startswith("data.")]
+        tried[run.task.name, run.row.name].append((run.rate, run.seed, *rows))
+    for task in TASKS:
+        first, *others = (tried[task, row] for row in ROWS)
+        assert [rate for rate, *_ in first] == list(RATES)
+        assert all(one == first for one in others)
+
+
+def learn(run: Run, data: Path, target: Path) -> None:
+    """Stands in for training: the middle rate is best, and one run falls over."""
+    if run.row.name == "lora-r4" and not run.tuning and run.seed == 1:
+        raise SystemExit("out of memory")
+    score = {"5e-4": 0.7, "1e-3": 0.8, "2e-3": 0.6}[run.rate]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps({"rate": run.rate, "score": score, "loss": 1 - score}))
+
+
+def test_a_repeated_command_runs_what_is_missing_and_nothing_twice(tmp_path, capsys):
+    arguments = [
+        "--data",
+        "data",
+        "--results",
+        str(tmp_path),
+        "--tasks",
+        "stsb",
+        "--rows",
+        "lora-r4",
+        "--seeds",
+        "0",
+        "1",
+    ]
+    options = options_of(arguments)
+    assert go_on(options, learn) == 1  # one run failed
+    done = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("stsb/lora-r4/*.json")}
+    assert set(done) == {*(f"tuning-{rate}.json" for rate in RATES), "1e-3-seed0.json"}  # of the rate that won
+    assert "1e-3-seed1.json: failed" in capsys.readouterr().out
+
+    assert go_on(options, learn) == 1  # only the one that failed
+    assert "1e-3-seed1.json: failed" in (said := capsys.readouterr().out)
+    assert "done" not in said
+    assert done == {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("stsb/lora-r4/*.json")}
+
+    assert main([*arguments, "--list"]) == 0
+    assert "4 of 5 done" in capsys.readouterr().out
+
+
+def test_rows_that_a_user_would_swap_are_run_at_one_rate_before_anything_is_tuned():
+    first = [run for run, _ in zip(plan(["sst2"], list(ROWS), (0, 1, 2), {}), range(15))]
+    assert all(run.rate == UNTUNED and not run.tuning for run in first)
+    assert {run.row.name for run in first} == {row.name for row in ROWS.values() if row.untuned}
