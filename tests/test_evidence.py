@@ -47,7 +47,7 @@ def test_every_row_of_a_task_tries_the_same_rates_on_the_same_rows():
         overrides = run.overrides(Path("data"))
         rows = [text for text in overrides if text.startswith("data.")]
         tried[run.task.name, run.row.name].append((run.rate, run.seed, *rows))
-    for task in TASKS:
+    for task in (name for name, task in TASKS.items() if task.tuned):
         first, *others = (tried[task, row] for row in ROWS)
         assert [rate for rate, *_ in first] == list(RATES)
         assert all(one == first for one in others)

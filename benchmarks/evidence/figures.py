@@ -34,7 +34,7 @@ def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
 
 def dots(rows: Sequence[str], columns: Sequence[str], apart: Sequence[Sequence[Difference | None]]) -> str:
     """Differences to LoRA r 8 with their intervals: a line a row, a panel a task. Orange where zero is outside."""
-    left, panel, gap, step, top = 260, 190, 24, 24, 44
+    left, panel, gap, step, top = 260, 190, 44, 24, 44
     ends = [100 * x for line in apart for d in line if d for x in (d.mean, d.low, d.high) if x is not None]
     low, high = math.floor(min([*ends, -1])), math.ceil(max([*ends, 1]))
     width, height = left + len(columns) * (panel + gap), top + step * len(rows) + 34
@@ -81,7 +81,7 @@ def pareto(marks: Sequence[tuple[str, float, float]], what: str) -> str:
     for tick in range(math.ceil(low), math.floor(high) + 1, max(1, round((high - low) / 6))):
         parts += [_line(left, y(tick), plot, y(tick), "grid"), _text(left - 8, y(tick) + 4, str(tick), "end")]
     for power in range(math.floor(first), math.ceil(last) + 1):
-        for size in (10**power, 2 * 10**power, 5 * 10**power):
+        for size in (10**power, 2 * 10**power, 3 * 10**power, 5 * 10**power):
             if first <= math.log10(size) <= last:
                 parts += [_line(x(size), top, x(size), height - bottom, "grid"),
                           _text(x(size), height - bottom + 16, short_count(size), "middle")]  # fmt: skip

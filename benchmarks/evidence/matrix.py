@@ -20,16 +20,23 @@ class Task:
     name: str
     title: str
     rows: int
-    """Training rows of a run: the first ones of the file."""
+    """Training rows of a run: the same ones for every row and seed, drawn from the file."""
     epochs: int
     tuning_rows: int
-    """Rows of a tuning run: the first ones of the file, a fifth of which is held out and scored."""
+    """Rows of a tuning run, drawn from the file; a fifth of them is held out and scored."""
     settings: tuple[str, ...] = ()
     """Overrides of the recipe."""
+    untuned: bool = False
+    """Whether rows are swapped at `UNTUNED` here."""
+    tuned: bool = True
+    """Whether all rows are tuned and compared here."""
+    folder: str = ""
+    """Of the data and of the task in GLUE, where the name is another."""
 
     def overrides(self, data: Path) -> list[str]:
-        files = [f"data.{split}={data / self.name / f'{split}.jsonl'}" for split in ("train", "validation")]
-        return [f"task.name=glue/{self.name}", *files, f"train.num_train_epochs={self.epochs}", *self.settings]
+        folder = self.folder or self.name
+        files = [f"data.{split}={data / folder / f'{split}.jsonl'}" for split in ("train", "validation")]
+        return [f"task.name=glue/{folder}", *files, f"train.num_train_epochs={self.epochs}", *self.settings]
 
 
 @dataclass(frozen=True)
@@ -80,13 +87,15 @@ class Run:
 TASKS = {
     task.name: task
     for task in (
-        Task("sst2", "SST-2", 6000, 1, 2400),
+        Task("sst2", "SST-2", 6000, 1, 2400, untuned=True),
         Task("stsb", "STS-B", 3000, 2, 1800),
         Task("mrpc", "MRPC", 3668, 2, 1800),
         Task("cola", "CoLA", 6000, 3, 3600),
         Task("rte", "RTE", 2490, 3, 1500),
+        Task("sst2-first", "SST-2, the file's first rows", 6000, 1, 0, ("data.sample_seed=first",),
+             untuned=True, tuned=False, folder="sst2"),
     )
-}
+}  # fmt: skip
 
 CKA = "where={method: cka, ratio: 0.5, samples: 1024}"
 SALIENT = "rank={method: salientlora, target_r: 4}"
@@ -143,9 +152,9 @@ def plan(
         chosen: rate by (task, row), for those that are tuned.
     """
     for task in (TASKS[name] for name in tasks):
-        swapped = [ROWS[name] for name in rows if ROWS[name].untuned and task.name == "sst2"]
+        swapped = [ROWS[name] for name in rows if ROWS[name].untuned and task.untuned]
         yield from (Run(task, row, UNTUNED, seed) for seed in seeds for row in swapped)
-        for core in (True, False):
+        for core in (True, False) if task.tuned else ():
             for row in (ROWS[name] for name in rows if ROWS[name].core == core):
                 yield from (Run(task, row, rate, tuning=True) for rate in RATES)
                 if rate := chosen.get((task.name, row.name)):

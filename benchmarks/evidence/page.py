@@ -6,7 +6,7 @@ The text around them is written by hand. A block stands between ``<!-- NAME -->`
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,33 +126,43 @@ def _only(each: list[Difference | None]) -> Difference | None:
 
 def measured(results: Results) -> list[str]:
     """Tasks with a tuned row."""
-    return [task for task in TASKS if any(results.cell(task, row) for row in ROWS)]
+    return [name for name, task in TASKS.items() if task.tuned and any(results.cell(name, row) for row in ROWS)]
 
 
 def untuned(results: Results) -> str:
     """Methods swapped at LoRA's own rate."""
+    names = [task.name for task in TASKS.values() if task.untuned]
+    return "\n\n".join(f"### {TASKS[name].title}\n\n{_untuned(results, name)}" for name in names)
+
+
+def _untuned(results: Results, task: str) -> str:
     rows, behind = [], []
-    base = results.untuned(BASELINE)
-    for row in (row for row in ROWS.values() if row.untuned):
-        cell = results.untuned(row.name)
+    swapped = {row: results.cell(task, row.name, UNTUNED) for row in ROWS.values() if row.untuned}
+    for row, cell in swapped.items():
         if cell is None:
             rows.append([row.title, *["not run yet"] * 7])
             continue
-        apart = None if base is None or row.name == BASELINE else results.apart("sst2", row.name, BASELINE, UNTUNED)
+        apart = None if row.name == BASELINE else results.apart(task, row.name, BASELINE, UNTUNED)
         if apart is not None and apart.mean < -0.02:
             behind.append(f"{row.title} ({points(apart.mean)})")
         rows.append([row.title, spread(cell), interval(apart), number(cell.of("loss"), 3), str(len(cell.records)),
                      ", ".join(f"{100 * one['score']:.1f}" for one in cell.records),
                      *(count(cell.of("params", key)) for key in ("final", "average"))])  # fmt: skip
     columns = ["", "accuracy", "points to LoRA r 8", "loss", "seeds", "each seed", "trained at the end", "on average"]
-    cells = [results.untuned(row.name) for row in ROWS.values() if row.untuned]
-    if any(cell is None or len(cell.records) < len(SEEDS) for cell in cells):
+    if any(_seeds(cell) < len(SEEDS) for cell in swapped.values()):
         said = "Not all of it is run yet."
     elif behind:
         said = f"More than two points under LoRA: {listing(behind)}."
     else:
         said = "No adaptive row is more than two points under LoRA."
-    return f"{table(columns, rows)}\n\n{said}"
+    return f"{table(columns, rows)}\n\n{said}{_stuck(swapped.values())}"
+
+
+def _stuck(cells: Iterable[Cell | None]) -> str:
+    """Names the runs that answer every row alike: a mean over seeds hides them."""
+    found = [f"{ROWS[one['row']].title} with seed {one['seed']}" for cell in cells if cell for one in cell.records
+             if len(set(one["rows"]["predicted"])) == 1]  # fmt: skip
+    return f" {listing(found)} learned nothing: the same answer for every row." if found else ""
 
 
 def tasks(results: Results) -> str:
@@ -165,7 +175,8 @@ def tasks(results: Results) -> str:
         tuning = f"rates chosen with {count(setting.tuning_rows)} of them, a fifth held out"
         columns = ["", metric.replace("_", " "), "points to LoRA r 8", "loss", "rate", "seeds",
                    "parameters, initial", "final", "average", "CPU time", "peak memory"]  # fmt: skip
-        parts.append(f"### {setting.title}\n\n{length}; {tuning}.\n\n{table(columns, rows)}")
+        stuck = _stuck(results.cell(task, row) for row in ROWS)
+        parts.append(f"### {setting.title}\n\n{length}; {tuning}.{stuck}\n\n{table(columns, rows)}")
     drawn = "".join(f"![{what}]({name})\n\n" for name, what in FIGURES.items() if name in figures(results))
     return drawn + "\n\n".join(parts) if parts else "No row is tuned on its task yet."
 
@@ -193,7 +204,7 @@ def extent(results: Results) -> str:
 def missing(results: Results) -> str:
     """What of the matrix there is no run of."""
     lines = []
-    for task in TASKS.values():
+    for task in (task for task in TASKS.values() if task.tuned):
         rows = [row for row in ROWS.values() if _seeds(results.cell(task.name, row.name)) < len(SEEDS)]
         some = [f"{row.title} ({_seeds(results.cell(task.name, row.name))} of {len(SEEDS)} seeds)"
                 if results.cell(task.name, row.name) else row.title for row in rows]  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 
 from trimtab.app.report.pairing import Difference, Scored, difference
 
-from .matrix import RATES, ROWS, TASKS, UNTUNED, Run
+from .matrix import RATES, ROWS, TASKS, Run
 
 BASELINE = "lora-r8"
 
@@ -97,9 +97,6 @@ class Results:
             if not one["tuning"] and (one["task"], one["row"], one["rate"]) == (task, row, rate)
         )
         return Cell(task, row, rate, found) if rate and found else None
-
-    def untuned(self, row: str) -> Cell | None:
-        return self.cell("sst2", row, UNTUNED)
 
     @cache  # noqa: B019 (one object a page)
     def apart(self, task: str, ours: str, theirs: str, rate: str | None = None) -> Difference | None:
