@@ -269,10 +269,12 @@ class SequenceClassification(Task):
         if names is None:
             return
         counts = Counter(trained)
-        rare = [f"{names[i]!r} ({counts[i]})" for i in range(len(names)) if counts[i] and i not in set(scored)]
-        if rare:
+        unscored = [i for i in range(len(names)) if counts[i] and i not in set(scored)]
+        if rare := [repr(names[i]) for i in unscored if counts[i] == 1]:
+            self.notes.append(f"too rare to be split (one row, trained on and not scored): class {some(rare)}")
+        if others := [f"{names[i]!r} ({counts[i]})" for i in unscored if counts[i] > 1]:
             self.notes.append(
-                f"too rare to be split, so all their rows are trained on and none is scored: class {some(rare)}"
+                f"none of their rows is among the {len(scored)} split off (data.validation_share): class {some(others)}"
             )
 
 

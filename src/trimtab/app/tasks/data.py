@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -208,10 +209,14 @@ class DataSpec:
         if n < 2:
             raise DataError("data.train: holds one row, too few to split off a validation split; give data.validation")
         share = self.validation_share
+        labels = None if self.stratify is False else labels
         k = share if isinstance(share, int) else max(1, int(n * share))
+        if labels is not None and not isinstance(share, int) and not isinstance(labels[0], float):
+            several = sum(count > 1 for count in Counter(labels).values())
+            k = max(k, min(several, n // 5))  # a row of each, where that does not take too many
         if k >= n:
             raise ConfigError("data.validation_share", share, f"leaves none of {n} training rows to learn from")
-        return drawn(n, k, 0, None if self.stratify is False else labels, spare=1)
+        return drawn(n, k, 0, labels, spare=1)
 
     def strata(self, table: Columns, labels: Sequence[Any] | None = None) -> Sequence[Any] | None:
         """What is stratified by: the column that the recipe names, else the labels."""

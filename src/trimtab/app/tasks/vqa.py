@@ -317,7 +317,10 @@ def _image(value: Any, folder: Path, where: str) -> bytes | None:
     if not isinstance(value, str):
         raise DataError(f"{where} has a {type(value).__name__} for an image, where a file's name is needed")
     file = folder / value
-    is_there = len(value) < 1024 and file.is_file()  # a longer name would be an error of its own
+    try:
+        is_there = file.is_file()
+    except (OSError, ValueError):  # too long for a name
+        is_there = False
     if not is_there and re.fullmatch(r"data:[^,]*,.*|[A-Za-z0-9+/\s]{64,}=*\s*", value, re.DOTALL):
         return _decoded(re.sub(r"^data:[^,]*,", "", value), where)
     if not is_there:
