@@ -67,6 +67,7 @@ def test_the_commands_are_those_of_the_public_surface():
     assert list(cli.commands) == [
         "run",
         "plan",
+        "show",
         "select",
         "train",
         "eval",

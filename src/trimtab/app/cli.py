@@ -162,6 +162,32 @@ def plan(recipe: str, overrides: Sequence[str], as_json: bool) -> None:
 @cli.command()
 @_recipe
 @_overrides
+@click.option("-n", "--rows", type=click.IntRange(1), default=2, show_default=True, help="Training rows to show.")
+@_common
+def show(recipe: str, overrides: Sequence[str], rows: int, as_json: bool) -> None:
+    """Show training rows as the model will read them.
+
+    The text of their tokens, prompt template and all, with what is learned marked; for a classification, text and
+    class. Reads the data and the tokenizer, no weights.
+    """
+    from . import showing
+
+    chosen, _ = _load(recipe, overrides)
+    with _screen(as_json) as screen:
+        found, notes = showing.examples(chosen, rows)
+        for note in notes:
+            screen.note(note)
+    if as_json:
+        _print_json({"examples": [example.to_json() for example in found], "notes": notes})
+        return
+    is_coloured = sys.stdout.isatty()
+    for example in found:
+        _print(showing.shown(example, is_coloured), "")
+
+
+@cli.command()
+@_recipe
+@_overrides
 @_overwrite
 @_common
 def select(recipe: str, overrides: Sequence[str], overwrite: bool, as_json: bool) -> None:
@@ -541,6 +567,7 @@ def _show_run(folder: RunFolder, as_json: bool) -> None:
 
 def _print(*parts: Any) -> None:
     from rich.console import Console
+    from rich.text import Text
 
     from .runfolder import is_main
 
@@ -548,7 +575,7 @@ def _print(*parts: Any) -> None:
     if not console.is_terminal:  # a file or a pipe has no edge to wrap at
         console.width = 160
     for part in parts:
-        console.print(part, soft_wrap=isinstance(part, str))
+        console.print(part, soft_wrap=isinstance(part, (str, Text)))
 
 
 def _print_json(data: dict[str, Any] | Iterable[Any]) -> None:

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import ConfigError, DataError
 from ..plans import Plan, SitePlan, Where
-from . import model_facts, models, runfolder
+from . import loading, model_facts, models, runfolder
 from . import recipe as recipes
 from .adapting import adapter_config, choose_own, choose_without_data, reads_rows
 from .planning import horizon_of, load_rows, model_spec, plan_of_run, plan_recipe, with_layer_ratio
@@ -201,6 +202,7 @@ def train(job: Job, where: Where | None, folder: RunFolder, screen: Screen, *, r
         recipe, job.model, where=where, task_type=job.task.task_type, modules_to_save=job.modules_to_save
     )
     planned = replace(plan_of_run(recipe, job.model, config, horizon_of(recipe, rows), rows), where=where)
+    planned = replace(planned, settings={**planned.settings, "data": data_of(job)})
     folder.write(folder.plan, planned.to_json())
     if recipe.budget is not None:  # what was chosen, and why
         for note in planned.notes:
@@ -473,6 +475,7 @@ def _write(job: Job, target: Path, what: str, screen: Screen, save: Callable[[Pa
     with screen.stage("export") as stage, runfolder.whole(target) as half:
         save(half)
         job.tokenizer.save_pretrained(half)
+        loading.save_labels(job.task, half)
         written = sum(file.stat().st_size for file in half.rglob("*") if file.is_file())
         stage.result = f"{what} · {target} ({byte_size(written)})"
     return target
@@ -494,9 +497,23 @@ def evaluate(job: Job, trained: Trained, folder: RunFolder, screen: Screen) -> d
         "train_samples": len(_split(job, "train")),
         **{name: part.model_dump(mode="json", exclude_none=True) if part else None for name, part in sections.items()},
         "seed": job.recipe.seed,
+        "data": data_of(job),
+        "load": loading.lines(job, folder),
     }
     folder.write(folder.metrics, result)
     return result
+
+
+def data_of(job: Job) -> dict[str, Any]:
+    """What was read: rows and classes of each split, and what was said of them."""
+    names, column = getattr(job.task, "label_names", None), getattr(job.task, "label_column", "")
+    classes = {}
+    for split, part in job.rows.items():
+        if names is not None and column in part.column_names:
+            counts = Counter(part[column][:])
+            classes[split] = {name: counts[i] for i, name in enumerate(names)}
+    rows = {split: len(part) for split, part in job.ready.items()}
+    return {"rows": rows, **({"classes": classes} if classes else {}), "notes": list(dict.fromkeys(job.task.notes))}
 
 
 def evaluate_base(job: Job, folder: RunFolder, screen: Screen) -> dict[str, Any]:

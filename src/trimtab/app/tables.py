@@ -42,7 +42,8 @@ def run_tables(folder: RunFolder) -> list[Any]:
     made.show_header = False
     for name, value in rows:
         made.add_row(name if name.startswith("[") else f"[dim]{name}[/]", escape(value))
-    return [made]
+    load = found.get("load")
+    return [made, *([f"\n[dim]# To load it:[/]\n{escape(load)}"] if load else [])]
 
 
 def plan_tables(plan: Plan) -> list[Any]:

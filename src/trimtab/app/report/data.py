@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,8 @@ class Report:
     base_metrics: dict[str, float | None]
     """The same of the model without an adapter; empty unless `trimtab eval --base` took them."""
     notes: list[str]
+    data: list[str] = field(default_factory=list)
+    """What was read, left out and split off."""
     where: Profile | None = None
     loss: Curves | None = None
     penalty: Curves | None = None
@@ -138,6 +140,7 @@ def load(folder: str | Path) -> Report:
         metrics=[(name, finite(value)) for name, value in scores_of(run).items()],
         base_metrics={name: finite(value) for name, value in (run.base.get("metrics") or {}).items()},
         notes=_notes(run, header),
+        data=_data(run),
         where=profile(run),
         loss=losses(run),
         penalty=penalty(run),
@@ -371,6 +374,15 @@ def _notes(run: RunFolder, header: Header) -> list[str]:
     if run.plan:
         notes += run.plan.notes
     return notes + list(run.notes)
+
+
+def _data(run: RunFolder) -> list[str]:
+    found: Any = run.metrics.get("data") or (run.plan.settings.get("data") if run.plan else None)
+    if not isinstance(found, dict):
+        return []
+    rows = found.get("rows") or {}
+    counted = ", ".join(f"{count(n)} {split}" for split, n in rows.items())
+    return [*([f"rows: {counted}"] if counted else []), *map(str, found.get("notes") or ())]
 
 
 def _name(value: Any) -> str | None:

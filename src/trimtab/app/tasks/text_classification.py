@@ -248,7 +248,7 @@ class TextClassification(SequenceClassification):
             if self.label in part.column_names:
                 counts = Counter(part[self.label][:])
                 told = [f"{name!r} {counts[i]}" for i, name in enumerate(self.label_names) if counts[i]]
-                self.notes.append(f"{split}: {len(told)} classes: {some(told)}")
+                self.notes.append(f"{split}: {len(told)} class{'es' if len(told) > 1 else ''}: {some(told)}")
 
 
 def class_key(value: Any, number: int, source: str) -> str:

@@ -1,0 +1,73 @@
+"""How a run's adapter is loaded without Trimtab: the class names beside it, and the lines that do it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .planning import model_spec
+
+if TYPE_CHECKING:
+    from .run import Job
+    from .runfolder import RunFolder
+
+LABELS = "labels.json"
+"""Beside the adapter. Not config.json: transformers would take the folder for a whole model."""
+
+
+def save_labels(task: Any, folder: Path) -> None:
+    """The class names in the words of a model's config: ``id2label`` and ``label2id``."""
+    found = task.model_kwargs()
+    if "id2label" in found:
+        words = {"id2label": found["id2label"], "label2id": found["label2id"]}
+        (folder / LABELS).write_text(json.dumps(words, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def saved_labels(folder: Path) -> list[str] | None:
+    """The class names in the order of their ids; None where the folder has none."""
+    file = folder / LABELS
+    if not file.is_file():
+        return None
+    ids = json.loads(file.read_text(encoding="utf-8"))["label2id"]
+    return sorted(ids, key=ids.__getitem__)
+
+
+def lines(job: Job, folder: RunFolder) -> str:
+    """Python that loads the run's model; empty where the base has no checkpoint, or nothing was exported."""
+    from .models import _source
+
+    auto, settings = job.task.auto_class, job.recipe.model
+    reader = "AutoProcessor" if job.task.tokenizer_class == "AutoProcessor" else "AutoTokenizer"
+    if folder.merged.is_dir():
+        where = repr(str(folder.merged.resolve()))
+        return "\n".join(
+            (
+                "import transformers",
+                f"model = transformers.{auto}.from_pretrained({where})",
+                f"tokenizer = transformers.{reader}.from_pretrained({where})",
+            )
+        )
+    if settings.name_or_path is None or not folder.adapter.is_dir():
+        return ""
+    source, kwargs = _source(model_spec(job.recipe))
+    if settings.dtype:
+        kwargs["dtype"] = settings.dtype
+    given = [repr(source), *(f"{key}={value!r}" for key, value in kwargs.items())]
+    where = repr(str(folder.adapter.resolve()))
+    needs_trimtab = job.recipe.adapter.type == "bottleneck"
+    out = [f"import json, peft, transformers{', trimtab' if needs_trimtab else ''}"]
+    labels = job.task.model_kwargs()
+    if "id2label" in labels:
+        out.append(f"labels = json.load(open({str((folder.adapter / LABELS).resolve())!r}))['label2id']")
+        given += ["label2id=labels", "id2label={i: name for name, i in labels.items()}"]
+    else:
+        given += [f"{key}={value!r}" for key, value in labels.items()]
+    out += [
+        f"base = transformers.{auto}.from_pretrained({', '.join(given)})",
+        f"model = peft.PeftModel.from_pretrained(base, {where})",
+        f"tokenizer = transformers.{reader}.from_pretrained({where})",
+    ]
+    if "json.load" not in "".join(out[1:]):
+        out[0] = out[0].replace("json, ", "")
+    return "\n".join(out)
