@@ -72,6 +72,7 @@ def test_the_commands_are_those_of_the_public_surface():
         "train",
         "eval",
         "export",
+        "predict",
         "report",
         "compare",
         "tune",

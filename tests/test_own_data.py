@@ -5,8 +5,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tasks.tiny import byte_model, byte_tokenizer, write_jsonl
 from test_run import tiny_model
@@ -123,6 +125,61 @@ def test_rows_are_shown_as_the_model_reads_them(classified, answered):
     found = json.loads(trimtab("show", answered[0] / "recipe.yaml", "--json").stdout)["examples"][0]
     assert found["pieces"][-1] == ["1</s>", True] and found["learned"] == 2
     assert sum(len(text) for text, _ in found["pieces"]) > found["tokens"] > 100
+
+
+def test_a_run_answers_the_rows_of_a_file_in_its_order(classified, answered, tmp_path):
+    (tmp_path / "new.csv").write_text('text\nthe cat\n" "\nthe dog\n')
+    printed = trimtab("predict", classified[0] / "run", tmp_path / "new.csv").stdout
+    found = [json.loads(line) for line in printed.splitlines()]
+    assert [row["row"] for row in found] == [1, 2, 3]
+    assert found[1] == {"row": 2, "prediction": None, "reason": "no text"}
+    for row in (found[0], found[2]):
+        assert row["probabilities"].keys() == {"bad", "good", "so so"}
+        assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+        assert row["probability"] == row["probabilities"][row["prediction"]] == max(row["probabilities"].values())
+    base = AutoModelForSequenceClassification.from_pretrained(classified[0] / "run/merged").eval()
+    tokenizer = AutoTokenizer.from_pretrained(classified[0] / "run/merged")
+    with torch.no_grad():
+        shares = base(**tokenizer("the dog", return_tensors="pt")).logits.softmax(-1)[0]
+    assert list(found[2]["probabilities"].values()) == pytest.approx(shares.tolist(), abs=1e-4)
+
+    asked = write_jsonl(tmp_path / "new.jsonl", [{"question": "What is 7 + 1?"}, {"question": ""}])
+    out = tmp_path / "deep/out.jsonl"
+    result = trimtab("predict", answered[0] / "run", asked, "--out", out)
+    assert result.stdout.strip() == str(out)
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert isinstance(found[0]["answer"], str) and found[1] == {"row": 2, "answer": None, "reason": "no text"}
+    chats = write_jsonl(tmp_path / "chats.jsonl", [{"messages": [{"role": "user", "content": "What is 7 + 1?"}]}])
+    again = json.loads(trimtab("predict", answered[0] / "run", chats, "--json").stdout)
+    assert again == [found[0]]  # the same question, however it is written
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("gone.csv", "FILE='gone.csv': no such file"),
+        ("other.csv", "no column 'text'"),
+        ("blank.csv", "no row has a text"),
+    ],
+)
+def test_predict_refuses_a_file_that_it_cannot_answer(classified, tmp_path, monkeypatch, file, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "blank.csv").write_text('text,b\n" ",2\n')
+    result = trimtab("predict", classified[0] / "run", file, code=2)
+    assert words in result.stderr and result.stdout == ""
+
+
+def test_training_ends_early_where_the_watched_score_gets_no_better(classified, tmp_path):
+    settings = ("early_stopping=2", "train.num_train_epochs=9", "train.learning_rate=1e-9")
+    best = ("train.load_best_model_at_end=true", f"output_dir={tmp_path / 'run'}")
+    patient = trimtab("run", classified[0] / "recipe.yaml", *settings, *best)
+    assert "train    15 steps" in patient.stderr  # of 45: the first evaluation and two that are no better
+    for override, words in (
+        ("early_stopping=0", "early_stopping.patience=0"),
+        ("early_stopping.pateince=1", "Did you mean 'patience'?"),
+    ):
+        assert words in trimtab("run", classified[0] / "recipe.yaml", override, code=2).stderr
 
 
 def test_show_refuses_what_a_run_would_refuse(classified):

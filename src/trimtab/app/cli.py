@@ -312,6 +312,35 @@ def export(source: str, overrides: Sequence[str], form: str | None, out: Path | 
 
 @cli.command()
 @_source
+@click.argument("file", type=click.Path(path_type=Path))
+@_overrides
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write them here; default: stdout.")
+@_common
+def predict(source: str, file: Path, overrides: Sequence[str], out: Path | None, as_json: bool) -> None:
+    """Answer the rows of a file with a run's adapter, one JSON object a line.
+
+    Class and probabilities, a number, or the answer that is written; the file needs no labels, and the training rows
+    are not read.
+    """
+    from . import predicting
+    from . import recipe as recipes
+    from .runfolder import RunFolder, write_text
+
+    folder = RunFolder(_run_path(source, overrides))
+    folder.need(folder.recipe, "train")
+    with _screen(as_json) as screen:
+        found = predicting.predict(recipes.load(folder.recipe, overrides), folder, file, screen)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
+    if out is not None:
+        write_text(out, text)
+    if as_json:
+        _print_json({"path": str(out), "rows": len(found)} if out is not None else found)
+    else:
+        click.echo(str(out) if out is not None else text, nl=out is not None)
+
+
+@cli.command()
+@_source
 @_overrides
 @_common
 def report(source: str, overrides: Sequence[str], as_json: bool) -> None:

@@ -191,6 +191,20 @@ class BudgetLimits(_Section):
     average_params: int | None = Field(None, ge=1)
 
 
+class EarlyStopping(_Section):
+    """Ends training when the watched score no longer gets better (transformers' `EarlyStoppingCallback`)."""
+
+    patience: int = Field(1, ge=1)
+    """Evaluations in a row without a better score."""
+    threshold: float = Field(0.0, ge=0)
+    """By how much a score must be better to count."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_number(cls, value: Any) -> Any:
+        return {"patience": value} if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 class Export(_Section):
     main_key: ClassVar[str] = "format"
     format: Literal["peft", "merged", "padded"] = "peft"
@@ -209,6 +223,7 @@ class Recipe(_Section):
     budget: BudgetLimits | None = None
     train: dict[str, Any] = {}
     """Fields of `transformers.TrainingArguments`, by their own names."""
+    early_stopping: EarlyStopping | None = None
     rates: dict[str, Any] | None = None
     """Multiples of ``train.learning_rate`` by role: A, B, vectors, head."""
     export: Export = Export()

@@ -212,7 +212,7 @@ def train(job: Job, where: Where | None, folder: RunFolder, screen: Screen, *, r
     with screen.stage("train") as stage:
         model = peft.get_peft_model(job.model, config)
         checkpoint = runfolder.checkpoint_to_resume(folder) if resume else None
-        callbacks = [callback, _bar(stage), _save_at_end(), _let_go_of_previous(folder)]
+        callbacks = [callback, _bar(stage), _save_at_end(), *_early_stopping(job), _let_go_of_previous(folder)]
         trainer = make_trainer(job, model, folder, callbacks, recipe.rates)
         _reset_peak_memory()
         began = time.monotonic()
@@ -291,8 +291,13 @@ def training_arguments(recipe: Recipe, task: Task, output_dir: Path, *, has_eval
     values = {**TRAIN_DEFAULTS, **recipe.train}
     if not has_eval and "eval_strategy" not in recipe.train:
         values["eval_strategy"] = "no"
-    if values.get("load_best_model_at_end") and "metric_for_best_model" not in values:
-        values |= {"metric_for_best_model": task.metric, "greater_is_better": task.greater_is_better}
+    if (values.get("load_best_model_at_end") or recipe.early_stopping) and "metric_for_best_model" not in values:
+        watched = getattr(task, "training_metric", None)  # a score that needs generation is not known while training
+        better = getattr(task, "greater_is_better", True)
+        values |= {"metric_for_best_model": watched or task.metric, "greater_is_better": better and not watched}
+    if recipe.early_stopping and has_eval and values["eval_strategy"] == "no":
+        stopping = recipe.early_stopping.model_dump()
+        raise ConfigError("early_stopping", stopping, "nothing is scored while training: train.eval_strategy=no")
     values.setdefault("dataloader_pin_memory", torch.cuda.is_available())
     try:
         return TrainingArguments(output_dir=str(output_dir), seed=recipe.seed, disable_tqdm=True, **values)
@@ -329,6 +334,18 @@ def _let_go_of_previous(folder: RunFolder) -> Any:
             folder.let_go()
 
     return LetGo()
+
+
+def _early_stopping(job: Job) -> list[Any]:
+    """What ends training when the watched score no longer gets better, if the recipe asks for it."""
+    from transformers import EarlyStoppingCallback
+
+    settings = job.recipe.early_stopping
+    if settings is None:
+        return []
+    if not job.task.eval_splits(job.ready):
+        raise ConfigError("early_stopping", settings.model_dump(), "there is no labelled split to watch")
+    return [EarlyStoppingCallback(settings.patience, settings.threshold)]
 
 
 def _bar(stage: Stage) -> Any:
@@ -421,6 +438,14 @@ def trained_adapter(folder: RunFolder) -> Path:
 
 def load_trained(job: Job, folder: RunFolder, screen: Screen) -> Trained:
     """The run's adapter on its base model, by stock PEFT, with what the folder says about its training."""
+    model = with_adapter(job.model, folder, screen)
+    known = folder.read(folder.metrics) if folder.is_finished else {}
+    plan = Plan.from_json(folder.read(folder.need(folder.plan, "train")))
+    return Trained(model, plan, known.get("seconds") or _seconds(folder), known.get("peak_memory_bytes", 0))
+
+
+def with_adapter(model: nn.Module, folder: RunFolder, screen: Screen) -> PeftModel:
+    """The base model with the run's adapter, by stock PEFT."""
     from peft import PeftModel
     from safetensors import SafetensorError
 
@@ -428,14 +453,11 @@ def load_trained(job: Job, folder: RunFolder, screen: Screen) -> Trained:
     if place != folder.adapter:
         screen.note(f"no adapter/ yet: taking {place}")
     try:
-        model = PeftModel.from_pretrained(job.model, str(place))
+        return PeftModel.from_pretrained(cast(Any, model), str(place))
     except (SafetensorError, ValueError, RuntimeError, OSError) as error:
         text = " ".join(str(error).split())[:200]
         cure = "" if place != folder.adapter else "; delete it, and the newest checkpoint is taken"
         raise DataError(f"{place}: damaged, or not of this model ({text}){cure}") from error
-    known = folder.read(folder.metrics) if folder.is_finished else {}
-    plan = Plan.from_json(folder.read(folder.need(folder.plan, "train")))
-    return Trained(model, plan, known.get("seconds") or _seconds(folder), known.get("peak_memory_bytes", 0))
 
 
 def export_run(job: Job, model: nn.Module, folder: RunFolder, screen: Screen) -> None:

@@ -227,6 +227,25 @@ class Answering(Task):
             ready[split] = cut.remove_columns(["has_answer", "was_cut"])
         return DatasetDict(ready)
 
+    def ask(self, spec: DataSpec) -> tuple[int, Dataset, list[int]]:
+        """Rows to be answered, with an answer or not: how many there are, those that ask, and their places."""
+        from datasets import Dataset
+
+        self.missing = spec.missing
+        _, source, raw = next(spec.tables())
+        table = self.questions(raw, source)
+        found = table["messages"]
+        places = [i for i, turns in enumerate(found) if isinstance(turns, list)]
+        if not places:
+            raise DataError(f"{source}: no row has a prompt")
+        kept = {name: [values[i] for i in places] for name, values in table.items()}
+        kept["messages"] = [self._complete(turns) for turns in kept["messages"]]
+        return len(found), Dataset.from_dict(kept), places
+
+    def questions(self, table: Columns, source: str) -> Columns:
+        """As `conversations`, of rows that need not have an answer; a message stands in for it."""
+        raise DataError(f"task {self.name!r}: has no predictions of a file yet")
+
     def selection_rows(self, ready: DatasetDict) -> Dataset:
         """Without the end token, so that the last token is the answer's own, not the same in every row."""
         train = ready["train"]

@@ -64,6 +64,8 @@ class Reader:
     roles: Mapping[str, str] = field(default_factory=dict)
     """The file's names of roles -> ours, beside those that are known."""
     missing: frozenset[str] = frozenset(MISSING)
+    asking: bool = False
+    """Rows need no answer: a message stands in for the one to be written."""
     met: Counter[str] = field(default_factory=Counter)
     """What is worth saying -> in how many rows."""
 
@@ -74,8 +76,8 @@ class Reader:
             DataError: when they have none of the known forms, or a file lacks a column that the form needs.
         """
         for form, needed in FORMS.items():
-            if all(name in table for name in needed):
-                for name in needed:
+            if all(name in table for name in (needed[:1] if self.asking and not self._is_whole(table) else needed)):
+                for name in needed if not self.asking else ():
                     if lacking := getattr(table, "absent", {}).get(name):
                         raise DataError(
                             f"{source}: {lacking} has no column {name!r}, which others have; give files of one form"
@@ -86,6 +88,10 @@ class Reader:
             f"{source}: its columns {', '.join(table)} are in none of the forms known ({forms}); "
             "name two of them in task.prompt and task.answer, or say in task.columns what ours are called"
         )
+
+    @staticmethod
+    def _is_whole(table: Columns) -> bool:
+        return any(all(name in table for name in needed) for needed in FORMS.values())
 
     def renamed(self, table: Columns, source: str) -> Columns:
         """The table with our names of its columns."""
@@ -105,14 +111,15 @@ class Reader:
         wheres = [f"{source}: row {i}" for i in range(1, len(table[FORMS[form][0]]) + 1)]
         if form in CHATS:
             return self.beside(table, [self._chat(turns, w) for turns, w in zip(table[form], wheres)], wheres)
-        if form == "instances":
+        if form == "instances" and not self.asking:
             return [
                 conversation
                 for prompt, instances, where in zip(table["instruction"], table["instances"], wheres)
                 for conversation in self._instances(prompt, instances, where)
             ]
-        prompt, answer, about = PAIRS[form]
-        return self.pairs(table, table[prompt], table[answer], table.get(about or "", [None] * len(wheres)), wheres)
+        prompt, answer, about = PAIRS.get(form, PAIRS["alpaca"])
+        answers = table.get(answer, [None] * len(wheres))
+        return self.pairs(table, table[prompt], answers, table.get(about or "", [None] * len(wheres)), wheres)
 
     def pairs(
         self,
@@ -158,7 +165,9 @@ class Reader:
 
     def _turn(self, prompt: Any, answer: Any, about: Any, where: str) -> Conversation:
         prompt, answer = (read if is_chat(read := _loads(value)) else value for value in (prompt, answer))
-        if isinstance(answer, list):
+        if self.asking:
+            said: list[Message] = []
+        elif isinstance(answer, list):
             said = self.messages(answer, where)
         elif is_missing(answer, self.missing):
             return self._left(NO_ANSWER, answer)
@@ -234,6 +243,10 @@ class Reader:
 
     def _up_to_last_answer(self, messages: list[Message]) -> Conversation:
         """The messages up to the last answer that is learned; an assistant that speaks first answers nothing."""
+        if self.asking:
+            while messages and messages[-1]["role"] == "assistant":
+                messages = messages[:-1]
+            return [*messages, {"role": "assistant", "content": "?"}] if messages else NO_PROMPT
         asked = next((i for i, m in enumerate(messages) if m["role"] in ("user", "tool")), len(messages))
         said = [
             i

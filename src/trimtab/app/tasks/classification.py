@@ -14,7 +14,7 @@ import numpy as np
 
 from ...errors import ConfigError, DataError
 from . import Task
-from .data import DataSpec
+from .data import DataSpec, column, text_of
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -187,6 +187,23 @@ class SequenceClassification(Task):
                 "task.max_length", self.max_length, f"at most {min(known)}, the positions that this model has"
             )
         return self.max_length
+
+    def ask(self, spec: DataSpec) -> tuple[int, Dataset, list[int]]:
+        """Rows to be classified, labels or not: how many there are, those that have a text, and their places."""
+        from datasets import Dataset
+
+        _, source, raw = next(spec.tables())
+        asked = f"task {self.name}"
+        columns = {name: column(raw, name, asked, source) for name in self.text_columns}
+        n = len(columns[self.text_columns[0]])
+        places = [i for i in range(n) if not any(spec.is_missing(values[i]) for values in columns.values())]
+        if not places:
+            raise DataError(f"{source}: no row has a text in column {' and '.join(map(repr, columns))}")
+        kept = {
+            name: [text_of(values[i], name, f"{source}: row {i + 1}") for i in places]
+            for name, values in columns.items()
+        }
+        return n, Dataset.from_dict(kept), places
 
     def selection_rows(self, ready: DatasetDict) -> Dataset:
         return ready["train"].remove_columns("labels")

@@ -71,6 +71,17 @@ class Instruct(Answering):
             self.notes.append(f"{split}: words that count as missing: {words} (data.missing lists them)")
         return {"messages": found}
 
+    def questions(self, table: Columns, source: str) -> Columns:
+        reader = Reader(self.columns or {}, self.roles or {}, self.missing, asking=True)
+        table = reader.renamed(table, source)
+        if self.prompt is None:
+            form = reader.form(table, source)
+            self.fallback_template = "plain" if form == "completion" else type(self).fallback_template
+            return {"messages": reader.conversations(table, source, form)}
+        prompts = column(table, self.prompt, f"task.prompt={self.prompt!r}", source)
+        wheres = [f"{source}: row {i}" for i in range(1, len(prompts) + 1)]
+        return {"messages": reader.pairs(table, prompts, [None] * len(prompts), [None] * len(prompts), wheres)}
+
 
 def _check_names(key: str, value: Any, known: Any, what: str, of_keys: bool) -> None:
     if value is None:

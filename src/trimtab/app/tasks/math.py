@@ -86,6 +86,9 @@ class Math(Instruct):
         ]
         return out
 
+    def questions(self, table: Columns, source: str) -> Columns:
+        return {"messages": [self._asked(turns) for turns in super().questions(table, source)["messages"]]}
+
     def _asked(self, turns: Conversation) -> Conversation:
         if isinstance(turns, str):
             return turns

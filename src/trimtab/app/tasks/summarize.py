@@ -115,6 +115,14 @@ class Summarize(Answering):
             "references": references,
         }
 
+    def questions(self, table: Columns, source: str) -> Columns:
+        n = len(next(iter(table.values())))
+        kinds = [KINDS[self.dataset]] if self.dataset else list(KINDS.values())
+        for document, summary in [(self.document, self.summary), *(kind.columns for kind in kinds)]:
+            if document in table and summary is not None:
+                return self.conversations("train", {**table, summary: ["?"] * n}, source)
+        return self.conversations("train", table, source)  # which says what is lacking
+
     def _columns(self, table: Columns, source: str) -> tuple[list[Any], list[Any], str]:
         if self.document is not None and self.summary is not None:
             names: tuple[str, str] = (self.document, self.summary)
