@@ -154,6 +154,30 @@ def test_a_run_answers_the_rows_of_a_file_in_its_order(classified, answered, tmp
     assert again == [found[0]]  # the same question, however it is written
 
 
+def test_plain_text_trains_plans_shows_and_is_continued(answered, tmp_path):
+    (tmp_path / "book.txt").write_text("The cat sat on the mat.\n" * 40)
+    recipe = write_recipe(
+        tmp_path,
+        model=str(answered[0] / "model"),
+        task={"name": "text", "max_length": 64, "generation": {"max_new_tokens": 3}},
+        data={"train": str(tmp_path / "book.txt")},
+        adapter={"r": 2, "target_modules": ["q_proj", "v_proj"]},
+        where={"ratio": 0.5, "samples": 8},
+    )
+    result = trimtab("run", recipe)
+    assert "train: 36 texts, 864 tokens in 14 rows of 64" in result.stderr and "perplexity" in result.stdout
+    assert "train    2 steps" in result.stderr  # of 14 rows, not of 36 texts
+    assert "not known here" in trimtab("plan", recipe).stdout
+    assert trimtab("show", recipe, "-n", 2).stdout.count("row 1 · 48 tokens, 48 learned\n⟦The cat sat") == 1
+    (tmp_path / "new.txt").write_text("The dog\n")
+    assert "answer" in json.loads(trimtab("predict", tmp_path / "run", tmp_path / "new.txt").stdout)
+
+
+def test_rows_that_are_too_long_are_counted(classified, tmp_path):
+    result = trimtab("show", classified[0] / "recipe.yaml", "task.max_length=5", "-n", 4)
+    assert "train: 4 of 4 rows cut to 5 tokens (task.max_length)" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("file", "words"),
     [

@@ -254,7 +254,7 @@ def test_the_method_page_gives_the_true_defaults() -> None:
 
 def test_the_task_page_has_every_task_and_setting() -> None:
     page = PAGES["docs/tasks.md"]
-    for name in ("instruct", "math", "code", "summarize", "vqa"):
+    for name in ("instruct", "math", "code", "summarize", "text", "vqa"):
         assert f"\n## {name}\n" in page
         for setting in dataclasses.fields(get_task({"name": name})):
             if setting.init and setting.name != "name":

@@ -82,7 +82,8 @@ def plan_recipe(recipe: Recipe, horizon: Horizon | None = None, task: Task | Non
         task = get_task(recipe.task.model_dump())
         rows = _rows_on_the_hub(recipe, task)
         if recipe.data.has_own:  # some tasks learn their labels here
-            rows = len(load_rows(recipe, task)["train"])
+            n = len(load_rows(recipe, task)["train"])
+            rows = n if getattr(task, "counts_rows", True) else None
     notes: list[str] = []
     horizon = horizon or horizon_of(recipe, rows)
     if horizon is None and task is not None:

@@ -46,7 +46,7 @@ def predict(recipe: Recipe, folder: RunFolder, file: Path, screen: Screen) -> li
             task = get_task({**settings, "labels": names})
         reading = ("separator", "encoding", "quotes", "missing")
         given = {key: value for key, value in (recipe.data.to_load or {}).items() if key in reading}
-        spec = DataSpec.read({**given, "test": str(file)}, ("test",), lines=getattr(task, "reads_lines", False))
+        spec = DataSpec.read({**given, "test": str(file)}, ("test",), lines=getattr(task, "reads_lines", None))
         n, rows, places = task.ask(spec)
         tokenizer = models.load_tokenizer(model_spec(recipe), task)
         if settings["name"] == "text_classification" and not names and not settings.get("labels"):

@@ -97,7 +97,8 @@ def load(recipe: Recipe, screen: Screen) -> Job:
         training_arguments(recipe, task, Path())
         rows = load_rows(recipe, task)
         if "train" in rows:
-            plan_recipe(recipe, horizon_of(recipe, len(rows["train"])), task)
+            n = len(rows["train"]) if getattr(task, "counts_rows", True) else None
+            plan_recipe(recipe, horizon_of(recipe, n), task)
         bar.say("model")
         tokenizer = models.load_tokenizer(spec, task)
         set_seed(recipe.seed)  # a new head is drawn here
@@ -106,7 +107,7 @@ def load(recipe: Recipe, screen: Screen) -> Job:
         ready = task.prepare(rows, tokenizer, loaded.model)
         counted = ", ".join(f"{count(len(split))} {name}" for name, split in ready.items())
         if "train" in rows:
-            horizon = horizon_of(recipe, len(rows["train"]))
+            horizon = horizon_of(recipe, len(ready["train"]))
             recipe = with_layer_ratio(recipe, loaded.model, horizon, task.task_type, loaded.modules_to_save)
         stage.result = f"{recipe.model.name_or_path} · {counted} rows"
     for note in (*task.notes, *loaded.notes):

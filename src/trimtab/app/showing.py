@@ -47,9 +47,8 @@ def examples(recipe: Recipe, n: int) -> tuple[list[Example], list[str]]:
     config = models.load_config(spec, task)
     tokenizer = models.load_tokenizer(spec, task)
     part = rows["train"].select(range(min(n, len(rows["train"]))))
-    notes = list(task.notes)
     ready = task.prepare(DatasetDict({"train": part}), tokenizer, models.meta_model(config, task.auto_class))
-    return [_example(i, row, task, tokenizer) for i, row in enumerate(ready["train"], 1)], notes
+    return [_example(i, row, task, tokenizer) for i, row in enumerate(ready["train"], 1)], task.notes
 
 
 def _example(number: int, row: dict[str, Any], task: Any, tokenizer: Any) -> Example:

@@ -67,6 +67,7 @@ TASKS: dict[str, str] = {
     "math": "trimtab.app.tasks.math:Math",
     "code": "trimtab.app.tasks.code:Code",
     "summarize": "trimtab.app.tasks.summarize:Summarize",
+    "text": "trimtab.app.tasks.text:PlainText",
     "vqa": "trimtab.app.tasks.vqa:Vqa",
 }
 """Name in the recipe -> where its maker is. Adding a task is one file and one line here."""

@@ -132,6 +132,11 @@ class Answering(Task):
 
     # What a subclass says.
 
+    @property
+    def reads_lines(self) -> str | None:
+        """What makes a text of a ``.txt`` file, for tasks that read such."""
+        return None
+
     decoding_defaults: ClassVar[Mapping[str, Any]] = {"max_new_tokens": 256}
 
     @property
@@ -184,7 +189,7 @@ class Answering(Task):
     def load_data(self, data: Mapping[str, Any] | None = None) -> DatasetDict:
         from datasets import Dataset, DatasetDict
 
-        spec = DataSpec.read(data, SPLITS)
+        spec = DataSpec.read(data, SPLITS, self.reads_lines)
         self.notes.clear()
         self.missing = spec.missing
         if not spec.is_given and not self.hub_sources:
@@ -369,7 +374,7 @@ class Answering(Task):
         keep = [i for i, conversation in enumerate(messages) if isinstance(conversation, list) and conversation]
         lacks = Counter(m if isinstance(m, str) else NO_ANSWER for m in messages if not isinstance(m, list) or not m)
         if not keep:
-            needed = " and ".join(lack.replace("no a", "an a").replace("no p", "a p") for lack in lacks)
+            needed = " and ".join(lack.replace("no a", "an a").replace("no ", "a ") for lack in lacks)
             raise DataError(f"{source}: no row has {needed}")
         for lack, n in lacks.items():
             self.notes.append(f"{split}: {n} of {len(messages)} rows have {lack} and were left out")

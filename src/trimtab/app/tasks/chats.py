@@ -52,7 +52,12 @@ ROLES = {
 }
 """What a role is called, in small letters -> the role."""
 
-NO_ANSWER, NO_PROMPT, NOT_LEARNED = "no answer", "no prompt", "no answer that is learned (weight, train)"
+NO_TEXT, NO_ANSWER, NO_PROMPT, NOT_LEARNED = (
+    "no text",
+    "no answer",
+    "no prompt",
+    "no answer that is learned (weight, train)",
+)
 
 
 @dataclass

@@ -160,18 +160,24 @@ class SequenceClassification(Task):
                 out["labels"] = batch[self.label_column]
             return out
 
-        return DatasetDict(
-            {
-                split: part.map(
-                    encode,
-                    batched=True,
-                    remove_columns=part.column_names,
-                    keep_in_memory=True,
-                    desc=f"Tokenising {split}",
-                )
-                for split, part in rows.items()
-            }
-        )
+        ready = {
+            split: part.map(
+                encode,
+                batched=True,
+                remove_columns=part.column_names,
+                keep_in_memory=True,
+                desc=f"Tokenising {split}",
+            )
+            for split, part in rows.items()
+        }
+        if length is None:
+            return DatasetDict(ready)
+        for split, part in ready.items():
+            full = [i for i, ids in enumerate(part["input_ids"][:]) if len(ids) >= length]
+            whole = [rows[split].select(full)[name][:] for name in self.text_columns]
+            if full and (n := sum(len(ids) > length for ids in tokenizer(*whole)["input_ids"])):
+                self.notes.append(f"{split}: {n} of {len(part)} rows cut to {length} tokens (task.max_length)")
+        return DatasetDict(ready)
 
     def _length(self, tokenizer: Any, model: Any) -> int | None:
         """Tokens a row is cut to: the setting, else what tokenizer and model can take, if they say."""

@@ -71,13 +71,13 @@ class DataSpec:
     """Those that the task knows."""
 
     @classmethod
-    def read(cls, data: Mapping[str, Any] | None, splits: Sequence[str], lines: bool = False) -> DataSpec:
+    def read(cls, data: Mapping[str, Any] | None, splits: Sequence[str], lines: str | None = None) -> DataSpec:
         """Checks the mapping's keys and values; files are looked for, not opened.
 
         Args:
             data: the recipe's ``data:``.
             splits: names of the splits that the task knows.
-            lines: whether a ``.txt`` file holds a text a line.
+            lines: what makes a text of a ``.txt`` file, for `Reading`.
         Raises:
             ConfigError: unknown key, or a value that cannot be.
             DataError: a file that is not there.

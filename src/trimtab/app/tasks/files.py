@@ -72,8 +72,8 @@ class Reading:
     encoding: str | None = None
     quotes: bool | None = None
     """Whether a quote around a cell is no part of it."""
-    lines: bool = False
-    """A ``.txt`` file holds a text a line, without a header."""
+    lines: str | None = None
+    """What makes a text of a ``.txt`` file: line, paragraph or document. None: it is separated text."""
 
 
 AS_FOUND = Reading()
@@ -196,7 +196,7 @@ def read_file(key: str, file: Path, reading: Reading = AS_FOUND) -> Table:
     else:
         text = _decoded(where, data, reading.encoding)
         if reading.lines and suffix == ".txt":
-            table = Table({"text": [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")] if text else []})
+            table = Table({"text": parts_of(text, reading.lines)})
         elif suffix in _JSON or (suffix in ("", ".txt") and text.lstrip()[:1] in ("{", "[")):
             table = Table(_read_json(where, text, key.rpartition(".")[2]))
         else:
@@ -468,6 +468,24 @@ def _quoted(where: str, text: str, separator: str) -> Rows:
             f"{where}: after line {after}: not valid CSV: {error}; if quotes are part of the texts: data.quotes=false"
         ) from error
     return found
+
+
+# -- plain text ----------------------------------------------------------------------------------------
+
+
+def parts_of(text: str, sample_by: str) -> list[str]:
+    """The texts of a ``.txt`` file, empty ones left out.
+
+    >>> parts_of("a\\nb\\n\\nc\\n", "paragraph")
+    ['a\\nb', 'c']
+    """
+    if sample_by == "document":
+        parts = [text.strip("\n")]
+    elif sample_by == "paragraph":
+        parts = [part.strip("\n") for part in text.replace("\r\n", "\n").split("\n\n")]
+    else:
+        parts = [line.rstrip("\r") for line in text.split("\n")]
+    return [part for part in parts if part.strip()]
 
 
 # -- Parquet, Arrow, save_to_disk ----------------------------------------------------------------------
