@@ -26,8 +26,8 @@ class Task:
     """Rows of a tuning run, drawn from the file; a fifth of them is held out and scored."""
     settings: tuple[str, ...] = ()
     """Overrides of the recipe."""
-    untuned: bool = False
-    """Whether rows are swapped at `UNTUNED` here."""
+    swapped: tuple[str, ...] = ()
+    """Rows that are also run at `UNTUNED`, over all seeds, whatever tuning says."""
     tuned: bool = True
     """Whether all rows are tuned and compared here."""
     folder: str = ""
@@ -47,8 +47,7 @@ class Row:
     title: str
     overrides: tuple[str, ...] = ()
     core: bool = True
-    untuned: bool = False
-    """Whether it is also run at `UNTUNED` over all seeds, whatever tuning says."""
+    """Core rows are run first."""
     kind: str = ""
     """``full`` or ``peft_adalora``: what no recipe says; see `single`."""
     rate_factor: float = 1
@@ -84,16 +83,21 @@ class Run:
         return [*self.task.overrides(data), *rows, *held_out, *self.row.overrides, *ends]
 
 
+# At LoRA's own rate: the first ones answer whether a method can be swapped in, the others what its parts do.
+FIRST = ("lora-r8", "salientlora", "adalora", "cka-salientlora", "composition")
+SWAPPED = (*FIRST, "cka-lora", "random-lora", "lora-r4", "budget", "uniform-lora", "lora-r2", "aflora", "peft-adalora",
+           "sora")  # fmt: skip
+
 TASKS = {
     task.name: task
     for task in (
-        Task("sst2", "SST-2", 6000, 1, 2400, untuned=True),
+        Task("sst2", "SST-2", 6000, 1, 2400, swapped=SWAPPED),
         Task("stsb", "STS-B", 3000, 2, 1800),
         Task("mrpc", "MRPC", 3668, 2, 1800),
         Task("cola", "CoLA", 6000, 3, 3600),
         Task("rte", "RTE", 2490, 3, 1500),
         Task("sst2-first", "SST-2, the file's first rows", 6000, 1, 0, ("data.sample_seed=first",),
-             untuned=True, tuned=False, folder="sst2"),
+             swapped=FIRST, tuned=False, folder="sst2"),
     )
 }  # fmt: skip
 
@@ -104,11 +108,11 @@ QUARTER = 82_944  # of LoRA r 8's parameters, 331,776
 ROWS = {
     row.name: row
     for row in (
-        Row("lora-r8", "LoRA r 8", untuned=True),
-        Row("salientlora", "SalientLoRA 8→4", (SALIENT,), untuned=True),
-        Row("adalora", "AdaLoRA 8→4", ("rank={method: adalora, target_r: 4}",), untuned=True),
-        Row("cka-salientlora", "CKA half × SalientLoRA 8→4", (CKA, SALIENT), untuned=True),
-        Row("composition", "CKA half × SalientLoRA 8→4 × AFLoRA", (CKA, SALIENT, "freeze=aflora"), untuned=True),
+        Row("lora-r8", "LoRA r 8"),
+        Row("salientlora", "SalientLoRA 8→4", (SALIENT,)),
+        Row("adalora", "AdaLoRA 8→4", ("rank={method: adalora, target_r: 4}",)),
+        Row("cka-salientlora", "CKA half × SalientLoRA 8→4", (CKA, SALIENT)),
+        Row("composition", "CKA half × SalientLoRA 8→4 × AFLoRA", (CKA, SALIENT, "freeze=aflora")),
         Row("lora-r4", "LoRA r 4", ("adapter.r=4", "adapter.alpha=8")),
         Row("cka-lora", "CKA half × LoRA r 8", (CKA,)),
         Row("random-lora", "random half × LoRA r 8", ("where={method: random, ratio: 0.5}",),
@@ -152,8 +156,9 @@ def plan(
         chosen: rate by (task, row), for those that are tuned.
     """
     for task in (TASKS[name] for name in tasks):
-        swapped = [ROWS[name] for name in rows if ROWS[name].untuned and task.untuned]
-        yield from (Run(task, row, UNTUNED, seed) for seed in seeds for row in swapped)
+        swapped = [name for name in task.swapped if name in rows]
+        yield from (Run(task, ROWS[name], UNTUNED, seed) for seed in seeds for name in swapped if name in FIRST)
+        yield from (Run(task, ROWS[name], UNTUNED, seed) for name in swapped for seed in seeds)
         for core in (True, False) if task.tuned else ():
             for row in (ROWS[name] for name in rows if ROWS[name].core == core):
                 yield from (Run(task, row, rate, tuning=True) for rate in RATES)
