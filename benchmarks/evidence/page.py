@@ -102,23 +102,29 @@ QUESTIONS = (
 
 
 def questions(results: Results) -> str:
-    tasks = measured(results)
-    if not tasks:
-        return "No row is tuned on its task yet."
+    columns = compared(results)
     rows = []
     for one in QUESTIONS:
-        each = [results.apart(task, one.ours, one.theirs) for task in tasks]
-        over_all = results.pooled(tasks, one.ours, one.theirs)
-        verdict = one.verdict(over_all if sum(apart is not None for apart in each) > 1 else _only(each))
-        if one.theirs == "last-lora" and verdict == "not run yet" and (alike := results.cka_takes_the_last_half):
+        each = [results.apart(task, one.ours, one.theirs, rate) for _, task, rate in columns]
+        tuned = [apart for apart, (_, _, rate) in zip(each, columns) if rate is None and apart is not None]
+        over_all = results.pooled(measured(results), one.ours, one.theirs) if len(tuned) > 1 else None
+        # Of one task alone its own interval counts, which knows the rows; untuned rows where there are no others.
+        known = next((apart for apart in (over_all, *tuned, *each) if apart is not None), None)
+        verdict = one.verdict(known)
+        if one.theirs == "last-lora" and known is None and (alike := results.cka_takes_the_last_half):
             verdict = f"the same layers {alike}"
+        elif known is not None and not tuned:
+            verdict += ", untuned"
         rows.append([one.text, *map(interval, each), interval(over_all), f"**{verdict}**"])
-    return table(["", *(TASKS[task].title for task in tasks), "tasks and seeds pooled", "holds here?"], rows)
+    return table(["", *(title for title, _, _ in columns), "tuned, tasks and seeds pooled", "holds here?"], rows)
 
 
-def _only(each: list[Difference | None]) -> Difference | None:
-    """Of one task alone its own interval counts, which knows the rows."""
-    return next((apart for apart in each if apart is not None), None)
+def compared(results: Results) -> list[tuple[str, str, str | None]]:
+    """Title, task and rate of what rows are compared on: drawn rows at the one rate, then the tuned tasks."""
+    swapped = [task for task in TASKS.values() if task.swapped and task.tuned]
+    return [(f"{task.title} at {UNTUNED}", task.name, UNTUNED) for task in swapped] + [
+        (f"{TASKS[name].title}, tuned", name, None) for name in measured(results)
+    ]
 
 
 # -- the tables ----------------------------------------------------------------------------------------
@@ -152,9 +158,9 @@ def _untuned(results: Results, task: str) -> str:
     if any(_seeds(swapped[ROWS[name]]) < len(SEEDS) for name in FIRST):
         said = "Not all of the first five are run yet."
     elif behind:
-        said = f"Of the first four methods, more than two points under LoRA: {listing(behind)}."
+        said = f"Of the four methods above, more than two points under LoRA: {listing(behind)}."
     else:
-        said = "Of the first four methods none is more than two points under LoRA."
+        said = "Of the four methods above none is more than two points under LoRA."
     return f"{table(columns, rows)}\n\n{said}{_stuck(swapped.values())}"
 
 
@@ -177,8 +183,7 @@ def tasks(results: Results) -> str:
                    "parameters, initial", "final", "average", "CPU time", "peak memory"]  # fmt: skip
         stuck = _stuck(results.cell(task, row) for row in ROWS)
         parts.append(f"### {setting.title}\n\n{length}; {tuning}.{stuck}\n\n{table(columns, rows)}")
-    drawn = "".join(f"![{what}]({name})\n\n" for name, what in FIGURES.items() if name in figures(results))
-    return drawn + "\n\n".join(parts) if parts else "No row is tuned on its task yet."
+    return "\n\n".join(parts) or "No row is tuned on its task yet."
 
 
 def _of_task(results: Results, task: str, row: Row) -> list[str]:
@@ -219,10 +224,17 @@ def _seeds(cell: Cell | None) -> int:
     return len(cell.records) if cell else 0
 
 
+def drawn(results: Results) -> str:
+    """The figures that there are."""
+    made = figures(results)
+    return "\n\n".join(f"![{what}]({name})" for name, what in FIGURES.items() if name in made)
+
+
 BLOCKS: dict[str, Callable[[Results], str]] = {
     "extent": extent,
     "untuned": untuned,
     "questions": questions,
+    "figures": drawn,
     "tasks": tasks,
     "missing": missing,
 }
@@ -239,23 +251,21 @@ FIGURES = {
 
 def figures(results: Results) -> dict[str, str]:
     """File name -> SVG."""
-    names = measured(results)
-    if not names:
-        return {}
-    rows = [row for row in ROWS.values() if any(results.cell(task, row.name) for task in names)]
-    apart = [[results.apart(task, row.name, BASELINE) for task in names] for row in rows if row.name != BASELINE]
-    labels = [row.title for row in rows if row.name != BASELINE]
+    columns = compared(results)
+    rows = [row for row in ROWS.values() if any(results.cell(task, row.name, rate) for _, task, rate in columns)]
+    others = [row for row in rows if row.name != BASELINE]
+    apart = [[results.apart(task, row.name, BASELINE, rate) for _, task, rate in columns] for row in others]
     differences, front = FIGURES
-    found = {differences: dots(labels, [TASKS[task].title for task in names], apart)}
-    # Only rows that every measured task has can be averaged over tasks alike.
-    whole = [row for row in rows if all(results.cell(task, row.name) for task in names)]
+    found = {differences: dots([row.title for row in others], [title for title, _, _ in columns], apart)}
+    # Tuned tasks where there are any; only rows that all of them have can be averaged alike.
+    shown = columns if len(columns) == 1 else columns[1:]
     marks = []
-    for row in whole:
-        cells = [results.cell(task, row.name) for task in names]
+    for row in rows:
+        cells = [results.cell(task, row.name, rate) for _, task, rate in shown]
         known = [cell for cell in cells if cell]
-        share = sum(cell.of("params", "average") for cell in known) / len(known)
-        marks.append((row.title, share, sum(cell.mean for cell in known) / len(known)))
+        if known and len(known) == len(cells):
+            size = sum(cell.of("params", "average") for cell in known) / len(known)
+            marks.append((row.title, size, sum(cell.mean for cell in known) / len(known)))
     if len(marks) > 1:
-        told = " and ".join(TASKS[task].title for task in names)
-        found[front] = pareto(marks, f"mean score over {told}")
+        found[front] = pareto(marks, f"score on {listing([title for title, _, _ in shown])}")
     return found
