@@ -152,6 +152,8 @@ def test_alpacas_template_keeps_the_system_and_a_greeting(tmp_path):
     [
         ({"messages": [says("alone")]}, "1 of 3 rows have no answer and were left out"),
         ({"messages": [user("alone")]}, "1 of 3 rows have no answer and were left out"),
+        ({"messages": [user(None), says("Yo")]}, "1 of 3 rows have no prompt and were left out"),
+        ({"messages": [user(" "), says("Yo")]}, "1 of 3 rows have no prompt and were left out"),
         ({"messages": []}, "1 of 3 rows have no answer and were left out"),
         ({"messages": None}, "1 of 3 rows have no answer and were left out"),
         ({"messages": [user("Hi"), says("x", weight=0)]}, "1 of 3 rows have no answer that is learned (weight, train)"),

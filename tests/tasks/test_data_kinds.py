@@ -103,6 +103,7 @@ READ = {
         "",
     ),
     "pandas' split": ("x.json", json.dumps({"columns": ["text", "label"], "index": [], "data": PAIRS}), EVEN, ""),
+    "JSON in a csv": ("x.csv", json.dumps(objects()), EVEN, ""),
     "gzip": ("x.csv.gz", gzip.compress(separated().encode()), EVEN, ""),
     "gzip that does not say so": ("x.jsonl", gzip.compress(lines().encode()), EVEN, ""),
     "bzip2": ("x.csv.bz2", bz2.compress(separated().encode()), EVEN, ""),
@@ -154,6 +155,7 @@ SETTLED = {
     "a separator that is said": ({}, {"separator": "~"}, "x.csv", separated("~"), EVEN),
     "a tab by its name": ({}, {"separator": "tab"}, "x.csv", separated("\t"), EVEN),
     "Windows' encoding": ({}, {"encoding": "cp1252"}, "x.csv", separated(rows=[(f"caf\xe9 {t}", la) for t, la in PAIRS]).encode("cp1252"), EVEN),
+    "quotes escaped by a backslash": ({}, {}, "x.csv", separated(rows=[(f'"so \\"{t}\\", yes"', la) for t, la in PAIRS]), EVEN),
     "quotes that stay": ({}, {"quotes": False}, "x.csv", separated(rows=[(f'"{t}', la) for t, la in PAIRS]), EVEN),
     "named classes written as numbers": ({"labels": ["0", "1"]}, {}, "x.csv", separated(rows=with_labels("1.0", "0.0")), {"0": 8, "1": 8}),
 }  # fmt: skip
@@ -189,6 +191,9 @@ def test_quotes_around_a_cell_are_undone_and_others_stay(tmp_path, name, content
 
 REFUSED = {
     "no text at all": ("x.csv", separated(rows=[(" ", la) for _, la in PAIRS]), {}, ["no row has a text in column 'text'"]),
+    "one class, the other missing": ("x.csv", separated(rows=with_labels("NA", "ok")), {}, ["every row has label 'ok'", "('NA' 8; task.labels"]),
+    "no header": ("x.csv", separated(header=PAIRS[0]), {}, ["no column 'text'", "the first line of a file must name its columns"]),
+    "a workbook by another name": ("x.csv", zipped("xl/workbook.xml", "<x/>"), {}, ["an Excel workbook; save it as CSV"]),
     "no label at all": ("x.csv", separated(rows=[(t, "NA") for t, _ in PAIRS]), {}, ["no row has a label"]),
     "another encoding": ("x.csv", separated(rows=[("caf\xe9", "a")]).encode("latin-1"), {}, ["line 2 is not UTF-8", "data.encoding=cp1252", "caf\xe9,a"]),
     "a wrong encoding": ("x.csv", separated(rows=[("caf\xe9", "a")]).encode("latin-1"), {"encoding": "ascii"}, ["line 2 is not ascii", "data.encoding"]),
@@ -269,6 +274,24 @@ def test_a_split_can_be_stratified_by_another_column(tmp_path):
     assert Counter(parts["validation"]["site"][:]) == {"a": 3, "b": 1}
 
 
+def test_a_split_of_chats_has_the_share_and_the_strata_that_are_asked_for(tmp_path):
+    rows = [{"prompt": f"q {i}", "completion": "a", "site": "x" if i < 15 else "y"} for i in range(20)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = get_task({"name": "instruct"})
+    parts = task.load_data({"train": str(tmp_path / "t.jsonl"), "validation_share": 0.2, "stratify": "site"})
+    held = [int(turns[0]["content"][2:]) for turns in parts["validation"]["messages"]]
+    assert len(held) == 4 and sum(i < 15 for i in held) == 3 and parts["train"].column_names == ["messages"]
+    for data, words in (
+        ({"stratify": True}, "data.stratify=True"),
+        (
+            {"validation_share": 0.5, "validation": str(tmp_path / "t.jsonl")},
+            "data.validation_share=0.5: nothing is split",
+        ),
+    ):
+        with pytest.raises(TrimtabError, match=words):
+            task.load_data({"train": str(tmp_path / "t.jsonl"), **data})
+
+
 def test_a_column_that_one_file_lacks_does_no_harm_unless_it_is_asked_for(tmp_path):
     (tmp_path / "1.csv").write_text(separated())
     (tmp_path / "2.csv").write_text(separated(rows=[(*p, "x") for p in PAIRS], header=("text", "label", "note")))
@@ -314,7 +337,7 @@ def test_saved_datasets_and_the_hubs_own_are_read_with_the_names_of_their_classe
         ({"train": str(tmp_path / "saved"), "validation": str(tmp_path / "one")}, {"train": 20, "validation": 20}),
         ({"train": str(tmp_path / "x.parquet")}, {"train": 18, "validation": 2}),
         ({"hub": str(folder)}, {"train": 18, "test": 4, "validation": 2}),
-        ({"hub": str(folder), "split": "train[:10]"}, {"train": 9, "validation": 1}),
+        ({"hub": str(folder), "split": "train[:10]"}, {"train": 8, "validation": 2}),
     ):  # fmt: skip
         task = get_task({"name": "text_classification"})
         rows = task.load_data(data)

@@ -328,10 +328,13 @@ def test_training_lowers_the_answer_loss_on_held_out_rows(tmp_path):
 
 def test_a_tenth_is_held_out_where_nothing_else_can_be_scored(tmp_path):
     task, _ = load(tmp_path, ROWS * 15)
-    assert task.notes == []
+    assert task.notes == ["validation: 30 of 30 rows are among the training rows, too"]
     rows = task.load_data({"train": str(tmp_path / "train.jsonl")})
     assert {split: len(part) for split, part in rows.items()} == {"train": 27, "validation": 3}
-    assert task.notes == ["no data.validation: 3 of 30 training rows were split off for it"]
+    assert task.notes == [
+        "no data.validation: 3 of 30 training rows were split off for it",
+        "validation: 3 of 3 rows are among the training rows, too",
+    ]
     rows = task.load_data(
         {"train": str(tmp_path / "train.jsonl"), "test": str(tmp_path / "train.jsonl"), "max_samples": {"train": 4}}
     )

@@ -26,7 +26,7 @@ import numpy as np
 from ...errors import ConfigError, DataError, did_you_mean
 from . import Task
 from .chats import NO_ANSWER, Message, m_is_learned
-from .data import MISSING, Columns, DataSpec
+from .data import MISSING, Columns, DataSpec, column, duplicates
 from .files import Table, from_dataset
 from .generation import Decoding, MakeBar, Question, generate
 
@@ -74,6 +74,8 @@ HUB_ROWS = {
 
 TEMPLATES = {"alpaca": ALPACA, "plain": PLAIN}
 
+_STRATA = "data.stratify"
+"""Column that a split is stratified by, until it is split."""
 _BLANK: Message = {"input": "", "tool_calls": "", "tools": "", "name": "", "tool_call_id": "", "train": True}
 
 
@@ -198,10 +200,15 @@ class Answering(Task):
         for split, source, table in spec.tables() if spec.is_given else self._hub_tables():
             self.notes += [f"{split}: {note}" for note in table.notes]
             table = _kept(table, spec, split, self.notes)
-            rows[split] = Dataset.from_dict(
-                self._with_messages(split, self.conversations(split, table, source), source)
-            )
-        return DatasetDict(self._with_held_out(rows))
+            made = self.conversations(split, table, source)
+            if split == "train" and isinstance(spec.stratify, str):
+                strata = column(table, spec.stratify, f"data.stratify={spec.stratify!r}", source)
+                if len(strata) == len(made["messages"]):
+                    made[_STRATA] = [str(value) for value in strata]
+            rows[split] = Dataset.from_dict(self._with_messages(split, made, source))
+        found = self._with_held_out(rows, spec)
+        self.notes += duplicates({split: _what_tells_apart(part) for split, part in found.items()})
+        return DatasetDict(found)
 
     def prepare(self, rows: DatasetDict, tokenizer: Any, model: Any = None) -> DatasetDict:
         from datasets import DatasetDict
@@ -390,18 +397,22 @@ class Answering(Task):
             conversation = [{"role": "system", "content": self.system, **tools}, {**first, "tools": ""}, *others]
         return [{**_BLANK, **{key: value for key, value in m.items() if value is not None}} for m in conversation]
 
-    def _with_held_out(self, rows: dict[str, Dataset]) -> dict[str, Dataset]:
+    def _with_held_out(self, rows: dict[str, Dataset], spec: DataSpec) -> dict[str, Dataset]:
         """A tenth of the training rows, at most 500, for validation where no other split can be scored.
 
-        They depend on the number of rows alone, not on the run's seed.
+        They depend on the rows alone, not on the run's seed.
         """
         if "train" not in rows or "validation" in rows or "test" in rows:
+            spec.refuse_split_settings()
             return rows
+        if spec.stratify is True:
+            raise ConfigError("data.stratify", True, "there are no classes here; name a column")
         train = rows["train"]
         n = len(train)
-        if n < 2:
-            raise DataError("data.train: holds one row, too few to split off a validation split; give data.validation")
-        held = sorted(np.random.default_rng(0).permutation(n)[: min(500, max(1, n // 10))].tolist())
+        strata = None
+        if _STRATA in train.column_names:
+            strata, train = train[_STRATA][:], train.remove_columns(_STRATA)
+        held = spec.held_out(n, strata, most=500)
         self.notes.append(f"no data.validation: {len(held)} of {n} training rows were split off for it")
         return {**rows, "train": train.select(sorted(set(range(n)) - set(held))), "validation": train.select(held)}
 
@@ -711,6 +722,13 @@ def context_length(tokenizer: Any, model: Any) -> int | None:
 def _ids(tokenizer: Any, text: str) -> list[int]:
     # The template has written every special token already.
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _what_tells_apart(rows: Dataset) -> list[Any]:
+    """Each row's words, and its image if it has one."""
+    images = rows["image"][:] if "image" in rows.column_names else [None] * len(rows)
+    said = [tuple((m["content"], m["input"]) for m in turns) for turns in rows["messages"]]
+    return [(words, hash(image)) for words, image in zip(said, images)]
 
 
 def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:

@@ -234,7 +234,7 @@ class Reader:
             each = read if isinstance(read, list) else [read]
             if all(isinstance(call, dict) and "name" in call for call in each):
                 calls, content = [{"type": "function", "function": call} for call in each], ""
-        if content is None and (calls or role == "assistant"):
+        if content is None:
             content = ""
         message: Message = {"role": role, "content": _content(content, where)}
         if calls:
@@ -261,6 +261,8 @@ class Reader:
         learned = [i for i in said if m_is_learned(messages[i])]
         if not learned:
             return NOT_LEARNED if said else NO_ANSWER
+        if any(m["role"] == "user" and not (m["content"].strip() or m.get("input")) for m in messages[: learned[-1]]):
+            return NO_PROMPT
         if messages[-1]["role"] != "assistant":
             self.met["\0unanswered"] += 1
         return messages[: learned[-1] + 1]

@@ -277,6 +277,8 @@ class SequenceClassification(Task):
                 trained, scored = [whole[i] for i in rest], [whole[i] for i in held]
                 labels |= {"train": trained, "validation": scored}
                 self._name_unscored(trained, scored)
+        else:
+            spec.refuse_split_settings()
         out = {}
         for split, part in rows.items():
             kept = spec.kept(split, len(part), labels.get(split))

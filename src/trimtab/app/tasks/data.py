@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,18 @@ from .files import (
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Columns", "DataSpec", "Table", "column", "drawn", "existing_file", "is_missing", "read_file", "read_files"]
+__all__ = [
+    "Columns",
+    "DataSpec",
+    "Table",
+    "column",
+    "drawn",
+    "duplicates",
+    "existing_file",
+    "is_missing",
+    "read_file",
+    "read_files",
+]
 
 MISSING = (
     "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>",
@@ -55,8 +66,9 @@ class DataSpec:
     """At most this many rows of every split, or of each named split."""
     sample_seed: int | str | None = None
     """Draws the kept rows; 0 when not given. ``first`` keeps the first ones."""
-    validation_share: float | int = 0.1
-    """Share (or number) of the training rows that are split off where there are no rows for validation."""
+    validation_share: float | int | None = None
+    """Share (or number) of the training rows that are split off where there are no rows for validation; a tenth when
+    not given."""
     stratify: bool | str | None = None
     """Whether each class has its share in that split (it has, unless false); or the column whose values have."""
     reading: Reading = AS_FOUND
@@ -114,7 +126,7 @@ class DataSpec:
             files,
             dict(limits) if isinstance(limits, Mapping) else limits,
             seed,
-            _share(data.get("validation_share", 0.1)),
+            _share(data.get("validation_share")),
             _checked("stratify", data.get("stratify"), (bool, str), "true, false, or the name of a column"),
             Reading(
                 _separator(data.get("separator")),
@@ -201,22 +213,34 @@ class DataSpec:
             return sorted(random.Random(seed).sample(range(n), limit))
         return drawn(n, limit, seed, labels)
 
-    def held_out(self, n: int, labels: Sequence[Any] | None = None) -> list[int]:
+    def held_out(self, n: int, labels: Sequence[Any] | None = None, most: int | None = None) -> list[int]:
         """Indices of the training rows that make the validation split, in file order.
+
+        Args:
+            labels: what is to have its share there.
+            most: of a tenth, where the recipe does not say how many.
 
         They depend on the rows alone, not on the run's seed, so that runs over several seeds are scored on the same.
         """
         if n < 2:
             raise DataError("data.train: holds one row, too few to split off a validation split; give data.validation")
-        share = self.validation_share
+        share = 0.1 if self.validation_share is None else self.validation_share
         labels = None if self.stratify is False else labels
         k = share if isinstance(share, int) else max(1, int(n * share))
         if labels is not None and not isinstance(share, int) and not isinstance(labels[0], float):
             several = sum(count > 1 for count in Counter(labels).values())
             k = max(k, min(several, n // 5))  # a row of each, where that does not take too many
+        if most is not None and self.validation_share is None:
+            k = min(k, most)
         if k >= n:
             raise ConfigError("data.validation_share", share, f"leaves none of {n} training rows to learn from")
         return drawn(n, k, 0, labels, spare=1)
+
+    def refuse_split_settings(self) -> None:
+        """Raises `ConfigError` for what says how to split, where rows for validation are given."""
+        for key in ("validation_share", "stratify"):
+            if (value := getattr(self, key)) is not None:
+                raise ConfigError(f"data.{key}", value, "nothing is split off where rows are given for validation")
 
     def strata(self, table: Columns, labels: Sequence[Any] | None = None) -> Sequence[Any] | None:
         """What is stratified by: the column that the recipe names, else the labels."""
@@ -241,7 +265,9 @@ def _checked(key: str, value: Any, kinds: tuple[type, ...], cure: str) -> Any:
     return value
 
 
-def _share(value: Any) -> float | int:
+def _share(value: Any) -> float | int | None:
+    if value is None:
+        return None
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not (0 < value < 1 or (isinstance(value, int) and value >= 1)):
         raise ConfigError("data.validation_share", value, "a share of the training rows (0.2), or a number of them")
@@ -315,6 +341,22 @@ def _quota(k: int, counts: np.ndarray, most: np.ndarray) -> np.ndarray:
     return quota
 
 
+def duplicates(rows: Mapping[str, Iterable[Any]]) -> list[str]:
+    """Notes on rows that are trained on and scored, both.
+
+    Args:
+        rows: each split's rows, as what tells them apart.
+    """
+    seen = set(rows.get("train", ()))
+    notes = []
+    for split, keys in rows.items():
+        if split != "train" and seen:
+            again = [key in seen for key in keys]
+            if n := sum(again):
+                notes.append(f"{split}: {n} of {len(again)} rows are among the training rows, too")
+    return notes
+
+
 def is_missing(value: Any, words: frozenset[str] | set[str] = frozenset(MISSING)) -> bool:
     """Whether a cell holds nothing: None, NaN, blanks, or one of ``words``.
 
@@ -338,8 +380,10 @@ def column(table: Columns, name: str, asked: str, source: str) -> list[Any]:
     if lacking := getattr(table, "absent", {}).get(name):
         raise DataError(f"{asked}: no column {name!r} in {lacking}, which is among {source}")
     if name not in table:
+        is_header = not any(len(one.split()) > 3 for one in table)
+        cure = "" if is_header else "; the first line of a file must name its columns"
         raise DataError(
-            f"{asked}: no column {name!r} in {source}.{did_you_mean(name, table)} It has {', '.join(table)}"
+            f"{asked}: no column {name!r} in {source}.{did_you_mean(name, table)} It has {', '.join(table)}{cure}"
         )
     return table[name]
 

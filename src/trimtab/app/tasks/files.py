@@ -7,6 +7,7 @@ nothing is cached in the user's home, a CSV cell stays the text that it is ("007
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import glob
 import io
@@ -164,7 +165,7 @@ def read_files(key: str, files: Sequence[Path], reading: Reading = AS_FOUND) -> 
                 table.absent.setdefault(name, files[0].name)
             table[name] = table.get(name, [None] * n) + more.get(name, [None] * m)
         n += m
-        table.notes += [note for note in more.notes if note not in table.notes]
+        table.notes += [f"{file.name}: {note}" for note in more.notes]
     return table
 
 
@@ -197,7 +198,7 @@ def read_file(key: str, file: Path, reading: Reading = AS_FOUND) -> Table:
         text = _decoded(where, data, reading.encoding)
         if reading.lines and suffix == ".txt":
             table = Table({"text": parts_of(text, reading.lines)})
-        elif suffix in _JSON or (suffix in ("", ".txt") and text.lstrip()[:1] in ("{", "[")):
+        elif suffix in _JSON or re.match(r"\s*(\[\s*)?\{\s*\"", text):
             table = Table(_read_json(where, text, key.rpartition(".")[2]))
         else:
             table = _read_separated(where, text, suffix, reading)
@@ -218,6 +219,8 @@ def _unpacked(where: str, data: bytes) -> bytes:
     try:
         if kind == "zip":
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                if "xl/workbook.xml" in archive.namelist():
+                    raise DataError(f"{where}: is an Excel workbook; save it as CSV (UTF-8)")
                 inside = [
                     name for name in archive.namelist() if is_data(Path(name)) and not name.startswith("__MACOSX")
                 ]
@@ -457,17 +460,24 @@ def _quoted(where: str, text: str, separator: str) -> Rows:
     # Line ends inside a quoted cell are kept, and only "\n" ends a line.
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     found: Rows = []
-    reader = csv.reader(io.StringIO(text, newline="\n"), strict=True, delimiter=separator)
+
+    def read(**more: Any) -> Rows:
+        found.clear()
+        reader = csv.reader(io.StringIO(text, newline="\n"), strict=True, delimiter=separator, **more)
+        found.extend((reader.line_num, row) for row in reader if row)
+        return found
+
     try:
-        for row in reader:
-            if row:
-                found.append((reader.line_num, row))
+        return read()
     except csv.Error as error:
         after = found[-1][0] if found else 0
+        if '\\"' in text:  # databases write a quote inside of a quoted cell so
+            with contextlib.suppress(csv.Error):
+                if _fits(read(escapechar="\\", doublequote=False)):
+                    return found
         raise DataError(
             f"{where}: after line {after}: not valid CSV: {error}; if quotes are part of the texts: data.quotes=false"
         ) from error
-    return found
 
 
 # -- plain text ----------------------------------------------------------------------------------------

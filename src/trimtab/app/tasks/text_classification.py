@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from .classification import (
     some,
     spearmanr,
 )
-from .data import Columns, DataSpec, column, text_of
+from .data import Columns, DataSpec, column, duplicates, text_of
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -90,6 +91,7 @@ class TextClassification(SequenceClassification):
                 f"no such score here.{did_you_mean(self.metric, self.scores)} There is {', '.join(self.scores)}",
             )
         self.greater_is_better = self.metric != "mse"
+        self._left_out = ""
         self._names = self.labels
 
     scored_splits = ("test", "validation")
@@ -123,17 +125,18 @@ class TextClassification(SequenceClassification):
         if "train" not in spec.files and not spec.hub:
             raise ConfigError("data.train", None, "give a file with training rows (JSONL, CSV or Parquet)")
         self.notes.clear()
+        self._left_out = ""
         rows = {}
         for split, source, raw in spec.tables():
             self.notes += [f"{split}: {note}" for note in raw.notes]
             rows[split] = Dataset.from_dict(self._read(split, raw, source, spec))
         if "train" not in rows:
             raise ConfigError("data.train", None, f"a split with training rows is needed beside {', '.join(rows)}")
-        if isinstance(spec.stratify, str) and "validation" in rows:
-            raise ConfigError("data.stratify", spec.stratify, "nothing is split off where data.validation is given")
         split_up = self.split_and_sample(rows, spec)
         self._say_classes(split_up)
-        self.notes += duplicates(split_up, self.text_columns)
+        self.notes += duplicates(
+            {split: zip(*(part[name][:] for name in self.text_columns)) for split, part in split_up.items()}
+        )
         return split_up
 
     def _read(self, split: str, raw: Columns, source: str, spec: DataSpec) -> Columns:
@@ -158,7 +161,9 @@ class TextClassification(SequenceClassification):
                 labels = values
                 words = Counter(str(values[i]).strip() for i in set(chosen) - set(known) if _is_word(values[i], spec))
                 if n_left := len(chosen) - len(known):
-                    told = _by_word(words, "; task.labels or data.missing makes a class of it")
+                    key = "data.missing" if self.regression else "task.labels or data.missing makes a class of it"
+                    told = _by_word(words, f"; {key}")
+                    self._left_out = told if split == "train" else self._left_out
                     self.notes.append(f"{split}: {n_left} of {n} rows have no label and were left out{told}")
                 chosen = known
             elif split != "test":  # that one may have none at all
@@ -221,7 +226,9 @@ class TextClassification(SequenceClassification):
                 if word in spelt:
                     spelt[digit] = Counter({digit: spelt.pop(word).total() + spelt.get(digit, Counter()).total()})
         if len(spelt) < 2:
-            raise DataError(f"{source}: every row has label {next(iter(spelt))!r}; at least two classes are needed")
+            raise DataError(
+                f"{source}: every row has label {next(iter(spelt))!r}; at least two classes are needed{self._left_out}"
+            )
         if len(keys) >= 20 and len(spelt) > len(keys) / 2:
             raise DataError(
                 f"{source}: column {self.label!r} has {len(spelt)} different values in "
@@ -278,7 +285,7 @@ def _spelling(value: Any, fold: bool) -> str:
 
 
 def _folded(name: str) -> str:
-    return " ".join(name.split()).casefold()
+    return " ".join(unicodedata.normalize("NFKC", name).split()).casefold()
 
 
 def _is_word(value: Any, spec: DataSpec) -> bool:
@@ -288,18 +295,6 @@ def _is_word(value: Any, spec: DataSpec) -> bool:
 def _by_word(words: Counter[str], key: str = "; data.missing lists such words") -> str:
     told = ", ".join(f"{word!r} {n}" for word, n in words.most_common(6))
     return f" ({told}{key})" if words else ""
-
-
-def duplicates(rows: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
-    """Notes on rows that are trained on and scored, both."""
-    if "train" not in rows:
-        return []
-    notes = []
-    seen = set(zip(*(rows["train"][name][:] for name in columns)))
-    for split, part in rows.items():
-        if split != "train" and (n := sum(row in seen for row in zip(*(part[name][:] for name in columns)))):
-            notes.append(f"{split}: {n} of {len(part)} rows are among the training rows, too")
-    return notes
 
 
 def _number(value: Any, number: int, source: str) -> float:
