@@ -77,6 +77,16 @@ def test_a_loss_over_tokens_is_not_compared_across_tokenizers(tmp_path):
     assert "a mean over tokens" in one_line_error("tune", path, "task.max_length=64,128")
 
 
+def test_a_change_in_any_file_of_a_folder_or_a_pattern_is_seen(tmp_path):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    files = [folder / f"{name}.csv" for name in "ab"]
+    for file in files:
+        file.write_text("text,label\na,b\n")
+    for train in (str(folder), str(folder / "*.csv"), [str(file) for file in files]):
+        assert tune._training_files(train) == files
+
+
 def test_every_class_has_its_share_of_the_rows_held_out():
     labels = [0] * 150 + [1] * 40 + [2] * 9 + [3]
     held = planning.held_rows(0.2, 200, labels, 0)

@@ -289,6 +289,19 @@ def _check(search: Search) -> None:
 # -- the folder ----------------------------------------------------------------------------------------
 
 
+def _training_files(train: str | Sequence[str]) -> list[Path]:
+    """Every file that folders and patterns stand for, those inside of a saved dataset, too."""
+    from .tasks.files import existing_files
+
+    paths = [train] if isinstance(train, str) else train
+    found = [file for path in paths for file in existing_files("data.train", path, "train")]
+    return [
+        file
+        for place in found
+        for file in (sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place])
+    ]
+
+
 def _take_folder(search: Search, overwrite: bool) -> None:
     """Refuses a folder whose trials are of another recipe or other data, and marks what is done."""
     state = search.folder / "search.json"
@@ -296,10 +309,9 @@ def _take_folder(search: Search, overwrite: bool) -> None:
         shutil.rmtree(search.folder / "trials", ignore_errors=True)
         for name in ("search.json", "best.yaml"):
             (search.folder / name).unlink(missing_ok=True)
-    train = search.trials[0].recipe.data.train or []
     data = {
-        path: hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-        for path in ([train] if isinstance(train, str) else train)
+        str(path): hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        for path in _training_files(search.trials[0].recipe.data.train or [])
     }
     before = json.loads(state.read_text(encoding="utf-8"))["data"] if state.is_file() else data
     if changed := [path for path, digest in data.items() if before.get(path, digest) != digest]:

@@ -547,7 +547,10 @@ def _read_saved(where: str, folder: Path, split: str) -> Table:
     if isinstance(found, DatasetDict):
         if split not in found:
             raise DataError(f"{where}: has no {split} split; it has {', '.join(found)}; name one of its folders")
-        found = found[split]
+        table = from_dataset(found[split])
+        if others := [name for name in found if name != split]:
+            table.notes.append(f"{folder.name} also holds {', '.join(others)} (data.hub={str(folder)!r} takes all)")
+        return table
     return from_dataset(found)
 
 
