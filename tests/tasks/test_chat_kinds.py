@@ -60,6 +60,10 @@ ROWS = {
         {"messages": [user("Hi"), CALLING, {"role": "tool", "tool_call_id": "1", "content": "2"}, says("Two")]}, {},
         HI + '«[{"id": "1", "type": "function", "function": {"name": "add", "arguments": "{\\"a\\": 1}"}}]<|end|>»\n[tool]2<|end|>\n[assistant]«Two<|end|>»',
     ),
+    "OpenAI's older calls": (
+        {"messages": [user("Hi"), says(None, function_call={"name": "add", "arguments": "{}"}), {"role": "function", "name": "add", "content": "2"}, says("Two")]}, {},
+        HI + '«[{"type": "function", "function": {"name": "add", "arguments": "{}"}}]<|end|>»\n[tool]2<|end|>\n[assistant]«Two<|end|>»',
+    ),
     "weight 0": ({"messages": [user("Hi"), says("wrong", weight=0), user("No"), says("Yo", weight=1)]}, {}, HI + "wrong<|end|>\n[user]No<|end|>\n[assistant]«Yo<|end|>»"),
     "train false": ({"messages": [user("Hi"), says("wrong", train=False), user("No"), says("Yo")]}, {}, HI + "wrong<|end|>\n[user]No<|end|>\n[assistant]«Yo<|end|>»"),
     "loss false in ShareGPT": ({"conversations": [human("Hi"), gpt("wrong", loss=False), human("No"), gpt("Yo")]}, {}, HI + "wrong<|end|>\n[user]No<|end|>\n[assistant]«Yo<|end|>»"),

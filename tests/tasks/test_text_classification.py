@@ -144,7 +144,7 @@ def test_loading_twice_says_everything_once(tmp_path):
     task.load_data(data)
     task.load_data(data)
     assert task.notes == [
-        "no data.validation: 2 of 20 training rows were split off for it",
+        "no data.validation: 2 of 20 training rows were split off for it, of each class its share",
         "train: 2 classes: 'a' 9, 'b' 9",
         "validation: 2 classes: 'a' 1, 'b' 1",
     ]

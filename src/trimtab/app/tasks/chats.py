@@ -92,6 +92,7 @@ class Reader:
         raise DataError(
             f"{source}: its columns {', '.join(table)} are in none of the forms known ({forms}); "
             "name two of them in task.prompt and task.answer, or say in task.columns what ours are called"
+            + ("; task text learns a column of text whole" if "text" in table else "")
         )
 
     @staticmethod
@@ -228,7 +229,9 @@ class Reader:
                 f"task.roles says what others are ({{{called}: user}})"
             )
         content = _first(turn, (self.columns.get("content"), "content", "value"))
-        calls = _from_json(_first(turn, ("tool_calls",)), "tool_calls", where)
+        calls = _from_json(turn.get("tool_calls"), "tool_calls", where)
+        if isinstance(old := _from_json(turn.get("function_call"), "function_call", where), dict):
+            calls = [{"type": "function", "function": old}]
         if str(called).lower() == "function_call":
             read = _loads(content)
             each = read if isinstance(read, list) else [read]

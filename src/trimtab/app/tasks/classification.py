@@ -272,7 +272,9 @@ class SequenceClassification(Task):
             held = spec.held_out(n, strata)
             rest = sorted(set(range(n)) - set(held))
             rows = {**rows, "train": train.select(rest), "validation": train.select(held)}
-            self.notes.append(f"no data.validation: {len(held)} of {n} training rows were split off for it")
+            by_class = self.label_names is not None and labels["train"] and spec.stratify in (None, True)
+            how = ", of each class its share" if by_class else ""
+            self.notes.append(f"no data.validation: {len(held)} of {n} training rows were split off for it{how}")
             if whole := labels["train"]:
                 trained, scored = [whole[i] for i in rest], [whole[i] for i in held]
                 labels |= {"train": trained, "validation": scored}
