@@ -727,7 +727,7 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 def _what_tells_apart(rows: Dataset) -> list[Any]:
     """Each row's words, and its image if it has one."""
     images = rows["image"][:] if "image" in rows.column_names else [None] * len(rows)
-    said = [tuple((m["content"], m["input"]) for m in turns) for turns in rows["messages"]]
+    said = [tuple((m["content"], m["input"]) for m in turns) for turns in rows["messages"][:]]
     return [(words, hash(image)) for words, image in zip(said, images)]
 
 

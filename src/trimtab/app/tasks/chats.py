@@ -74,6 +74,9 @@ class Reader:
     met: Counter[str] = field(default_factory=Counter)
     """What is worth saying -> in how many rows."""
 
+    def __post_init__(self) -> None:
+        self._known = {**ROLES, **{name.lower(): role for name, role in self.roles.items()}}
+
     def form(self, table: Columns, source: str) -> str:
         """The form of the rows, by their columns.
 
@@ -221,11 +224,10 @@ class Reader:
         if not isinstance(turn, dict):
             raise DataError(f"{where} has a {type(turn).__name__} where a message {{role, content}} is needed")
         called = _first(turn, (self.columns.get("role"), "role", "from"))
-        known = {**ROLES, **{name.lower(): role for name, role in self.roles.items()}}
-        role = known.get(called.strip().lower()) if isinstance(called, str) else None
+        role = self._known.get(called.strip().lower()) if isinstance(called, str) else None
         if role is None:
             raise DataError(
-                f"{where} has a message with role {called!r}; known are {', '.join(known)}; "
+                f"{where} has a message with role {called!r}; known are {', '.join(self._known)}; "
                 f"task.roles says what others are ({{{called}: user}})"
             )
         content = _first(turn, (self.columns.get("content"), "content", "value"))

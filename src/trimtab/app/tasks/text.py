@@ -99,7 +99,7 @@ class PlainText(Answering):
         limit = self.max_length or min(most, _USUAL_LENGTH)
         ready = {}
         for split, part in rows.items():
-            ids = [self._ids_of(turns[0]["content"], tokenizer) for turns in part["messages"]]
+            ids = [self._ids_of(turns[0]["content"], tokenizer) for turns in part["messages"][:]]
             if self.pack:
                 whole = list(chain.from_iterable(ids))
                 cut = [whole[i : i + limit] for i in range(0, len(whole), limit)]
