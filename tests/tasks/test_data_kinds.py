@@ -267,6 +267,12 @@ def test_what_is_split_off_holds_every_class_and_what_is_too_rare_is_named(tmp_p
     assert Counter(names[i] for i in half["validation"]["label"][:]) == {"common": 48, "rare": 2}
 
 
+def test_a_handful_of_rows_still_gives_a_row_to_score(tmp_path):
+    for n in (2, 3, 5):
+        _, parts, _ = load(tmp_path, "x.csv", separated(rows=[(f"film {i}", f"class {i}") for i in range(n)]))
+        assert len(parts["validation"]) == 1 and len(parts["train"]) == n - 1
+
+
 def test_a_split_can_be_stratified_by_another_column(tmp_path):
     rows = [(text, label, "a" if i < 18 else "b") for i, (text, label) in enumerate(PAIRS)]
     content = separated(rows=rows, header=("text", "label", "site"))

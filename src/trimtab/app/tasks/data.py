@@ -322,7 +322,8 @@ def drawn(n: int, k: int, seed: int, labels: Sequence[Any] | None = None, spare:
         order = order[np.argsort(known[order], kind="stable")]
         picked = np.floor((np.arange(k) + rng.random(k)) * n / k).astype(int)
         return sorted(order[np.minimum(picked, n - 1)].tolist())
-    quota = _quota(k, counts, np.maximum(counts - spare, 0))
+    most = np.maximum(counts - spare, 0)
+    quota = _quota(k, counts, most if most.any() else counts)  # where no class can spare a row, some row must do
     return sorted(int(i) for c, q in enumerate(quota) for i in order[of[order] == c][:q])
 
 
