@@ -85,8 +85,8 @@ class Run:
 
 # At LoRA's own rate: the first ones answer whether a method can be swapped in, the others what its parts do.
 FIRST = ("lora-r8", "salientlora", "adalora", "cka-salientlora", "composition")
-SWAPPED = (*FIRST, "cka-lora", "random-lora", "lora-r4", "budget", "uniform-lora", "lora-r2", "aflora", "peft-adalora",
-           "sora")  # fmt: skip
+SWAPPED = (*FIRST, "cka-lora", "random-lora", "lora-r4", "budget", "uniform-lora", "lora-r2", "aflora", "aflora-late",
+           "peft-adalora", "sora")  # fmt: skip
 
 TASKS = {
     task.name: task
@@ -120,6 +120,8 @@ ROWS = {
         Row("uniform-lora", "uniform half × LoRA r 8", ("where={method: uniform, ratio: 0.5}",)),
         Row("lora-r2", "LoRA r 2", ("adapter.r=2", "adapter.alpha=4"), note="holds what the composition holds"),
         Row("aflora", "AFLoRA r 8", ("freeze=aflora",)),
+        Row("aflora-late", "AFLoRA r 8, freezing later",
+            ("freeze={method: aflora, warmup: 0.5, final: 0.1}",), note="the default's phases are 0.3 and 0.3"),
         Row("budget", "the composition under one budget",
             ("where={method: cka, samples: 1024}", "rank=salientlora", "freeze={method: aflora, rule: tensor_rank}",
              f"budget={{average_params: {QUARTER}}}"),

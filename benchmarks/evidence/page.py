@@ -224,6 +224,11 @@ def _seeds(cell: Cell | None) -> int:
     return len(cell.records) if cell else 0
 
 
+def notes(results: Results) -> str:
+    """What a row's name does not say."""
+    return "\n".join(f"- {row.title}: {row.note}." for row in ROWS.values() if row.note)
+
+
 def drawn(results: Results) -> str:
     """The figures that there are."""
     made = figures(results)
@@ -234,6 +239,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "extent": extent,
     "untuned": untuned,
     "questions": questions,
+    "notes": notes,
     "figures": drawn,
     "tasks": tasks,
     "missing": missing,
