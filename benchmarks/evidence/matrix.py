@@ -86,7 +86,7 @@ class Run:
 # At LoRA's own rate: the first ones answer whether a method can be swapped in, the others what its parts do.
 FIRST = ("lora-r8", "salientlora", "adalora", "cka-salientlora", "composition")
 SWAPPED = (*FIRST, "cka-lora", "random-lora", "lora-r4", "budget", "uniform-lora", "lora-r2", "aflora", "aflora-late",
-           "peft-adalora", "sora")  # fmt: skip
+           "composition-late", "peft-adalora", "sora")  # fmt: skip
 
 TASKS = {
     task.name: task
@@ -122,6 +122,8 @@ ROWS = {
         Row("aflora", "AFLoRA r 8", ("freeze=aflora",)),
         Row("aflora-late", "AFLoRA r 8, freezing later",
             ("freeze={method: aflora, warmup: 0.5, final: 0.1}",), note="the default's phases are 0.3 and 0.3"),
+        Row("composition-late", "the composition, freezing later",
+            (CKA, SALIENT, "freeze={method: aflora, warmup: 0.5, final: 0.1}"), note="phases of 0.5 and 0.1, too"),
         Row("budget", "the composition under one budget",
             ("where={method: cka, samples: 1024}", "rank=salientlora", "freeze={method: aflora, rule: tensor_rank}",
              f"budget={{average_params: {QUARTER}}}"),

@@ -97,7 +97,10 @@ QUESTIONS = (
     Question("Ours above PEFT's AdaLoRA at its defaults?", "adalora", "peft-adalora"),
     Question("The composition at most a point below LoRA r 8?", "composition", "lora-r8", 0.01),
     Question("The composition above LoRA r 2, which holds as much?", "composition", "lora-r2"),
+    Question("AFLoRA that freezes later above its default?", "aflora-late", "aflora"),
+    Question("The composition that freezes later above its default?", "composition-late", "composition"),
     Question("Under one budget at most a point below LoRA r 8?", "budget", "lora-r8", 0.01),
+    Question("Under one budget above LoRA r 2, which trains as much on average?", "budget", "lora-r2"),
 )
 
 
