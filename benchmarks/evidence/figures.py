@@ -18,6 +18,9 @@ _STYLE = (
     "@media(prefers-color-scheme:dark){text{fill:#8b949e}.name{fill:#e6edf3}.grid{stroke:#30363d}}</style>"
 )
 
+CUT = 10
+"""Points from the baseline, or from the best, that are shown; one run that learned nothing would squeeze the rest."""
+
 
 def _svg(width: int, height: int, title: str, parts: Sequence[str]) -> str:
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">'
@@ -36,7 +39,7 @@ def dots(rows: Sequence[str], columns: Sequence[str], apart: Sequence[Sequence[D
     """Differences to LoRA r 8 with their intervals: a line a row, a panel a task. Orange where zero is outside."""
     left, panel, gap, step, top = 260, 190, 44, 24, 44
     ends = [100 * x for line in apart for d in line if d for x in (d.mean, d.low, d.high) if x is not None]
-    low, high = math.floor(min([*ends, -1])), math.ceil(max([*ends, 1]))
+    low, high = max(math.floor(min([*ends, -1])), -CUT), min(math.ceil(max([*ends, 1])), CUT)
     width, height = left + len(columns) * (panel + gap), top + step * len(rows) + 34
     every = max(1, math.ceil((high - low) / 5))
     parts = []
@@ -44,7 +47,7 @@ def dots(rows: Sequence[str], columns: Sequence[str], apart: Sequence[Sequence[D
         x0 = left + i * (panel + gap)
 
         def at(points: float, x0: float = x0) -> float:
-            return x0 + (points - low) / (high - low) * panel
+            return x0 + (min(max(points, low), high) - low) / (high - low) * panel
 
         parts.append(_text(x0 + panel / 2, 18, column, "middle", "name"))
         for tick in range(math.ceil(low / every) * every, high + 1, every):
@@ -59,6 +62,8 @@ def dots(rows: Sequence[str], columns: Sequence[str], apart: Sequence[Sequence[D
             if d.low is not None and d.high is not None:
                 parts.append(_line(at(100 * d.low), y, at(100 * d.high), y, "clearline" if d.is_clear else "line"))
             parts.append(f'<circle cx="{at(100 * d.mean):.1f}" cy="{y}" r="4" class="{kind}"/>')
+            if not low <= 100 * d.mean <= high:  # beyond the panel: the mark is on its edge, the number says where
+                parts.append(_text(at(100 * d.mean) + 10, y + 4, f"{100 * d.mean:+.1f}".replace("-", "−")))
     parts += [_text(left - 14, top + step * j + 4, name, "end", "name") for j, name in enumerate(rows)]
     parts.append(_text(left, height - 2, "points to LoRA r 8, with 95 % intervals"))
     return _svg(width, height, "Differences to LoRA r 8", parts)
@@ -68,14 +73,15 @@ def pareto(marks: Sequence[tuple[str, float, float]], what: str) -> str:
     """Score against average trainable parameters on a log axis; numbers stand for the names beside the plot."""
     width, plot, height, top, bottom, left = 860, 520, 60 + 20 * max(len(marks), 14), 20, 40, 56
     sizes, scores = [size for _, size, _ in marks], [100 * score for _, _, score in marks]
-    low, high = math.floor(min(scores)) - 0.5, math.ceil(max(scores)) + 0.5
+    high = math.ceil(max(scores)) + 0.5
+    low = max(math.floor(min(scores)) - 0.5, high - CUT)  # what is further down lies on the edge
     first, last = math.log10(min(sizes)) - 0.1, math.log10(max(sizes)) + 0.1
 
     def x(size: float) -> float:
         return left + (math.log10(size) - first) / (last - first) * (plot - left - 10)
 
     def y(score: float) -> float:
-        return top + (high - score) / (high - low) * (height - top - bottom)
+        return top + (high - max(score, low)) / (high - low) * (height - top - bottom)
 
     parts = []
     for tick in range(math.ceil(low), math.floor(high) + 1, max(1, round((high - low) / 6))):
