@@ -266,15 +266,23 @@ def figures(results: Results) -> dict[str, str]:
     apart = [[results.apart(task, row.name, BASELINE, rate) for _, task, rate in columns] for row in others]
     differences, front = FIGURES
     found = {differences: dots([row.title for row in others], [title for title, _, _ in columns], apart)}
-    # Tuned tasks where there are any; only rows that all of them have can be averaged alike.
-    shown = columns if len(columns) == 1 else columns[1:]
+    # Tuned tasks, where they have rows to set side by side.
+    for shown in (columns[1:], columns[:1]):
+        if len(marks := _marks(results, rows, shown)) > 1:
+            found[front] = pareto(marks, f"score on {listing([title for title, _, _ in shown])}")
+            break
+    return found
+
+
+def _marks(
+    results: Results, rows: list[Row], columns: list[tuple[str, str, str | None]]
+) -> list[tuple[str, float, float]]:
+    """Name, average parameters and score of the rows that all columns have: only those can be averaged alike."""
     marks = []
     for row in rows:
-        cells = [results.cell(task, row.name, rate) for _, task, rate in shown]
+        cells = [results.cell(task, row.name, rate) for _, task, rate in columns]
         known = [cell for cell in cells if cell]
         if known and len(known) == len(cells):
             size = sum(cell.of("params", "average") for cell in known) / len(known)
             marks.append((row.title, size, sum(cell.mean for cell in known) / len(known)))
-    if len(marks) > 1:
-        found[front] = pareto(marks, f"score on {listing([title for title, _, _ in shown])}")
-    return found
+    return marks
