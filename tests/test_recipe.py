@@ -3,10 +3,13 @@
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
 from trimtab.app import lookup, recipe
+from trimtab.app.run import training_arguments
+from trimtab.app.tasks import get_task
 from trimtab.errors import ConfigError
 
 BASE = {"model": "some/model", "task": "glue/mrpc"}
@@ -176,3 +179,22 @@ def test_a_misspelt_key_is_found_without_torch():
             sys.exit("torch" in sys.modules)
         """)
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("task, asked, best, greater", [
+    ("glue/mrpc", None, "accuracy", True),
+    ("glue/mnli", None, "accuracy", True),
+    ("glue/stsb", None, "pearson", True),
+    ("text_classification", "f1_macro", "f1_macro", True),
+    ("text_classification", "eval_loss", "loss", False),
+    ({"name": "text_classification", "regression": True}, "mse", "mse", False),
+    ("instruct", None, "answer_loss", False),
+    ("math", None, "answer_loss", False),
+    ("summarize", "token_accuracy", "token_accuracy", True),
+    ("vqa", "perplexity", "perplexity", False),
+])  # fmt: skip
+def test_the_best_checkpoint_is_told_by_a_score_that_is_taken_while_training(task, asked, best, greater):
+    train = {"load_best_model_at_end": True, "use_cpu": True, **({"metric_for_best_model": asked} if asked else {})}
+    made = recipe.load({"model": "m", "task": task, "train": train})
+    args = training_arguments(made, get_task(made.task.model_dump()), Path())
+    assert (args.metric_for_best_model, args.greater_is_better) == (best, greater)

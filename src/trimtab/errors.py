@@ -2,7 +2,8 @@
 
 TrimtabError                  one line: key, value found, what would work
 ├── ConfigError               a setting is wrong, alone or together with another
-│   └── BudgetError           no setting within the limits meets the budget
+│   ├── BudgetError           no setting within the limits meets the budget
+│   └── RecipeError           several settings that are wrong each by itself, one line each
 ├── DataError                 a file, a column or a value in the data is wrong
 ├── ModelError                the model has no such module, or cannot carry what was asked
 ├── SelectionError            scores of layers or of ranks cannot be computed or ranked
@@ -15,7 +16,7 @@ TrimtabError                  one line: key, value found, what would work
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class TrimtabError(Exception):
@@ -41,6 +42,18 @@ class ConfigError(TrimtabError, ValueError):
 
 class BudgetError(ConfigError):
     """No setting within the recipe's limits meets the budget; the message names the smallest that does."""
+
+
+class RecipeError(ConfigError):
+    """Several settings that are wrong each by itself; the message has a line for each."""
+
+    def __init__(self, errors: Sequence[ConfigError]) -> None:
+        super().__init__(errors[0].key, errors[0].value, errors[0].cure)
+        self.errors = tuple(errors)
+        self.args = ("\n".join(map(str, errors)),)
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.errors,)
 
 
 class DataError(TrimtabError, ValueError):
@@ -77,5 +90,6 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     >>> did_you_mean("qurey", ["query", "key", "value"])
     " Did you mean 'query'?"
     """
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    spelt = {one.lower(): one for one in known}
+    near = difflib.get_close_matches(name.lower(), list(spelt), n=1)
+    return f" Did you mean {spelt[near[0]]!r}?" if near else ""

@@ -6,7 +6,7 @@ import inspect
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, did_you_mean
 from ..plans import Budget, Where
 from . import recipe as recipes
 from .recipe import ADAPTERS, Adapter, Rank, Recipe
@@ -107,6 +107,15 @@ def reads_rows(settings: recipes.Where) -> bool:
     return reads_batches(settings.method)
 
 
+def _refuse_unknown_modules(adapter: Adapter, model: nn.Module) -> None:
+    """PEFT passes over a name in ``modules_to_save`` that matches nothing, and the module is not trained."""
+    modules = [name for name, _ in model.named_modules() if name]
+    for name in adapter.modules_to_save or ():
+        if not any(f".{module}".endswith(f".{name}") for module in modules):
+            near = did_you_mean(name, dict.fromkeys(module.rpartition(".")[2] for module in modules))
+            raise ConfigError("adapter.modules_to_save", name, f"no module of this name in the model.{near}")
+
+
 def adapter_config(
     recipe: Recipe,
     model: nn.Module,
@@ -126,6 +135,7 @@ def adapter_config(
     """
     adapter = recipe.adapter
     settings = settings_of(recipe)
+    _refuse_unknown_modules(adapter, model)
     kept = list(dict.fromkeys([*modules_to_save, *(adapter.modules_to_save or ())]))
     values = {"task_type": task_type, **_own_words(adapter), **adapter.options}
     if "modules_to_save" in values:

@@ -51,12 +51,19 @@ class _Commands(click.Group):
         try:
             sys.exit(super().main(*args, **{**extra, "standalone_mode": False}) or 0)
         except (click.Abort, KeyboardInterrupt):
-            _fail("stopped", 130)
+            _fail("stopped", code=130)
+        except click.exceptions.NoArgsIsHelpError as error:  # bare `trimtab` asks for help
+            click.echo(error.ctx.get_help() if error.ctx else "")
+            sys.exit(0)
         except click.ClickException as error:
             where = f" (see `{error.ctx.command_path} --help`)" if getattr(error, "ctx", None) else ""  # type: ignore[attr-defined]
-            _fail(f"{error.format_message()}{where}", 2)
+            keys = " Keys of the recipe have no dashes: train.learning_rate=1e-3"
+            hint = (
+                keys if isinstance(error, click.NoSuchOption) and "possibilities" not in error.format_message() else ""
+            )
+            _fail(f"{error.format_message()}{hint}{where}", code=2)
         except TrimtabError as error:
-            _fail(str(error), 2)
+            _fail(*(map(str, getattr(error, "errors", [error]))), code=2)
         except BrokenPipeError:  # `trimtab … | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
@@ -64,15 +71,16 @@ class _Commands(click.Group):
             from .runfolder import storage_fault
 
             if fault := storage_fault(error):
-                _fail(fault, 2)
+                _fail(fault, code=2)
             text = " ".join(str(error).split()) or type(error).__name__
-            _fail(f"{type(error).__name__}: {text[:300]} (traceback: {_write_log()}, or run with --debug)", 1)
+            _fail(f"{type(error).__name__}: {text[:300]} (traceback: {_write_log()}, or run with --debug)", code=1)
 
 
-def _fail(message: str, code: int) -> NoReturn:
+def _fail(*messages: str, code: int) -> NoReturn:
     if os.environ.get(DEBUG):
         traceback.print_exc()
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+    for message in messages:
+        click.echo(f"error: {' '.join(message.split())}", err=True)
     sys.exit(code)
 
 
@@ -133,7 +141,7 @@ def run(recipe: str, overrides: Sequence[str], overwrite: bool, resume: bool, as
         folder = runs.run(chosen, path, screen, overwrite=overwrite, resume=resume)
     _show_run(folder, as_json)
     if reason := runs.unusable(folder):
-        _fail(reason, 1)
+        _fail(reason, code=1)
 
 
 @cli.command()
@@ -240,7 +248,7 @@ def train(recipe: str, overrides: Sequence[str], overwrite: bool, resume: bool, 
 
         _print(*plan_tables(trained.plan), f"[dim]{folder.adapter}[/]")
     if reason := runs.unusable(folder):
-        _fail(reason, 1)
+        _fail(reason, code=1)
 
 
 @cli.command("eval")
@@ -414,7 +422,7 @@ def tune(recipe: str, settings: Sequence[str], jobs: int, out: Path | None, over
         try:
             found = tuning.tune(recipe, settings, out, screen, jobs=jobs, overwrite=overwrite)
         except tuning.SearchError as error:
-            _fail(str(error), 1)
+            _fail(str(error), code=1)
     if as_json:
         _print_json(found.to_json())
         return

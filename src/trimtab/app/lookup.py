@@ -38,7 +38,19 @@ def parse_yaml(text: str, what: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's idea of a number: ``1e-3`` is one, ``0110`` is text (a layer mask, not an octal)."""
+    """YAML 1.2's idea of a number: ``1e-3`` is one, ``0110`` is text (a layer mask, not an octal). No key stands twice,
+    where plain YAML would take the last one and say nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
+                continue
+            if key.value in seen:
+                problem = f"{key.value!r} stands twice, in line {seen[key.value]} and here; keep one of them"
+                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
+            seen[key.value] = key.start_mark.line + 1
+        return super().construct_mapping(node, deep)
 
 
 _NUMBERS = {
@@ -55,19 +67,45 @@ for _tag, _regex in _NUMBERS.items():
 
 
 @cache
-def dataclass_fields(module: str, name: str) -> dict[str, str]:
-    """Field names and annotations of a dataclass and its bases, read from source: importing transformers
-    or peft takes seconds, reading one file milliseconds. Falls back to the import if there is no source."""
+def _source(module: str) -> list[ast.stmt] | None:
+    """What stands in a module's file: importing transformers or peft takes seconds, reading one file milliseconds.
+    None if there is no source."""
     package, *rest = module.split(".")
     spec = importlib.util.find_spec(package)  # the top package only: this imports nothing
     places = list(spec.submodule_search_locations or ()) if spec else []
     if not places:
         raise ConfigError(package, None, f"the package {package!r} is not installed")
     path = Path(places[0], *rest).with_suffix(".py")
-    if not path.is_file():
+    return ast.parse(path.read_text(encoding="utf-8")).body if path.is_file() else None
+
+
+@cache
+def enum_values(module: str, name: str) -> tuple[str, ...]:
+    """The words of an enumeration, read from source."""
+    body = _source(module)
+    if body is None:
+        return tuple(member.value for member in getattr(import_module(module), name))
+    [found] = (node for node in body if isinstance(node, ast.ClassDef) and node.name == name)
+    values = (node.value for node in found.body if isinstance(node, ast.Assign))
+    return tuple(value.value for value in values if isinstance(value, ast.Constant) and isinstance(value.value, str))
+
+
+@cache
+def dict_keys(module: str, name: str) -> tuple[str, ...]:
+    """The keys of a dict that a module defines, read from source."""
+    for node in _source(module) or ():
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name and isinstance(node.value, ast.Dict):
+            return tuple(str(key.value) for key in node.value.keys if isinstance(key, ast.Constant))
+    return tuple(getattr(import_module(module), name))
+
+
+@cache
+def dataclass_fields(module: str, name: str) -> dict[str, str]:
+    """Field names and annotations of a dataclass and its bases, read from source."""
+    body = _source(module)
+    if body is None:
         found = getattr(import_module(module), name)
         return {field.name: str(field.type) for field in dataclasses.fields(found) if field.init}
-    body = ast.parse(path.read_text(encoding="utf-8")).body
     classes = {node.name: node for node in body if isinstance(node, ast.ClassDef)}
     fields: dict[str, str] = {}
     for base in classes[name].bases:

@@ -6,15 +6,21 @@ Nothing here knows a task or a model by name: what the head needs comes from the
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import json
+import socket
+import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from ..errors import ConfigError, ModelError, TrimtabError, did_you_mean
 
@@ -93,6 +99,8 @@ def load_config(spec: ModelSpec, task: Task | None = None) -> PretrainedConfig:
                 config = copy.deepcopy(_gguf_config(str(file), file.stat().st_mtime_ns))
                 config.update({**overrides, **labels})
             else:
+                if overrides:
+                    _refuse_unknown(overrides, AutoConfig.from_pretrained(source, **kwargs))
                 config = AutoConfig.from_pretrained(source, **kwargs, **{**overrides, **labels})
     if task is not None and _fits_several_kinds(task):
         task.adjust_to(config)
@@ -338,8 +346,10 @@ def _local(name: str, key: str, gguf_file: str | None = None) -> str:
 def _one_line(spec: ModelSpec, key: str = "model.name_or_path") -> Iterator[None]:
     """Turns what transformers raises for a missing, foreign or unreadable model into one line."""
     value = getattr(spec, key.partition(".")[2])
+    is_local = value is not None and Path(value).expanduser().exists()
     try:
-        yield
+        with contextlib.nullcontext() if is_local else offline_without_hub():
+            yield
     except TrimtabError:
         raise
     except Exception as error:  # damaged files raise nearly anything: SafetensorError, UnpicklingError, bare Exception
@@ -352,6 +362,38 @@ def _one_line(spec: ModelSpec, key: str = "model.name_or_path") -> Iterator[None
         elif isinstance(error, ImportError) and "gguf" in text.lower():
             text = "reading GGUF files needs the gguf package: pip install 'trimtab[gguf]'"
         raise ModelError(f"{key}={value!r}: {text}") from error
+
+
+@contextmanager
+def offline_without_hub() -> Iterator[None]:
+    """Libraries look into their caches alone where the hub cannot be reached: they would try six times for each file,
+    half a minute in all, to say so. Behind a proxy only they can tell."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or getproxies() or _reaches(constants.ENDPOINT, int(time.monotonic()) // 60):
+        yield
+        return
+    datasets = sys.modules.get("datasets")
+    places = [constants, *([datasets.config] if datasets is not None else [])]
+    try:
+        for place in places:
+            place.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
+        yield
+    finally:
+        for place in places:
+            place.HF_HUB_OFFLINE = False  # type: ignore[attr-defined]
+
+
+@lru_cache(maxsize=1)
+def _reaches(endpoint: str, minute: int) -> bool:
+    """Whether somebody listens there. Asked once a minute."""
+    place = urlsplit(endpoint)
+    try:
+        port = place.port or (80 if place.scheme == "http" else 443)
+        socket.create_connection((place.hostname or "", port), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def _flat(error: Exception) -> str:
@@ -403,6 +445,15 @@ def _inline(spec: ModelSpec) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     if spec.name_or_path is None:
         raise ConfigError("model.config", spec.config, "needs a model_type (llama, bert, deberta-v2, …)")
     return None, config
+
+
+def _refuse_unknown(overrides: dict[str, Any], config: PretrainedConfig) -> None:
+    """A misspelt override would be passed over, and the model be the checkpoint's."""
+    known = {*config.to_dict(), *config.attribute_map, *_OLD_KEYS, *inspect.signature(type(config)).parameters}
+    for key, value in overrides.items():
+        if key not in known and not hasattr(config, key):
+            near = did_you_mean(key, known)
+            raise ConfigError(f"model.config.{key}", value, f"a {config.model_type} config has no such key.{near}")
 
 
 def _config_of(whole: dict[str, Any], origin: Any, labels: dict[str, Any]) -> PretrainedConfig:

@@ -6,6 +6,7 @@ Parameters are those of adapters; a new head, which every method trains alike, i
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -358,7 +359,11 @@ def _rows_on_the_hub(recipe: Recipe, task: Task) -> int | None:
 
 def load_rows(recipe: Recipe, task: Task) -> DatasetDict:
     """The task's raw rows; with ``data.held_out`` the training rows alone, a part of them to be scored."""
-    rows = task.load_data(recipe.data.to_load)
+    from .models import offline_without_hub
+
+    has_files = any(getattr(recipe.data, split) for split in recipes.FILES)
+    with contextlib.nullcontext() if has_files else offline_without_hub():
+        rows = task.load_data(recipe.data.to_load)
     if recipe.data.held_out is None or "train" not in rows:
         return rows
     from datasets import DatasetDict

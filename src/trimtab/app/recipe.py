@@ -6,17 +6,19 @@ Keys are checked before anything heavy is imported, those of `TrainingArguments`
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
 
-from ..errors import ConfigError, did_you_mean
+from ..errors import ConfigError, RecipeError, did_you_mean
 from ..train.rates import check_rates
 from ..where import METHODS
 from ..where import check_name as check_method
+from . import foreign, trainer_settings
 from .lookup import PACKAGE_PREFIX, dataclass_fields, find_file, find_rows, parse_yaml
 
 
@@ -228,7 +230,7 @@ class Recipe(_Section):
     """Multiples of ``train.learning_rate`` by role: A, B, vectors, head."""
     export: Export = Export()
     output_dir: str | None = None
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
 
     def to_yaml(self) -> str:
         """The recipe with nothing left out that was set, defaults included for what this version knows."""
@@ -280,9 +282,29 @@ _INSTEAD = {
     ("adaption_prompt", "target_modules"): "; it takes the attention of the last adapter_layers layers",
     ("adaption_prompt", "modules_to_save"): "; PEFT saves the prompts alone",
 }
+_DTYPES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
+# What people call an adapter type that is one of ours with a setting.
+_TYPES = {
+    "qlora": "lora, with model.quantization: {load_in_4bit: true}",
+    "dora": "lora, with adapter.use_dora: true",
+    "rslora": "lora, with adapter.use_rslora: true",
+    "pissa": "lora, with adapter.init: pissa",
+    "elora": "vera",
+    "houlsby": "bottleneck, with adapter.variant: houlsby",
+    "pfeiffer": "bottleneck, with adapter.variant: pfeiffer",
+    "llama_adapter": "adaption_prompt",
+    "llama-adapter": "adaption_prompt",
+    **{name: f"lora, with rank.method: {name}" for name in ("adalora", "salientlora", "sora")},
+    "aflora": "lora, with freeze.method: aflora",
+}
 # Set by Trimtab from other parts of the recipe.
 _ELSEWHERE = {
-    "train": {"output_dir": "output_dir", "seed": "seed", "data_seed": "seed"},
+    "train": {
+        "output_dir": "output_dir",
+        "seed": "seed",
+        "data_seed": "seed",
+        "resume_from_checkpoint": "--resume, on the command line",
+    },
     "adapter": dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern", "where"), "where"),
 }
 
@@ -305,13 +327,17 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
         data, folder = _read_yaml(Path(source)), Path(source).resolve().parent
     for text in overrides:
         _override(data, text)
+    if strange := list(_strange_keys(data)):
+        raise strange[0] if len(strange) == 1 else RecipeError(strange)
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
         raise _first_problem(error) from None
     _check_adapter(recipe.adapter)
     _check_where(recipe.where)
-    train = {key: _checked_train_value(key, value) for key, value in recipe.train.items()}
+    train = {key: trainer_settings.check(key, value) for key, value in recipe.train.items()}
+    for key in recipe.train:
+        _refuse_if_elsewhere("train", key, recipe.train[key])
     rates = None if recipe.rates is None else check_rates(recipe.rates)
     return recipe.model_copy(update={"train": train, "rates": rates, **_resolve_paths(recipe, folder)})
 
@@ -334,9 +360,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _override(data: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise ConfigError("override", text, "must read key=value, for example where.ratio=0.5")
+    key = key.strip()
     *parents, last = key.split(".")
+    if not equals or not all((*parents, last)):
+        raise ConfigError("override", text, "must read key=value, for example where.ratio=0.5")
     for name in parents:
         below = data.get(name)
         if isinstance(below, str) and name in Recipe.model_fields:  # `rank: adalora`, then rank.target_r=4
@@ -364,20 +391,17 @@ def _section_class(section: str) -> type[_Section]:
 
 def _first_problem(error: ValidationError) -> ConfigError:
     """pydantic's first complaint as one line with the dotted key, the value, and what would work."""
-    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    problems = error.errors()
     first = problems[0]
     key, value, kind = _key(first["loc"]), first["input"], first["type"]
-    section, _, name = key.rpartition(".")
-    if kind == "extra_forbidden":
-        known = list((_section_class(section) if section else Recipe).model_fields)
-        return unknown_key(key, value, [*known, *_placed_below(name)] if not section else known)
+    section = key.rpartition(".")[0]
     if kind == "missing":
         return ConfigError(key, None, f"missing; {section or 'every recipe'} needs it")
     if kind == "model_type":
         return ConfigError(key, value, "must hold keys and values")
     if kind == "literal_error" and len(problems) == 1:
         choices = re.findall(r"'([^']*)'", first["ctx"]["expected"])
-        near = did_you_mean(str(value), choices)
+        near = did_you_mean(_DTYPES.get(str(value), str(value)), choices)
         return ConfigError(key, value, f"must be one of {', '.join(choices)}.{near}")
     if key == "where.ratio":
         return ConfigError(key, value, "must be above 0 and at most 1 (0.5 adapts half of the layers)")
@@ -399,12 +423,53 @@ def _key(place: tuple[int | str, ...]) -> str:
     return f"{place[0]}.{place[1]}"
 
 
-def _placed_below(name: str) -> list[str]:
-    """``where.ratio`` for ``ratio``: keys that a user may have meant when the section was forgotten."""
-    placed = [f"{s}.{name}" for s in Recipe.model_fields if name in _section_class(s).model_fields]
-    if name in dataclass_fields("transformers.training_args", "TrainingArguments"):
-        placed.append(f"train.{name}")
-    return placed
+def _strange_keys(data: Mapping[str, Any]) -> Iterator[ConfigError]:
+    """Keys that nobody knows, wherever they stand, each with the one that may have been meant."""
+    for key, value in data.items():
+        if key not in Recipe.model_fields:
+            yield _strange(str(key), value, Recipe.model_fields)
+        elif key == "train" and isinstance(value, Mapping):
+            for name, below in value.items():
+                if name not in trainer_settings.fields() and name not in _ELSEWHERE["train"]:
+                    yield _strange(f"train.{name}", below, trainer_settings.fields())
+        elif key == "adapter" and isinstance(value, Mapping):
+            yield from _strange_adapter_keys(value)
+        elif isinstance(value, Mapping) and (known := _section_class(key)).model_config.get("extra") == "forbid":
+            for name, below in value.items():
+                if known.model_fields and name not in known.model_fields:
+                    yield _strange(f"{key}.{name}", below, known.model_fields)
+
+
+def _strange_adapter_keys(adapter: Mapping[str, Any]) -> Iterator[ConfigError]:
+    kind = adapter.get("type", Adapter.model_fields["type"].default)
+    if not isinstance(kind, str) or kind not in ADAPTERS:
+        return
+    module, name, words = ADAPTERS[kind]
+    known = {"type", *words, *dataclass_fields(module, name), *Adapter.model_fields, *_ELSEWHERE["adapter"]}
+    for key, value in adapter.items():
+        if key not in known:
+            yield _strange(f"adapter.{key}", value, known)
+
+
+def _strange(key: str, value: Any, known: Iterable[str]) -> ConfigError:
+    name = key.rpartition(".")[2]
+    every = every_key()
+    if told := foreign.ours(key, every):
+        return ConfigError(key, value, f"no such key; {told}" if told.startswith("leave") else f"no such key. {told}")
+    below = [place for place in every if place.rpartition(".")[2] == name] if "." not in key else []
+    return unknown_key(key, value, [*known, *below])
+
+
+@cache
+def every_key() -> frozenset[str]:
+    """Every key that a recipe has under any adapter, dotted; without the settings of tasks and methods."""
+    sections = {section: _section_class(section).model_fields for section in Recipe.model_fields}
+    below = {f"{section}.{name}" for section, names in sections.items() for name in names}
+    train = {f"train.{name}" for name in trainer_settings.fields() if name not in _ELSEWHERE["train"]}
+    adapter = {f"adapter.{name}" for name in dataclass_fields(*ADAPTERS["lora"][:2])}
+    return frozenset(
+        {*Recipe.model_fields, *below, *train, *adapter, "task.max_length", "task.text", "task.label", "task.labels"}
+    )
 
 
 def unknown_key(key: str, value: Any, known: Iterable[str]) -> ConfigError:
@@ -419,7 +484,8 @@ def unknown_key(key: str, value: Any, known: Iterable[str]) -> ConfigError:
 
 def _check_adapter(adapter: Adapter) -> None:
     if adapter.type not in ADAPTERS:
-        near = did_you_mean(adapter.type, ADAPTERS)
+        instead = _TYPES.get(adapter.type.lower())
+        near = f" Did you mean {instead}?" if instead else did_you_mean(adapter.type, ADAPTERS)
         raise ConfigError("adapter.type", adapter.type, f"must be one of {', '.join(ADAPTERS)}.{near}")
     module, name, words = ADAPTERS[adapter.type]
     fields = dataclass_fields(module, name)
@@ -430,10 +496,40 @@ def _check_adapter(adapter: Adapter) -> None:
         _refuse_if_elsewhere("adapter", key, value)
         if key not in fields:
             raise unknown_key(f"adapter.{key}", value, ["type", *words, *fields])
+        _check_adapter_value(key, value, fields[key])
+    _check_targets(adapter.target_modules)
+    if adapter.type in ("lora", "vera"):
+        _check_adapter_value("init", adapter.init, fields[words["init"]])
     for ours in Adapter.model_fields:
         if ours in adapter.model_fields_set and ours not in ("type", *words):
             cure = f"{adapter.type} has no such setting{_INSTEAD.get((adapter.type, ours), '')}"
             raise ConfigError(f"adapter.{ours}", getattr(adapter, ours), cure)
+
+
+def _check_adapter_value(key: str, value: Any, kind: str) -> None:
+    """Of PEFT's fields those that are one of some words, or true or false: PEFT itself takes anything for true."""
+    words = re.findall(r"'([^']*)'", kind) if "Literal[" in kind else []
+    can_be = set(re.findall(r"\w+", re.sub(r"Literal\[[^]]*\]", "", kind.replace("[number of iters]", ""))))
+    if isinstance(value, str) and words and "str" not in can_be:
+        if not any(
+            value == word or (value.startswith(word.partition("[")[0] or "?") and "[" in word) for word in words
+        ):
+            raise ConfigError(
+                f"adapter.{key}", value, f"must be one of {', '.join(words)}.{did_you_mean(value, words)}"
+            )
+    elif can_be == {"bool"} and not isinstance(value, bool):
+        raise ConfigError(f"adapter.{key}", value, "must be true or false")
+
+
+def _check_targets(targets: list[str] | str | None) -> None:
+    if targets == []:
+        raise ConfigError("adapter.target_modules", targets, "names nothing; leave it out for PEFT's own choice")
+    if isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            cure = f"not a regex ({error}); names go into a list: [q_proj, v_proj]; for all linears: all-linear"
+            raise ConfigError("adapter.target_modules", targets, cure) from None
 
 
 def _check_where(where: Where | None) -> None:
@@ -442,7 +538,7 @@ def _check_where(where: Where | None) -> None:
     check_method(where.method)
     if where.method in METHODS:
         for key, value in where.options.items():
-            raise unknown_key(f"where.{key}", value, Where.model_fields)
+            raise _strange(f"where.{key}", value, Where.model_fields)
     sizes = {key: getattr(where, key) for key in ("ratio", "count") if getattr(where, key) is not None}
     if where.method == "mask":
         if where.mask is None:
@@ -455,26 +551,11 @@ def _check_where(where: Where | None) -> None:
         raise ConfigError("where.count", where.count, f"where.ratio={where.ratio} is set too; keep one of them")
 
 
-def _checked_train_value(key: str, value: Any) -> Any:
-    fields = dataclass_fields("transformers.training_args", "TrainingArguments")
-    _refuse_if_elsewhere("train", key, value)
-    if key not in fields:
-        raise unknown_key(f"train.{key}", value, fields)
-    kind = fields[key]
-    if isinstance(value, str) and re.search(r"\b(float|int)\b", kind) and "str" not in kind:
-        try:
-            return float(value) if "float" in kind else int(value)
-        except ValueError:
-            raise ConfigError(f"train.{key}", value, "must be a number") from None
-    if isinstance(value, str) and kind in ("bool", "bool | None"):
-        raise ConfigError(f"train.{key}", value, "must be true or false")
-    return value
-
-
 def _refuse_if_elsewhere(section: str, key: str, value: Any) -> None:
     place = _ELSEWHERE[section].get(key)
     if place:
-        raise ConfigError(f"{section}.{key}", value, f"Trimtab sets this; the recipe's own key is {place}")
+        where = "give" if place.startswith("--") else "the recipe's own key is"
+        raise ConfigError(f"{section}.{key}", value, f"Trimtab sets this; {where} {place}")
 
 
 def _resolve_paths(recipe: Recipe, folder: Path | None) -> dict[str, Any]:

@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, did_you_mean
 from ..plans import Plan, SitePlan, Where
-from . import loading, model_facts, models, runfolder
+from . import loading, model_facts, models, runfolder, trainer_settings
 from . import recipe as recipes
 from .adapting import adapter_config, choose_own, choose_without_data, reads_rows
 from .planning import horizon_of, load_rows, model_spec, plan_of_run, plan_recipe, with_layer_ratio
@@ -86,6 +86,7 @@ def load(recipe: Recipe, screen: Screen) -> Job:
     A dry run comes first: targets that match nothing, a schedule that does not fit and the like are refused
     before any weights are read.
     """
+    trainer_settings.check_machine(recipe.train)
     from transformers import set_seed
 
     from .tasks import get_task
@@ -94,7 +95,7 @@ def load(recipe: Recipe, screen: Screen) -> Job:
         task = get_task(recipe.require_task().model_dump())
         spec = model_spec(recipe)
         bar = stage.bar(None, "data")
-        training_arguments(recipe, task, Path())
+        training_arguments(recipe, task, Path())  # before rows and weights are read
         rows = load_rows(recipe, task)
         if "train" in rows:
             n = len(rows["train"]) if getattr(task, "counts_rows", True) else None
@@ -247,9 +248,10 @@ def make_trainer(
     # While training, one split is watched, and where there is another never the one for testing.
     watched = next((name for name in splits if not name.startswith("test")), splits[0] if splits else None)
     args = training_arguments(job.recipe, job.task, folder.checkpoints, has_eval=bool(splits))
-    trainer = Trainer(
+    trainer = _reaching_the_hub(
+        args,
+        Trainer,
         model=model,
-        args=args,
         train_dataset=job.ready.get("train"),
         eval_dataset=job.ready[watched] if watched else None,
         data_collator=job.task.collator(job.tokenizer),
@@ -269,6 +271,17 @@ def make_trainer(
     return trainer
 
 
+def _reaching_the_hub(args: TrainingArguments, make: Callable[..., Trainer], **parts: Any) -> Trainer:
+    """A Trainer that pushes makes its repository at once; what the hub says to that is one line."""
+    try:
+        return make(args=args, **parts)
+    except Exception as error:
+        if not args.push_to_hub:
+            raise
+        text = " ".join(str(error).split())[:300]
+        raise ConfigError("train.push_to_hub", True, f"{text} (is there a token, and a way to the hub?)") from error
+
+
 def _optimizer(model: nn.Module, args: TrainingArguments, rates: Mapping[str, float]) -> tuple[type, dict[str, Any]]:
     """What the Trainer would take by itself, with groups by role in place of its own."""
     import torch
@@ -285,25 +298,82 @@ def _optimizer(model: nn.Module, args: TrainingArguments, rates: Mapping[str, fl
 
 
 def training_arguments(recipe: Recipe, task: Task, output_dir: Path, *, has_eval: bool = True) -> TrainingArguments:
-    """`TrainingArguments` from the recipe's ``train``, over `TRAIN_DEFAULTS`."""
+    """`TrainingArguments` from the recipe's ``train``, over `TRAIN_DEFAULTS`.
+
+    Raises:
+        ConfigError: a field cannot be, alone or together with others.
+    """
     import torch
-    from transformers import TrainingArguments
 
     values = {**TRAIN_DEFAULTS, **recipe.train}
     if not has_eval and "eval_strategy" not in recipe.train:
         values["eval_strategy"] = "no"
-    if (values.get("load_best_model_at_end") or recipe.early_stopping) and "metric_for_best_model" not in values:
-        watched = getattr(task, "training_metric", None)  # a score that needs generation is not known while training
-        better = getattr(task, "greater_is_better", True)
-        values |= {"metric_for_best_model": watched or task.metric, "greater_is_better": better and not watched}
     if recipe.early_stopping and has_eval and values["eval_strategy"] == "no":
         stopping = recipe.early_stopping.model_dump()
         raise ConfigError("early_stopping", stopping, "nothing is scored while training: train.eval_strategy=no")
+    trainer_settings.check_together(values)
+    values |= _what_is_best(values, task, bool(recipe.early_stopping))
     values.setdefault("dataloader_pin_memory", torch.cuda.is_available())
+    given = {"output_dir": str(output_dir), "seed": recipe.seed, "disable_tqdm": True}
     try:
-        return TrainingArguments(output_dir=str(output_dir), seed=recipe.seed, disable_tqdm=True, **values)
-    except (TypeError, ValueError) as error:
-        raise ConfigError("train", recipe.train, " ".join(str(error).split())) from None
+        return _made(given | values)
+    except (TypeError, ValueError, ImportError) as error:
+        text = " ".join(str(error).split())
+        key = _at_fault(given | values, recipe.train, text)
+        raise ConfigError(f"train.{key}", recipe.train[key], text) from None
+
+
+def _made(values: Mapping[str, Any]) -> TrainingArguments:
+    from transformers import Trainer, TrainingArguments
+
+    args = TrainingArguments(**values)
+    try:  # whether the optimizer's package is there
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except (ImportError, ValueError) as error:
+        if "pass a" not in str(error):  # some ask the model, which is not there yet
+            raise
+    return args
+
+
+def _at_fault(values: Mapping[str, Any], train: Mapping[str, Any], text: str) -> str:
+    """The key of ``train`` without which there would be no error; of several the one that the error names."""
+    found = []
+    for key in train:
+        try:
+            _made({name: value for name, value in values.items() if name != key})
+            found.append(key)
+        except (TypeError, ValueError, ImportError) as error:
+            if " ".join(str(error).split()) != text:
+                found.append(key)
+    named = [key for key in found if key in text]
+    return next(iter([*named, *found[::-1], *train]))
+
+
+def _what_is_best(values: Mapping[str, Any], task: Task, stops_early: bool) -> dict[str, Any]:
+    """By which score the best checkpoint is told: the headline one that is taken while training, as it is called there.
+
+    Raises:
+        ConfigError: the recipe names one that the task does not take.
+    """
+    metric = values.get("metric_for_best_model")
+    wants_one = values.get("load_best_model_at_end") or values["save_strategy"] == "best"
+    if metric is None and not wants_one and not stops_early:
+        return {}
+    while_training = getattr(task, "training_metric", None)
+    scores = [*(getattr(task, "scores", None) or (_OF_ANSWERS if while_training else ())), "loss"]
+    name = (metric or while_training or task.metric).removeprefix("eval_")
+    if name not in scores and len(scores) > 1:  # what a task of one's own takes, only that task knows
+        near = did_you_mean(name, scores)
+        raise ConfigError("train.metric_for_best_model", metric, f"must be one of {', '.join(scores)}.{near}")
+    greater = values.get("greater_is_better")
+    if greater is None:
+        headline = bool(getattr(task, "greater_is_better", True))
+        greater = headline if name == task.metric else not name.endswith(_LOWER)
+    return {"metric_for_best_model": name, "greater_is_better": greater}
+
+
+_OF_ANSWERS = ("answer_loss", "perplexity", "token_accuracy")
+_LOWER = ("loss", "mse", "perplexity")
 
 
 def _split(job: Job, name: str) -> Dataset:

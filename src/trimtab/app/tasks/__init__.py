@@ -54,6 +54,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ...errors import ConfigError, did_you_mean
 from ...registry import announced, imported
+from .. import foreign
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -199,10 +200,12 @@ def get_task(spec: Mapping[str, Any]) -> Task:
         for key in options:
             if key not in settings:
                 others = [s for s in settings if s != "name"]
+                told = foreign.ours(f"task.{key}", [f"task.{other}" for other in others])
+                near = f" {told}" if told else did_you_mean(key, others)
                 raise ConfigError(
                     f"task.{key}",
                     options[key],
-                    f"task {name!r} has no such setting.{did_you_mean(key, others)} It has {', '.join(others)}",
+                    f"task {name!r} has no such setting.{near} It has {', '.join(others)}",
                 )
     try:  # bound first, so that a TypeError inside a user's function keeps its own traceback
         inspect.signature(maker).bind(**options)
