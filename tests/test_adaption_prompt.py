@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 import tiny
 import trimtab
-from tasks.tiny import byte_model, byte_tokenizer, write_jsonl
+from tasks.stand_ins import byte_model, byte_tokenizer, write_jsonl
 from test_run import read
 from test_run import trimtab as command
 from trimtab.adapters.prompts import check

@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModel
 
-from tasks.tiny import write_jsonl
+from tasks.stand_ins import write_jsonl
 from test_run import paraphrases, write_recipe
 from trimtab.app import cli as command_line
 from trimtab.app.cli import cli

@@ -10,7 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from tasks.tiny import byte_model, byte_tokenizer, write_jsonl
+from tasks.stand_ins import byte_model, byte_tokenizer, write_jsonl
 from test_run import write_recipe
 from trimtab.app import harness
 from trimtab.app.cli import cli

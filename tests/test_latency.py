@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from tasks.tiny import tiny_config
+from tasks.stand_ins import tiny_config
 from test_run import trimtab
 from trimtab.app import latency, recipe
 

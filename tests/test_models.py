@@ -26,7 +26,7 @@ from transformers import (
 )
 
 import tiny
-from tasks.tiny import WORDS, decoder_tokenizer, encoder_tokenizer, tiny_config
+from tasks.stand_ins import WORDS, decoder_tokenizer, encoder_tokenizer, tiny_config
 from trimtab.app import model_facts, models
 from trimtab.app.model_facts import pool_of
 from trimtab.app.models import (

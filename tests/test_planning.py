@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoConfig
 
 import trimtab
-from tasks.tiny import tiny_config, write_jsonl
+from tasks.stand_ins import tiny_config, write_jsonl
 from trimtab.app import planning, recipe
 from trimtab.app.models import meta_model
 from trimtab.errors import BudgetError, ConfigError, ModelError

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from transformers import AutoModel, Trainer
 
-from tasks.tiny import WORDS, encoder_tokenizer, tiny_config, write_jsonl
+from tasks.stand_ins import WORDS, encoder_tokenizer, tiny_config, write_jsonl
 from trimtab.app import run as runs
 from trimtab.app.cli import cli
 from trimtab.plans import Plan

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
 
-from tasks.tiny import write_jsonl
+from tasks.stand_ins import write_jsonl
 from test_cli import one_line_error
 from test_run import write_recipe
 from trimtab.app import planning, tune

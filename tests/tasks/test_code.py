@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from tasks.tiny import Reciter, byte_model, byte_tokenizer, data_pack, write_jsonl
+from tasks.stand_ins import Reciter, byte_model, byte_tokenizer, data_pack, write_jsonl
 from trimtab.app.tasks import get_task, sandbox
 from trimtab.app.tasks.code import pass_at_k
 from trimtab.errors import ConfigError, DataError

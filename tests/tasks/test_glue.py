@@ -8,7 +8,7 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from transformers import AutoModelForSequenceClassification
 
-from tasks.tiny import data_pack, encoder_tokenizer, tiny_config, write_jsonl
+from tasks.stand_ins import data_pack, encoder_tokenizer, tiny_config, write_jsonl
 from trimtab.app.tasks import GLUE_NAMES, get_task
 from trimtab.app.tasks.glue import KINDS
 from trimtab.errors import ConfigError, DataError

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
-from tasks.tiny import byte_model, byte_tokenizer, data_pack, decoder_tokenizer, tiny_config, write_jsonl
+from tasks.stand_ins import byte_model, byte_tokenizer, data_pack, decoder_tokenizer, tiny_config, write_jsonl
 from trimtab.app.models import ModelSpec, load_config, load_model
 from trimtab.app.tasks import get_task
 from trimtab.app.tasks.answering import answer_scores, answer_sums

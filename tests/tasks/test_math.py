@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tasks.tiny import Reciter, byte_model, byte_tokenizer, data_pack, write_jsonl
+from tasks.stand_ins import Reciter, byte_model, byte_tokenizer, data_pack, write_jsonl
 from trimtab.app.tasks import get_task
 from trimtab.app.tasks.math import flexible_answer, gold_of, is_same, number_of, strict_answer
 from trimtab.errors import ConfigError

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tasks.tiny import data_pack
+from tasks.stand_ins import data_pack
 from trimtab.app.tasks import confine, sandbox
 from trimtab.app.tasks.sandbox import Isolation, Limits, run_program, run_programs
 from trimtab.errors import ConfigError

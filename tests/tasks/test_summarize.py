@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from tasks.tiny import Reciter, byte_model, byte_tokenizer, data_pack, decoder_tokenizer, write_jsonl
+from tasks.stand_ins import Reciter, byte_model, byte_tokenizer, data_pack, decoder_tokenizer, write_jsonl
 from trimtab.app.models import ModelSpec, load_config
 from trimtab.app.tasks import get_task
 from trimtab.app.tasks.summarize import by_sentences, first_tokens, rouge

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tasks.tiny import data_pack, write_jsonl
+from tasks.stand_ins import data_pack, write_jsonl
 from trimtab.app.tasks.data import DataSpec, column
 from trimtab.app.tasks.files import read_file, read_files
 from trimtab.errors import ConfigError, DataError

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModel, Trainer, TrainingArguments
 
-from tasks.tiny import encoder_tokenizer, tiny_config, write_jsonl
+from tasks.stand_ins import encoder_tokenizer, tiny_config, write_jsonl
 from trimtab.app.models import ModelSpec, load_model, load_tokenizer
 from trimtab.app.tasks import get_task
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from tasks.tiny import data_pack, encoder_tokenizer, write_jsonl
+from tasks.stand_ins import data_pack, encoder_tokenizer, write_jsonl
 from trimtab.app.tasks import get_task
 from trimtab.errors import ConfigError, DataError
 

@@ -8,7 +8,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoProcessor, Trainer, TrainingArguments
 
-from tasks.tiny import Reciter, byte_model, byte_tokenizer, data_pack, llava_model, llava_processor, png, write_jsonl
+from tasks.stand_ins import (
+    Reciter,
+    byte_model,
+    byte_tokenizer,
+    data_pack,
+    llava_model,
+    llava_processor,
+    png,
+    write_jsonl,
+)
 from trimtab.app.model_facts import unread_outputs
 from trimtab.app.models import ModelSpec, load_model, load_tokenizer
 from trimtab.app.tasks import get_task

@@ -77,9 +77,12 @@ def byte_model(kind: str = "llama", **more):
 
 def llava_processor():
     """Four patches an image, one token a byte."""
-    from transformers import CLIPImageProcessorPil, LlavaProcessor
+    import transformers
+    from transformers import LlavaProcessor
 
-    images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    # the first of transformers 5 call the class that needs Pillow alone by its old name
+    clip = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+    images = clip(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     return LlavaProcessor(
         image_processor=images,
         tokenizer=byte_tokenizer(),
