@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from huggingface_hub import constants
 
-from tasks.tiny import WORDS
+from tasks.stand_ins import WORDS
 from test_run import tiny_model
 from trimtab.app import trainer_settings
 from trimtab.app.cli import cli

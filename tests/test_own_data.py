@@ -10,7 +10,7 @@ import yaml
 from click.testing import CliRunner
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from tasks.tiny import byte_model, byte_tokenizer, write_jsonl
+from tasks.stand_ins import byte_model, byte_tokenizer, write_jsonl
 from test_run import tiny_model
 from trimtab.app.cli import cli
 

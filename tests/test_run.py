@@ -201,7 +201,7 @@ def test_scores_of_a_base_are_not_taken_for_those_of_another(tmp_path):
 
 def test_a_run_that_ends_in_nan_says_so_and_keeps_its_scores(tmp_path):
     recipe = write_recipe(tmp_path, where=None)
-    settings = ["train.max_steps=3", "train.learning_rate=1e38", "train.max_grad_norm=0"]
+    settings = ["train.max_steps=3", "train.learning_rate=1e37", "train.max_grad_norm=0"]
     shown = trimtab("run", recipe, *settings, code=1)
     assert math.isnan(json.loads((tmp_path / "run" / "metrics.json").read_text())["metrics"]["loss"])
     assert "NaN" in shown.stdout

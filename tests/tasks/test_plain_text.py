@@ -2,7 +2,7 @@
 
 import pytest
 
-from tasks.tiny import byte_model, byte_tokenizer, tiny_config, write_jsonl
+from tasks.stand_ins import byte_model, byte_tokenizer, tiny_config, write_jsonl
 from trimtab.app.tasks import get_task
 from trimtab.errors import TrimtabError
 
