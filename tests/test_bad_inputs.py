@@ -274,7 +274,7 @@ RECIPES = [
     ("model: m\ntask: [glue/rte]\n", "must hold keys and values"),
     ("model: m\ndata: train.csv\n", "must hold keys and values"),
     ("model: m\ntrain: [learning_rate]\n", "must be keys and values"),
-    ("model: model\nwhere: maybe\n", "must be one of cka, uniform"),
+    ("model: model\nwhere: maybe\n", "must be one of cka, gradient"),
     ("model: m\n".encode("utf-16"), "must be a text file in UTF-8"),
     (bytes(range(256)), "must be a text file in UTF-8"),
 ]

@@ -352,6 +352,20 @@ def test_select_then_train_takes_the_selection_as_it_is(tmp_path):
     assert {site["site"]["block"] for site in plan["sites"]} == {3}
 
 
+@pytest.mark.parametrize("method", ["gradient", "fisher", "influence"])
+def test_every_measured_selection_goes_from_the_command_to_its_report(tmp_path, method):
+    recipe = write_recipe(
+        tmp_path, where={"method": method, "ratio": 0.5, "samples": 16}, train={"max_steps": 2, "use_cpu": True}
+    )
+    chosen = json.loads(trimtab("select", recipe, "--json").stdout)
+    importance = chosen["scores"]["stacks"]["encoder.layer"]["importance"]
+    best = sorted(sorted(range(4), key=lambda layer: -importance[layer])[:2])
+    assert [i for i, c in enumerate(chosen["stacks"]["encoder.layer"]) if c == "1"] == best
+    trimtab("run", recipe)
+    assert read(tmp_path / "run", "where.json") == chosen
+    assert f"{method.capitalize()} chose 2 of 4 layers" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_a_selection_of_another_recipe_is_made_again(tmp_path):
     recipe = write_recipe(tmp_path, train={"max_steps": 1, "use_cpu": True})
     trimtab("select", recipe)

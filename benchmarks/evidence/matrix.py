@@ -86,16 +86,19 @@ class Run:
 # At LoRA's own rate: the first ones answer whether a method can be swapped in, the others what its parts do.
 FIRST = ("lora-r8", "salientlora", "adalora", "cka-salientlora", "composition")
 SWAPPED = (*FIRST, "cka-lora", "random-lora", "lora-r4", "budget", "uniform-lora", "lora-r2", "aflora", "aflora-late",
-           "composition-late", "peft-adalora", "sora")  # fmt: skip
+           "composition-late", "peft-adalora", "sora", "gradient-lora", "fisher-lora", "influence-lora")  # fmt: skip
+# On the other tasks: whether what SST-2 says of layers and of freezing holds there, too.
+PARTS = (*FIRST, "cka-lora", "random-lora", "uniform-lora", "influence-lora", "aflora", "aflora-late", "lora-r4",
+         "lora-r2")  # fmt: skip
 
 TASKS = {
     task.name: task
     for task in (
         Task("sst2", "SST-2", 6000, 1, 2400, swapped=SWAPPED),
-        Task("stsb", "STS-B", 3000, 2, 1800),
-        Task("mrpc", "MRPC", 3668, 2, 1800),
-        Task("cola", "CoLA", 6000, 3, 3600),
-        Task("rte", "RTE", 2490, 3, 1500),
+        Task("stsb", "STS-B", 3000, 2, 1800, swapped=PARTS),
+        Task("mrpc", "MRPC", 3668, 2, 1800, swapped=PARTS),
+        Task("cola", "CoLA", 6000, 3, 3600, swapped=PARTS),
+        Task("rte", "RTE", 2490, 3, 1500, swapped=PARTS),
         Task("sst2-first", "SST-2, the file's first rows", 6000, 1, 0, ("data.sample_seed=first",),
              swapped=FIRST, tuned=False, folder="sst2"),
     )
@@ -132,6 +135,8 @@ ROWS = {
             note="r 12 → 8, alpha 8, its own start; rates as for the rest"),
         Row("sora", "SoRA from r 8", ("rank={method: sora, prox_threshold: 2e-3}",),
             note="its threshold decides the size; on SST-2, with 375 steps, this one brings no gate to zero"),
+        *(Row(f"{name}-lora", f"{name} half × LoRA r 8", (f"where={{method: {name}, ratio: 0.5, samples: 1024}}",))
+          for name in ("gradient", "fisher", "influence")),
         Row("last-lora", "last half × LoRA r 8", ("where={method: last, ratio: 0.5}",)),
         Row("full", "full fine-tuning", kind="full", rate_factor=0.05, core=False),
         Row("dora", "DoRA r 8", ("adapter.use_dora=true",), core=False),

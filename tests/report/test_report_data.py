@@ -76,9 +76,9 @@ def test_speeds_are_not_shown_among_the_metrics(tmp_path: Path) -> None:
 
 def test_layer_profile_marks_chosen_and_undefined_layers(tmp_path: Path) -> None:
     profile = load(folder(tmp_path, where=runs.where("011010"))).where
-    assert profile is not None and profile.has_scores
+    assert profile is not None and profile.score == "CKA"
     [stack] = profile.stacks
-    assert stack.cka == [None, 0.42, 0.55, 0.95, 0.61, 0.97]
+    assert stack.scores == [None, 0.42, 0.55, 0.95, 0.61, 0.97]
     assert stack.undefined == [True, False, False, False, False, False]
     assert stack.chosen == [False, True, True, False, True, False]
     assert profile.finding == (
@@ -101,7 +101,7 @@ def test_a_selection_without_scores_still_shows_its_layers(tmp_path: Path) -> No
         "scores": None,
     }
     profile = load(folder(tmp_path, where=where)).where
-    assert profile is not None and not profile.has_scores
+    assert profile is not None and not profile.score
     assert (
         profile.finding == "Uniform chose 2 of 4 layers of encoder.block (0, 2) and 1 of 4 layers of decoder.block (3)"
     )

@@ -10,7 +10,7 @@ import trimtab.where
 from trimtab import plans
 from trimtab.errors import ConfigError, SelectionError
 from trimtab.plans import Where
-from trimtab.where import METHODS, choose, cka, controls, first, from_mask, last, random, uniform
+from trimtab.where import cka, controls, first, from_mask, importance, last, random, uniform
 from trimtab.where.cka import LayerScores, StackScores, select_layers
 
 # Layer-wise LoRA with CKA, figure in the authors' appendix (RoBERTa-base, layers 0 to 11) and the masks in their
@@ -193,23 +193,6 @@ def test_a_mask_that_does_not_fit_is_refused(depths, mask, says):
     assert says in str(error.value)
 
 
-def test_every_method_can_be_chosen_by_name():
-    for name, method in METHODS.items():
-        assert method.summary
-        where = choose(name, {"layers": 4}, mask="0110" if name == "mask" else None, scores=[0.9, 0.1, 0.2, 0.8])
-        assert where.method == name
-        assert where.mask.count("1") == 2
-
-
-def test_an_unknown_method_is_refused_with_the_nearest_name():
-    with pytest.raises(ConfigError, match="Did you mean 'uniform'"):
-        choose("unifrom", {"layers": 4})
-    with pytest.raises(ConfigError, match="needs layer scores"):
-        choose("cka", {"layers": 4})
-    with pytest.raises(ConfigError, match=r"where\.mask"):
-        choose("mask", {"layers": 4})
-
-
 def test_the_examples_in_the_docstrings_hold():
-    for module in (trimtab.where, cka, controls, plans):
+    for module in (trimtab.where, cka, controls, importance, plans):
         assert doctest.testmod(module).failed == 0

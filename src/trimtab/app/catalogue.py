@@ -29,6 +29,9 @@ _OWN_DEFAULTS: dict[str, dict[str, Any]] = {"bottleneck": {"variant": "houlsby"}
 _OWN_NEEDS = {"adaption_prompt": ["adapter_len", "adapter_layers"]}
 _WHERE = {
     "cka": ("the layers that change their input most, by centred kernel alignment", "arXiv 2602.05988"),
+    "gradient": ("the layers of the largest gradient, on labelled batches", "control"),
+    "fisher": ("the layers of the highest Fisher information per weight", "arXiv 2602.05988, as a rival"),
+    "influence": ("the layers that turn their tokens' hidden states most", "ShortGPT, arXiv 2403.03853"),
     "uniform": ("evenly spaced layers", "control"),
     "first": ("the lowest layers", "control"),
     "last": ("the highest layers", "control"),
@@ -86,7 +89,8 @@ def _where() -> list[Entry]:
     from .. import where
 
     fields = {name: field.get_default() for name, field in recipes.Where.model_fields.items()}
-    own = {"cka": ("samples", "estimator", "pool", "batch_size", "exclude", "degenerate")}
+    sizes = ("ratio", "count", "mask", "seed")
+    own = {name: [key for key in own.settings if key not in sizes] for name, own in where.METHODS.items()}
     found = [
         Entry("where", name, summary, paper, {key: fields[key] for key in own.get(name, ())})
         for name, (summary, paper) in _WHERE.items()

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
@@ -384,7 +384,8 @@ def _main_key(section: str) -> str:
 def _section_class(section: str) -> type[_Section]:
     annotation = Recipe.model_fields[section].annotation
     for choice in (annotation, *getattr(annotation, "__args__", ())):
-        if isinstance(choice, type) and issubclass(choice, _Section):
+        # Python 3.10 takes dict[str, Any] for a type, which issubclass then refuses
+        if isinstance(choice, type) and not get_args(choice) and issubclass(choice, _Section):
             return choice
     return _Section
 
@@ -539,6 +540,10 @@ def _check_where(where: Where | None) -> None:
     if where.method in METHODS:
         for key, value in where.options.items():
             raise _strange(f"where.{key}", value, Where.model_fields)
+        for key, field in Where.model_fields.items() if METHODS[where.method].target else ():
+            if key not in ("method", "seed", *METHODS[where.method].settings) and getattr(where, key) != field.default:
+                takes = ", ".join(METHODS[where.method].settings)
+                raise ConfigError(f"where.{key}", getattr(where, key), f"{where.method} takes {takes}")
     sizes = {key: getattr(where, key) for key in ("ratio", "count") if getattr(where, key) is not None}
     if where.method == "mask":
         if where.mask is None:

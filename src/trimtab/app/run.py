@@ -139,9 +139,12 @@ def select(job: Job, folder: RunFolder, screen: Screen, *, anew: bool = False) -
 def _choose(job: Job, settings: recipes.Where, stage: Stage) -> Where:
     import trimtab
 
+    from ..where import METHODS
+
     if not reads_rows(settings):
         return choose_without_data(job.model, settings, job.recipe.seed)
-    rows = job.task.selection_rows(job.ready)
+    own = METHODS.get(settings.method)
+    rows = job.ready["train"] if own and own.needs_labels else job.task.selection_rows(job.ready)
     if settings.seed is not None:
         rows = rows.shuffle(seed=settings.seed)
     if settings.samples != "all":

@@ -14,10 +14,9 @@ from typing import Any
 from ..errors import ConfigError, did_you_mean
 from ..plans import Where
 from ..registry import announced, imported
-from . import controls
 from .controls import first, from_mask, last, random, uniform
 
-__all__ = ["METHODS", "Method", "choose", "choose_own", "first", "from_mask", "last", "random", "uniform"]
+__all__ = ["METHODS", "Method", "choose_own", "first", "from_mask", "last", "random", "uniform"]
 
 ENTRY_POINTS = "trimtab.where"
 
@@ -30,11 +29,16 @@ class Method:
     summary: str
     paper: str = ""
     needs_scores: bool = False
-    """Needs one forward pass over data (`trimtab.layer_similarity`)."""
+    """Needs a pass over data."""
+    needs_labels: bool = False
+    """Needs the rows with their labels, as they are trained on."""
     settings: tuple[str, ...] = ("ratio", "count")
     """Recipe keys under ``where`` that it reads, beside ``method``."""
+    target: str = ""
+    """``module:function``, as of other packages' methods; empty for those that the application calls itself."""
 
 
+MEASURED = ("ratio", "count", "samples", "batch_size", "exclude")
 METHODS: dict[str, Method] = {
     m.name: m
     for m in (
@@ -43,7 +47,32 @@ METHODS: dict[str, Method] = {
             "the layers whose output differs most from their input, measured on data",
             "Layer-wise LoRA with CKA, arXiv 2602.05988",
             needs_scores=True,
-            settings=("ratio", "count", "samples", "pool", "estimator", "final_norm", "exclude", "degenerate"),
+            settings=("ratio", "count", "samples", "pool", "estimator", "batch_size", "exclude", "degenerate"),
+        ),
+        Method(
+            "gradient",
+            "the layers of the largest gradient, measured on labelled batches",
+            needs_scores=True,
+            needs_labels=True,
+            settings=MEASURED,
+            target="trimtab.where.gradients:gradient",
+        ),
+        Method(
+            "fisher",
+            "the layers of the highest Fisher information per weight, measured on labelled batches",
+            "Layer-wise LoRA with CKA, arXiv 2602.05988 (as its rival)",
+            needs_scores=True,
+            needs_labels=True,
+            settings=MEASURED,
+            target="trimtab.where.gradients:fisher",
+        ),
+        Method(
+            "influence",
+            "the layers that turn their tokens' hidden states most, measured on data",
+            "ShortGPT, arXiv 2403.03853",
+            needs_scores=True,
+            settings=MEASURED,
+            target="trimtab.where.influence:influence",
         ),
         Method("uniform", "evenly spaced layers"),
         Method("first", "the layers nearest to the input"),
@@ -52,43 +81,6 @@ METHODS: dict[str, Method] = {
         Method("mask", "your own choice, one 0 or 1 per layer", settings=("mask",)),
     )
 }
-
-
-def choose(
-    method: str,
-    model: Any,
-    *,
-    ratio: float | None = None,
-    count: int | None = None,
-    mask: str | Mapping[str, str] | None = None,
-    seed: int = 0,
-    scores: Any = None,
-    exclude: str | Iterable[int] | Mapping[str, Iterable[int]] = "auto",
-    degenerate: str = "exclude",
-) -> Where:
-    """A selection by the name of its method; ``cka`` needs ``scores`` from `trimtab.layer_similarity`.
-
-    Raises:
-        ConfigError: an unknown method, or one without what it needs.
-
-    >>> choose("last", {"layers": 4}, count=1).mask
-    '0001'
-    """
-    if method not in METHODS:
-        raise ConfigError("where.method", method, f"one of {', '.join(METHODS)}.{did_you_mean(str(method), METHODS)}")
-    if method == "cka":
-        if scores is None:
-            raise ConfigError("where.method", method, "needs layer scores; run layer_similarity first")
-        from .cka import select_layers
-
-        return select_layers(scores, ratio=ratio, count=count, exclude=exclude, degenerate=degenerate)
-    if method == "mask":
-        if mask is None:
-            raise ConfigError("where.mask", None, "a string of 0 and 1, one per layer")
-        return from_mask(model, mask)
-    if method == "random":
-        return controls.random(model, ratio, count, seed)
-    return {"uniform": uniform, "first": first, "last": last}[method](model, ratio, count)
 
 
 # -- methods of other packages, and the user's own ------------------------------------------------------
@@ -111,8 +103,8 @@ def check_name(method: str) -> None:
 
 
 def load_own(method: str) -> Callable[..., Where | str | Mapping[str, str]]:
-    """The function behind a method that is not built in."""
-    known = announced(ENTRY_POINTS)
+    """The function behind a method."""
+    known = {**announced(ENTRY_POINTS), **{name: (own.target, "") for name, own in METHODS.items() if own.target}}
     found = imported("where.method", method, known[method][0] if method in known else method)
     if not callable(found):
         raise ConfigError("where.method", method, f"must be a function of the model; it is a {type(found).__name__}")
@@ -139,7 +131,7 @@ def reads_batches(method: str) -> bool:
 
 
 def own_settings(method: str) -> dict[str, Any]:
-    """Settings of a method that is not built in, with their defaults (`inspect.Parameter.empty` for none)."""
+    """Settings of a method's function, with their defaults (`inspect.Parameter.empty` for none)."""
     return {
         p.name: p.default
         for p in _parameters(method)
@@ -148,9 +140,9 @@ def own_settings(method: str) -> dict[str, Any]:
 
 
 def choose_own(method: str, model: Any, settings: Mapping[str, Any], batches: Iterable[Any] | None = None) -> Where:
-    """A selection by a method that is not built in.
+    """A selection by a method's function, built in or not.
 
-    Its function takes the model and, by name, whatever settings it has: ``ratio``, ``count``, ``seed`` and its own
+    It takes the model and, by name, whatever settings it has: ``ratio``, ``count``, ``seed`` and its own
     keys of the recipe's ``where:``. With a parameter ``batches`` it is given padded batches of training rows, on the
     model's device; without, the model may be one without weights (a plan). With ``**settings`` it takes any key. It
     answers with a `Where`, or one 0/1 string, or one for each stack.

@@ -40,8 +40,10 @@ def pool_rows(hidden: Tensor, mask: Tensor, pool: str) -> Tensor:
     Args:
         hidden: (b, t, d).
         mask: (b, t), true on tokens, false on padding; either side may be padded.
-        pool: ``last`` token, ``cls`` (the first token), or ``mean`` over the tokens.
+        pool: ``last`` token, ``cls`` (the first token), ``mean`` over the tokens, or ``all``: one row per token.
     """
+    if pool == "all":
+        return hidden[mask]
     if pool == "mean":
         exact = torch.float32 if hidden.device.type == "mps" else torch.float64
         tokens = hidden.masked_fill(~mask.unsqueeze(-1), 0).to(exact)  # padding may hold NaN

@@ -57,10 +57,10 @@ class Header:
 
 @dataclass(frozen=True)
 class StackProfile:
-    """CKA between the input and the output of each layer of one stack; ``None`` where it is undefined."""
+    """What each layer of one stack was chosen by; ``None`` where it is undefined."""
 
     stack: str
-    cka: list[float | None]
+    scores: list[float | None]
     undefined: list[bool]
     chosen: list[bool]
 
@@ -72,7 +72,8 @@ class Profile:
     finding: str
     method: str
     how: str
-    has_scores: bool
+    score: str
+    """What the layers' numbers are: CKA, or the method's name; empty where it looked at no data."""
     stacks: list[StackProfile]
     warnings: list[str]
 
@@ -192,6 +193,14 @@ def scores_of(run: RunFolder) -> dict[str, Any]:
     return {name: value for name, value in bare.items() if not name.endswith(NOT_SCORES)}
 
 
+WHY = {
+    "cka": "those that change their input most (lowest CKA)",
+    "gradient": "those with the largest gradient",
+    "fisher": "those with the highest Fisher information per weight",
+    "influence": "those that turn their tokens' hidden states most",
+}
+
+
 def profile(run: RunFolder) -> Profile | None:
     """Which layers were chosen, and their CKA when the choice was made from it."""
     where = run.where or (run.plan.where if run.plan else None)
@@ -202,17 +211,19 @@ def profile(run: RunFolder) -> Profile | None:
     stacks = []
     for path, mask in where.stacks.items():
         scored = by_stack.get(path, {})
-        cka = [finite(value) for value in scored.get("cka", [None] * len(mask))]
+        numbers = scored.get("importance", scored.get("cka", [None] * len(mask)))
+        values = [finite(value) for value in numbers]
         flags = scored.get("undefined", [False] * len(mask))
         # A layer without a number is undefined whatever the flag says: there is nothing to draw.
-        undefined = [bool(flag) or (path in by_stack and value is None) for flag, value in zip(flags, cka)]
-        stacks.append(StackProfile(path, cka, undefined, [c == "1" for c in mask]))
+        undefined = [bool(flag) or (path in by_stack and value is None) for flag, value in zip(flags, values)]
+        stacks.append(StackProfile(path, values, undefined, [c == "1" for c in mask]))
     how = ", ".join(
         str(part)
         for part in (
             scores.get("estimator") and f"{scores['estimator']} estimator",
             scores.get("pool") and f"pool {scores['pool']}",
             scores.get("n") and f"{count(scores['n'])} samples",
+            scores.get("tokens") and f"{count(scores['tokens'])} tokens",
         )
         if part
     )
@@ -224,12 +235,13 @@ def profile(run: RunFolder) -> Profile | None:
         parts.append(
             f"{of}{f' of {stack.stack}' if len(stacks) > 1 else ''}{named}" if chosen else f"no layer of {stack.stack}"
         )
-    why = ": those that change their input most (lowest CKA)" if by_stack and where.method == "cka" else ""
+    why = f": {WHY[where.method]}" if by_stack and where.method in WHY else ""
     n_undefined = sum(sum(stack.undefined) for stack in stacks)
     tail = f"; {plural(n_undefined, 'layer')} undefined" if n_undefined else ""
     method = where.method.upper() if where.method == "cka" else sentence(where.method)
     finding = f"{method} chose {' and '.join(parts)}{why}{tail}"
-    return Profile(finding, where.method, how, bool(by_stack), stacks, [str(w) for w in scores.get("warnings") or ()])
+    score = ("CKA" if where.method == "cka" else where.method) if by_stack else ""
+    return Profile(finding, where.method, how, score, stacks, [str(w) for w in scores.get("warnings") or ()])
 
 
 def losses(run: RunFolder) -> Curves | None:

@@ -174,7 +174,7 @@ def _where(data: dict[str, Any]) -> Where:
     where = Where.from_json(data)
     for stack, scores in ((where.scores or {}).get("stacks") or {}).items():
         layers = len(where.stacks.get(stack, ""))
-        for name in ("cka", "undefined"):
+        for name in ("importance",) if "importance" in scores else ("cka", "undefined"):
             if layers and len(scores.get(name, [])) != layers:
                 raise ValueError(f"stack {stack!r}: {len(scores.get(name, []))} values of {name!r}, mask of {layers}")
     return where

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .charts import Chart, Key, Section, Spec, Table, base_layout, keys, line, shortened, step_layout, tick_step
 from .data import Curve, Curves, Profile, Report, StackProfile, Trainable
 from .module_sections import budget_section, freeze_section, prunes_section, ranks_section, values_section
-from .words import NOTHING, count, number
+from .words import NOTHING, count, number, sentence
 
 
 def sections(report: Report) -> list[Section]:
@@ -28,12 +28,16 @@ def sections(report: Report) -> list[Section]:
 
 
 def _where(profile: Profile) -> Section:
-    how = f"CKA compares what enters a layer with what leaves it ({profile.how}). Near 1 it changes little."
-    notes = [how] if profile.has_scores else []
+    how = (
+        f"CKA compares what enters a layer with what leaves it ({profile.how}). Near 1 it changes little."
+        if profile.score == "CKA"
+        else f"{sentence(profile.score)}, measured on {profile.how}; bars are shares of the highest."
+    )
+    notes = [how] if profile.score else []
     charts, rows = [], []
     several = len(profile.stacks) > 1
     for i, stack in enumerate(profile.stacks):
-        data, layout, legend = _profile(stack, profile.has_scores)
+        data, layout, legend = _profile(stack, profile.score)
         charts.append(
             Chart(
                 f"where-{i}",
@@ -41,19 +45,19 @@ def _where(profile: Profile) -> Section:
                 data,
                 layout,
                 stack.stack if several else "",
-                220 if profile.has_scores else 90,
+                220 if profile.score else 90,
                 legend=legend,
             )
         )
-        for layer, (cka, undefined, chosen) in enumerate(zip(stack.cka, stack.undefined, stack.chosen)):
+        for layer, (score, undefined, chosen) in enumerate(zip(stack.scores, stack.undefined, stack.chosen)):
             name = f"{stack.stack} {layer}" if several else str(layer)
-            value = f"{NOTHING} (undefined)" if undefined else number(cka)
-            rows.append([name, *([value] if profile.has_scores else []), "yes" if chosen else "no"])
-    columns = ["layer", *(["CKA"] if profile.has_scores else []), "chosen"]
+            value = f"{NOTHING} (undefined)" if undefined else number(score)
+            rows.append([name, *([value] if profile.score else []), "yes" if chosen else "no"])
+    columns = ["layer", *([profile.score] if profile.score else []), "chosen"]
     return Section("where", "where", profile.finding, charts, [Table(columns, rows)], notes + profile.warnings)
 
 
-def _profile(stack: StackProfile, has_scores: bool) -> tuple[list[Spec], Spec, list[Key]]:
+def _profile(stack: StackProfile, score: str) -> tuple[list[Spec], Spec, list[Key]]:
     """Bars per layer in up to four groups, so that the legend explains each look."""
     looks = {
         "chosen": Key("chosen", "--accent", "block"),
@@ -65,6 +69,8 @@ def _profile(stack: StackProfile, has_scores: bool) -> tuple[list[Spec], Spec, l
     for layer, (undefined, chosen) in enumerate(zip(stack.undefined, stack.chosen)):
         name = ("undefined, chosen" if chosen else "undefined") if undefined else "chosen" if chosen else "not chosen"
         groups[name].append(layer)
+    # CKA has a scale of its own; another score has none, and its highest fills the axis.
+    top = 1.0 if score in ("", "CKA") else max((v for v in stack.scores if v is not None), default=1.0) or 1.0
     data: list[Spec] = []
     for name, layers in groups.items():
         color = looks[name].color
@@ -78,9 +84,9 @@ def _profile(stack: StackProfile, has_scores: bool) -> tuple[list[Spec], Spec, l
             }
         )
         # An undefined layer has no height of its own: it fills the axis, hatched.
-        heights = [1 if stack.undefined[i] or not has_scores else stack.cka[i] for i in layers]
-        shown = ["undefined" if stack.undefined[i] else number(stack.cka[i]) for i in layers]
-        hover = "layer %{x}: CKA %{customdata}" if has_scores else "layer %{x}"
+        heights = [1 if stack.undefined[i] or not score else (stack.scores[i] or 0) / top for i in layers]
+        shown = ["undefined" if stack.undefined[i] else number(stack.scores[i]) for i in layers]
+        hover = f"layer %{{x}}: {score} %{{customdata}}" if score else "layer %{x}"
         if layers:
             data.append(
                 {
@@ -94,16 +100,16 @@ def _profile(stack: StackProfile, has_scores: bool) -> tuple[list[Spec], Spec, l
                     "hovertemplate": f"{hover}<extra>{name}</extra>",
                 }
             )
-    layout = base_layout("layer", "CKA" if has_scores else "") | {
+    layout = base_layout("layer", score) | {
         "barmode": "overlay",
-        "meta": {"layers": len(stack.cka)},
+        "meta": {"layers": len(stack.scores)},
     }
     layout["xaxis"] |= {
-        "range": [-0.6, len(stack.cka) - 0.4],
-        "dtick": tick_step(len(stack.cka)),
+        "range": [-0.6, len(stack.scores) - 0.4],
+        "dtick": tick_step(len(stack.scores)),
         "showgrid": False,
     }
-    layout["yaxis"] |= {"range": [0, 1], "visible": has_scores}
+    layout["yaxis"] |= {"range": [0, 1], "visible": score == "CKA"}
     return data, layout, [looks[name] for name in groups if groups[name]]
 
 

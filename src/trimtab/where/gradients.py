@@ -1,0 +1,153 @@
+"""Layers by the gradient of the loss at the start of training, on labelled batches.
+
+``gradient``: I_l = (1/K) Σ_k √(Σ_{W ∈ l} ‖∂L_k/∂W‖²_F), the size of the gradient of a layer's weight matrices.
+``fisher``: I_l = (1/(K·|l|)) Σ_k Σ_{w ∈ l} (∂L_k/∂w)², the diagonal of the empirical Fisher information per weight, a
+batch standing for a row; what the CKA paper (arXiv 2602.05988) compares with.
+
+K batches, W the matrices of a layer's linears, |l| their number of weights. A gradient is reduced to a number and
+dropped as soon as it is there: one is alive at a time, and the base needs no room for any.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import DataError, ModelError
+from ..host.sites import base_of, find_stacks, is_on_meta
+from ..plans import Where
+from .importance import most_important
+
+
+def gradient(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    ratio: float | None = None,
+    count: int | None = None,
+    exclude: str | Iterable[int] = (),
+) -> Where:
+    """The layers whose weights the loss asks to move most, see `layer_gradients`."""
+    found = layer_gradients(model, batches)
+    return most_important("gradient", found.norms(), ratio, count, exclude, n=found.rows)
+
+
+def fisher(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    ratio: float | None = None,
+    count: int | None = None,
+    exclude: str | Iterable[int] = (),
+) -> Where:
+    """The layers of the highest Fisher information per weight, see `layer_gradients`."""
+    found = layer_gradients(model, batches)
+    return most_important("fisher", found.information(), ratio, count, exclude, n=found.rows)
+
+
+@dataclass(frozen=True)
+class LayerGradients:
+    """Squared gradients of each layer's matrices, batch by batch."""
+
+    squares: dict[str, list[list[float]]]
+    """Stack -> layer -> batch: Σ over the layer's weights of the squared gradient."""
+    sizes: dict[str, list[int]]
+    """Stack -> layer: its number of weights."""
+    rows: int
+
+    def norms(self) -> dict[str, list[float]]:
+        """``gradient`` of each layer."""
+        return self._mean(lambda square, size: math.sqrt(square))
+
+    def information(self) -> dict[str, list[float]]:
+        """``fisher`` of each layer."""
+        return self._mean(lambda square, size: square / size)
+
+    def _mean(self, of: Callable[[float, int], float]) -> dict[str, list[float]]:
+        return {
+            path: [sum(of(s, size) for s in batches) / len(batches) for batches, size in zip(layers, self.sizes[path])]
+            for path, layers in self.squares.items()
+        }
+
+
+def layer_gradients(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> LayerGradients:
+    """One forward and backward pass per batch, in evaluation mode; the model is left as it was.
+
+    Args:
+        batches: what the model's forward takes, labels included.
+    Raises:
+        DataError: no batch, or one from which the model makes no loss.
+        ModelError: no weights (meta device), none that has a gradient (a quantised base), or one that two layers share.
+    """
+    base = base_of(model)
+    if is_on_meta(base):
+        raise ModelError("model: it has no weights (meta device); load them before scoring its layers")
+    stacks = {path: [_matrices(block) for block in stack.blocks] for path, stack in find_stacks(base).items()}
+    for path, layers in stacks.items():
+        for layer, weights in enumerate(layers):
+            if not weights:
+                raise ModelError(f"{path}.{layer}: no linear with a gradient; a quantised base has none")
+    every = [weight for layers in stacks.values() for weights in layers for weight in weights]
+    if len(set(every)) < len(every):
+        raise ModelError("model: two layers share their weights, and cannot be chosen one by one")
+    squares: dict[str, list[list[float]]] = {path: [[] for _ in layers] for path, layers in stacks.items()}
+    rows, device = 0, next(base.parameters()).device
+    with _dropped_gradients(base, every) as taken:
+        for batch in batches:
+            inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+            loss = getattr(base(**inputs), "loss", None)
+            if not isinstance(loss, Tensor):
+                raise DataError(f"batch: the model makes no loss of {', '.join(batch)}; labels are needed")
+            loss.backward()
+            rows += len(next(iter(inputs.values())))
+            for path, layers in stacks.items():
+                for layer, weights in enumerate(layers):
+                    squares[path][layer].append(sum(taken.pop(weight, 0.0) for weight in weights))
+    if not rows:
+        raise DataError("batches: there are none")
+    sizes = {path: [sum(w.numel() for w in weights) for weights in layers] for path, layers in stacks.items()}
+    return LayerGradients(squares, sizes, rows)
+
+
+def _matrices(block: nn.Module) -> list[nn.Parameter]:
+    """Weights of a layer's linears that a gradient can reach; those of integers (quantised) have none."""
+    linears: list[Any] = [module for module in block.modules() if isinstance(module, (nn.Linear, Conv1D))]
+    return [linear.weight for linear in linears if linear.weight.is_floating_point()]
+
+
+@contextmanager
+def _dropped_gradients(base: nn.Module, weights: list[nn.Parameter]) -> Iterator[dict[nn.Parameter, float]]:
+    """Only these weights have gradients, and each becomes its squared sum the moment it is there."""
+    squares: dict[nn.Parameter, float] = {}
+
+    def take(weight: Tensor) -> None:
+        assert isinstance(weight, nn.Parameter) and weight.grad is not None
+        exact = torch.float32 if weight.device.type == "mps" else torch.float64
+        squares[weight] = float(weight.grad.detach().float().pow(2).sum(dtype=exact))
+        weight.grad = None
+
+    training = {module: module.training for module in base.modules()}
+    were = [(parameter, parameter.requires_grad, parameter.grad) for parameter in base.parameters()]
+    handles = []
+    try:
+        base.eval().requires_grad_(False)
+        for parameter, _, _ in were:
+            parameter.grad = None
+        for weight in weights:
+            weight.requires_grad_(True)
+            handles.append(weight.register_post_accumulate_grad_hook(take))
+        with torch.enable_grad():
+            yield squares
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, was, grad in were:
+            parameter.requires_grad_(was)
+            parameter.grad = grad
+        for module, mode in training.items():
+            module.training = mode
