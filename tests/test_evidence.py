@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from benchmarks.evidence import RESULTS
 from benchmarks.evidence.__main__ import go_on, main, options_of
-from benchmarks.evidence.matrix import FIRST, RATES, ROWS, TASKS, UNTUNED, Run, plan
+from benchmarks.evidence.matrix import FIRST, RATES, ROWS, TASKS, TUNING_SEEDS, UNTUNED, Run, plan
 from benchmarks.evidence.page import PAGE, figures, filled
 from benchmarks.evidence.results import Results
 
@@ -49,7 +49,7 @@ def test_every_row_of_a_task_tries_the_same_rates_on_the_same_rows():
         tried[run.task.name, run.row.name].append((run.rate, run.seed, *rows))
     for task in (name for name, task in TASKS.items() if task.tuned):
         first, *others = (tried[task, row] for row in ROWS)
-        assert [rate for rate, *_ in first] == list(RATES)
+        assert [(rate, seed) for rate, seed, *_ in first] == [(r, s) for r in RATES for s in TUNING_SEEDS]
         assert all(one == first for one in others)
 
 
@@ -79,7 +79,10 @@ def test_a_repeated_command_runs_what_is_missing_and_nothing_twice(tmp_path, cap
     options = options_of(arguments)
     assert go_on(options, learn) == 1  # one run failed
     done = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("stsb/lora-r4/*.json")}
-    assert set(done) == {*(f"tuning-{rate}.json" for rate in RATES), "1e-3-seed0.json"}  # of the rate that won
+    assert set(done) == {
+        *(f"tuning-{rate}-seed{seed}.json" for rate in RATES for seed in TUNING_SEEDS),
+        "1e-3-seed0.json",
+    }  # of the rate that won
     assert "1e-3-seed1.json: failed" in capsys.readouterr().out
 
     assert go_on(options, learn) == 1  # only the one that failed
@@ -88,7 +91,7 @@ def test_a_repeated_command_runs_what_is_missing_and_nothing_twice(tmp_path, cap
     assert done == {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("stsb/lora-r4/*.json")}
 
     assert main([*arguments, "--list"]) == 0
-    assert "4 of 5 done" in capsys.readouterr().out
+    assert "7 of 8 done" in capsys.readouterr().out
 
 
 def test_rows_that_a_user_would_swap_are_run_at_one_rate_before_anything_is_tuned():

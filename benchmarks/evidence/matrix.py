@@ -9,6 +9,8 @@ from pathlib import Path
 SEEDS = (0, 1, 2)
 RATES = ("5e-4", "1e-3", "2e-3")
 """Learning rates that are tried for every row of every task."""
+TUNING_SEEDS = (0, 1)
+"""A rate is chosen by its mean over these: one short run alone chose a rate at which a full run learned nothing."""
 UNTUNED = "1e-3"
 """The rate at which a user swaps one method for another without tuning anything."""
 
@@ -68,7 +70,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        return f"tuning-{self.rate}" if self.tuning else f"{self.rate}-seed{self.seed}"
+        return f"{'tuning-' if self.tuning else ''}{self.rate}-seed{self.seed}"
 
     @property
     def file(self) -> Path:
@@ -164,12 +166,19 @@ def plan(
     Args:
         chosen: rate by (task, row), for those that are tuned.
     """
-    for task in (TASKS[name] for name in tasks):
+    chosen_tasks = [TASKS[name] for name in tasks]
+    for task in chosen_tasks:
         swapped = [name for name in task.swapped if name in rows]
         yield from (Run(task, ROWS[name], UNTUNED, seed) for seed in seeds for name in swapped if name in FIRST)
         yield from (Run(task, ROWS[name], UNTUNED, seed) for name in swapped for seed in seeds)
-        for core in (True, False) if task.tuned else ():
+    for core in (True, False):
+        for task in (task for task in chosen_tasks if task.tuned):
             for row in (ROWS[name] for name in rows if ROWS[name].core == core):
-                yield from (Run(task, row, rate, tuning=True) for rate in RATES)
+                yield from tuning_of(task, row)
                 if rate := chosen.get((task.name, row.name)):
                     yield from (Run(task, row, rate, seed) for seed in seeds)
+
+
+def tuning_of(task: Task, row: Row) -> list[Run]:
+    """The short runs that choose a row's rate on a task."""
+    return [Run(task, row, rate, seed, tuning=True) for rate in RATES for seed in TUNING_SEEDS]

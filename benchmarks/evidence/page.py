@@ -6,7 +6,7 @@ The text around them is written by hand. A block stands between ``<!-- NAME -->`
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,32 +108,37 @@ QUESTIONS = (
 
 
 def questions(results: Results) -> str:
-    columns = compared(results)
-    rows = []
+    """Each question, answered on every task that was run at the one rate, over those tasks, and over the tuned ones."""
+    untuned, rows = swapped(results), []
     for one in QUESTIONS:
-        each = [results.apart(task, one.ours, one.theirs, rate) for _, task, rate in columns]
-        tuned = [apart for apart, (_, _, rate) in zip(each, columns) if rate is None and apart is not None]
-        over_all = results.pooled(measured(results), one.ours, one.theirs) if len(tuned) > 1 else None
-        # Of one task alone its own interval counts, which knows the rows; untuned rows where there are no others.
-        known = next((apart for apart in (over_all, *tuned, *each) if apart is not None), None)
+        each = [results.apart(task, one.ours, one.theirs, UNTUNED) for task in untuned]
+        over_all = _over(results, untuned, one, UNTUNED)
+        tuned = _over(results, measured(results), one)
+        known = tuned or over_all
         verdict = one.verdict(known)
         if one.theirs == "last-lora" and known is None and (alike := results.cka_takes_the_last_half):
             verdict = f"the same layers {alike}"
         elif known is not None and not tuned:
             verdict += ", untuned"
-        rows.append([one.text, *map(interval, each), interval(over_all), f"**{verdict}**"])
-    return table(["", *(title for title, _, _ in columns), "tuned, tasks and seeds pooled", "holds here?"], rows)
+        rows.append([one.text, *map(interval, each), interval(over_all), interval(tuned), f"**{verdict}**"])
+    titles = [f"{TASKS[name].title} at {UNTUNED}" for name in untuned]
+    return table(["", *titles, f"pooled at {UNTUNED}", "tuned, pooled", "holds here?"], rows)
 
 
-def compared(results: Results) -> list[tuple[str, str, str | None]]:
-    """Title, task and rate of what rows are compared on: drawn rows at the one rate, then the tuned tasks."""
-    swapped = [task for task in TASKS.values() if task.swapped and task.tuned]
-    return [(f"{task.title} at {UNTUNED}", task.name, UNTUNED) for task in swapped] + [
-        (f"{TASKS[name].title}, tuned", name, None) for name in measured(results)
-    ]
+def _over(results: Results, names: list[str], one: Question, rate: str | None = None) -> Difference | None:
+    """Over the tasks that have both rows; of one task alone its own interval, which knows the scored rows."""
+    both = [name for name in names if results.apart(name, one.ours, one.theirs, rate)]
+    if len(both) == 1:
+        return results.apart(both[0], one.ours, one.theirs, rate)
+    return results.pooled(tuple(both), one.ours, one.theirs, rate) if both else None
 
 
 # -- the tables ----------------------------------------------------------------------------------------
+
+
+def swapped(results: Results) -> list[str]:
+    """Tasks with rows at the one rate, on drawn rows."""
+    return [name for name, task in TASKS.items() if task.tuned and results.cell(name, BASELINE, UNTUNED)]
 
 
 def measured(results: Results) -> list[str]:
@@ -143,14 +148,14 @@ def measured(results: Results) -> list[str]:
 
 def untuned(results: Results) -> str:
     """Methods swapped at LoRA's own rate."""
-    names = [task.name for task in TASKS.values() if task.swapped]
+    names = [task.name for task in TASKS.values() if task.swapped and results.cell(task.name, BASELINE, UNTUNED)]
     return "\n\n".join(f"### {TASKS[name].title}\n\n{_untuned(results, name)}" for name in names)
 
 
 def _untuned(results: Results, task: str) -> str:
     rows, behind = [], []
-    swapped = {row: results.cell(task, row.name, UNTUNED) for row in map(ROWS.__getitem__, TASKS[task].swapped)}
-    for row, cell in swapped.items():
+    cells = {row: results.cell(task, row.name, UNTUNED) for row in map(ROWS.__getitem__, TASKS[task].swapped)}
+    for row, cell in cells.items():
         if cell is None:
             rows.append([row.title, *["not run yet"] * 7])
             continue
@@ -160,14 +165,15 @@ def _untuned(results: Results, task: str) -> str:
         rows.append([row.title, spread(cell), interval(apart), number(cell.of("loss"), 3), str(len(cell.records)),
                      ", ".join(f"{100 * one['score']:.1f}" for one in cell.records),
                      *(count(cell.of("params", key)) for key in ("final", "average"))])  # fmt: skip
-    columns = ["", "accuracy", "points to LoRA r 8", "loss", "seeds", "each seed", "trained at the end", "on average"]
-    if any(_seeds(swapped[ROWS[name]]) < len(SEEDS) for name in FIRST):
+    metric = next(one["metric"] for one in results.records if one["task"] == task).replace("_", " ")
+    columns = ["", metric, "points to LoRA r 8", "loss", "seeds", "each seed", "trained at the end", "on average"]
+    if any(_seeds(cells[ROWS[name]]) < len(SEEDS) for name in FIRST):
         said = "Not all of the first five are run yet."
     elif behind:
         said = f"Of the four methods above, more than two points under LoRA: {listing(behind)}."
     else:
         said = "Of the four methods above none is more than two points under LoRA."
-    return f"{table(columns, rows)}\n\n{said}{_stuck(swapped.values())}"
+    return f"{table(columns, rows)}\n\n{said}{_stuck(cells.values())}"
 
 
 def _stuck(cells: Iterable[Cell | None]) -> str:
@@ -263,14 +269,16 @@ FIGURES = {
 
 def figures(results: Results) -> dict[str, str]:
     """File name -> SVG."""
-    columns = compared(results)
+    untuned = [(f"{TASKS[name].title} at {UNTUNED}", name, UNTUNED) for name in swapped(results)]
+    tuned = [(f"{TASKS[name].title}, tuned", name, None) for name in measured(results)]
+    columns = [*untuned, *tuned]
     rows = [row for row in ROWS.values() if any(results.cell(task, row.name, rate) for _, task, rate in columns)]
     others = [row for row in rows if row.name != BASELINE]
     apart = [[results.apart(task, row.name, BASELINE, rate) for _, task, rate in columns] for row in others]
     differences, front = FIGURES
     found = {differences: dots([row.title for row in others], [title for title, _, _ in columns], apart)}
     # Tuned tasks, where they have rows to set side by side.
-    for shown in (columns[1:], columns[:1]):
+    for shown in (tuned, untuned, untuned[:1]):
         if len(marks := _marks(results, rows, shown)) > 1:
             found[front] = pareto(marks, f"score on {listing([title for title, _, _ in shown])}")
             break
@@ -278,7 +286,7 @@ def figures(results: Results) -> dict[str, str]:
 
 
 def _marks(
-    results: Results, rows: list[Row], columns: list[tuple[str, str, str | None]]
+    results: Results, rows: list[Row], columns: Sequence[tuple[str, str, str | None]]
 ) -> list[tuple[str, float, float]]:
     """Name, average parameters and score of the rows that all columns have: only those can be averaged alike."""
     marks = []

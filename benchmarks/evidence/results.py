@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 from trimtab.app.report.pairing import Difference, Scored, difference
 
-from .matrix import RATES, ROWS, TASKS, Run
+from .matrix import ROWS, TASKS, Run, tuning_of
 
 BASELINE = "lora-r8"
 
@@ -27,20 +27,32 @@ def chosen_rates(results: Path) -> dict[tuple[str, str], str | None]:
     found: dict[tuple[str, str], str | None] = {}
     for task in TASKS.values():
         for row in ROWS.values():
-            files = [results / Run(task, row, rate, tuning=True).file for rate in RATES]
+            files = [results / run.file for run in tuning_of(task, row)]
             if all(file.is_file() for file in files):
                 found[task.name, row.name] = best_rate([json.loads(file.read_text()) for file in files])
     return found
 
 
 def best_rate(tried: Iterable[dict[str, Any]]) -> str | None:
-    """The rate with the best score on the rows held out, the lower loss where scores are equal. None if none learned.
+    """The rate with the best mean score on the rows held out, the lower loss where scores are equal.
+
+    A rate at which one seed ends without a number is out; None if none is left.
 
     >>> best_rate([{"rate": "1e-3", "score": .8, "loss": .5}, {"rate": "2e-3", "score": .8, "loss": .4}])
     '2e-3'
+    >>> best_rate([{"rate": "1e-3", "score": .7, "loss": .5}, {"rate": "2e-3", "score": .9, "loss": .4},
+    ...            {"rate": "2e-3", "score": .4, "loss": float("nan")}])
+    '1e-3'
     """
-    known = [one for one in tried if _is_number(one["score"]) and _is_number(one["loss"])]
-    return max(known, key=lambda one: (one["score"], -one["loss"]))["rate"] if known else None
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for one in tried:
+        runs.setdefault(one["rate"], []).append(one)
+    means = {
+        rate: (statistics.fmean(one["score"] for one in of), -statistics.fmean(one["loss"] for one in of))
+        for rate, of in runs.items()
+        if all(_is_number(one["score"]) and _is_number(one["loss"]) for one in of)
+    }
+    return max(means, key=means.__getitem__) if means else None
 
 
 def _is_number(value: Any) -> bool:
@@ -104,11 +116,12 @@ class Results:
         a, b = self.cell(task, ours, rate), self.cell(task, theirs, rate)
         return a.less(b) if a and b else None
 
-    def pooled(self, tasks: Sequence[str], ours: str, theirs: str) -> Difference | None:
+    @cache  # noqa: B019 (one object a page)
+    def pooled(self, tasks: tuple[str, ...], ours: str, theirs: str, rate: str | None = None) -> Difference | None:
         """The same over all tasks that have both: pairs of a task and a seed are what is drawn again."""
         left, right, n = [], [], 0
         for task in tasks:
-            a, b = self.cell(task, ours), self.cell(task, theirs)
+            a, b = self.cell(task, ours, rate), self.cell(task, theirs, rate)
             if a is None or b is None:
                 continue
             for one in a.records:
