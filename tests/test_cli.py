@@ -65,6 +65,7 @@ def test_every_command_has_help_and_json(name):
 
 def test_the_commands_are_those_of_the_public_surface():
     assert list(cli.commands) == [
+        "init",
         "run",
         "plan",
         "show",

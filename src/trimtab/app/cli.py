@@ -127,6 +127,30 @@ def cli() -> None:
 
 
 @cli.command()
+@click.argument("data", type=click.Path(path_type=Path))
+@_overrides
+@click.option("--model", "-m", help="Hub id, local folder, GGUF file; a small one when not given.")
+@click.option("--out", "-o", type=click.Path(path_type=Path, dir_okay=False), help="Default: NAME.yaml for NAME.csv.")
+@_common
+def init(data: Path, overrides: Sequence[str], model: str | None, out: Path | None, as_json: bool) -> None:
+    """Write a starter recipe for a file of training rows.
+
+    Task and columns are understood from the file; task.label=stars, for example, says what it does not tell. Files
+    for validation and test that stand beside train.csv are taken along. No file is ever overwritten.
+    """
+    from . import starting
+
+    with _screen(as_json) as screen:
+        made = starting.start(data, out, model, overrides)
+        for note in made.notes:
+            screen.note(note)
+    if as_json:
+        _print_json(made.to_json())
+        return
+    _print(f"{made.path}: {made.told or made.task}, {made.rows} rows. Next: trimtab run {made.path}")
+
+
+@cli.command()
 @_recipe
 @_overrides
 @_overwrite

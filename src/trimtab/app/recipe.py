@@ -326,7 +326,7 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
     else:
         data, folder = _read_yaml(Path(source)), Path(source).resolve().parent
     for text in overrides:
-        _override(data, text)
+        override(data, text)
     if strange := list(_strange_keys(data)):
         raise strange[0] if len(strange) == 1 else RecipeError(strange)
     try:
@@ -358,7 +358,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
-def _override(data: dict[str, Any], text: str) -> None:
+def override(data: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     key = key.strip()
     *parents, last = key.split(".")
@@ -367,7 +367,7 @@ def _override(data: dict[str, Any], text: str) -> None:
     for name in parents:
         below = data.get(name)
         if isinstance(below, str) and name in Recipe.model_fields:  # `rank: adalora`, then rank.target_r=4
-            below = {_main_key(name): below}
+            below = {main_key(name): below}
         if below is None:
             below = {}
         if not isinstance(below, dict):
@@ -377,7 +377,7 @@ def _override(data: dict[str, Any], text: str) -> None:
     data[last] = parse_yaml(value, key)
 
 
-def _main_key(section: str) -> str:
+def main_key(section: str) -> str:
     return _section_class(section).main_key
 
 

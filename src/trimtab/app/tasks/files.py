@@ -108,7 +108,7 @@ def existing_files(key: str, path: str | Path, split: str) -> list[Path]:
         if is_saved(place):
             return [place]
         inside = sorted(p for p in place.rglob("*") if p.is_file() and is_data(p))
-        named = {p: _split_of(p.name) for p in inside}
+        named = {p: split_of(p.name) for p in inside}
         if any(named.values()):
             inside = [p for p in inside if named[p] == split]
         if not inside:
@@ -141,7 +141,7 @@ def _suffix(path: Path) -> str:
     return Path(path.stem).suffix.lower() if suffix in _PACKED else suffix
 
 
-def _split_of(name: str) -> str | None:
+def split_of(name: str) -> str | None:
     """As `datasets` knows the split by a file's name."""
     found = re.match(r"(train|training|validation|valid|val|dev|test|testing)(?![a-z])", name.lower())
     other = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation", "testing": "test"}

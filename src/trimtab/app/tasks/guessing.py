@@ -1,0 +1,265 @@
+"""Which task the columns of a file are for, for `trimtab init`.
+
+What columns are called goes first, what stands in them second. Where that leaves two readings, nothing is chosen: the
+message names the columns and the key that says which.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...errors import ConfigError, DataError
+from .chats import BESIDE, CHATS, FORMS, PAIRS
+from .data import is_missing
+from .files import Columns, is_chat
+from .math import gold_of
+from .summarize import KINDS
+
+TEXTS = (
+    "text", "sentence", "review", "content", "body", "comment", "message", "tweet", "post", "document", "article",
+    "utterance", "headline", "description", "abstract", "question", "query", "prompt", "input", "title",
+)  # fmt: skip
+LABELS = (
+    "label", "labels", "class", "category", "target", "gold_label", "sentiment", "intent", "topic", "emotion", "stars",
+    "rating", "score", "similarity", "relevance", "is_duplicate", "polarity", "tag", "y",
+)  # fmt: skip
+TEXT_PAIRS = (
+    ("sentence1", "sentence2"), ("sentence_1", "sentence_2"), ("sentence_A", "sentence_B"), ("premise", "hypothesis"),
+    ("question1", "question2"), ("text1", "text2"), ("text_a", "text_b"), ("text", "text_pair"), ("query", "passage"),
+    ("query", "document"), ("question", "passage"), ("question", "sentence"), ("question", "context"),
+)  # fmt: skip
+_NAMES_OF_ROWS = re.compile(r"(.*[_ ])?(id|idx|index|guid|uid|uuid|key|row|date|time|timestamp|url)|unnamed.*|", re.I)
+_MOST_CLASSES = 50
+"""Of a column that is not called a label; and of whole numbers before they are taken for a scale."""
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A task, its settings that the columns tell, and what was understood, in words."""
+
+    task: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    told: str = ""
+    unread: tuple[str, ...] = ()
+    """Columns that the task leaves alone."""
+
+
+@dataclass(frozen=True)
+class _Column:
+    name: str
+    values: list[Any]
+    """Those that are there."""
+    rows: int
+
+    @property
+    def is_text(self) -> bool:
+        return all(isinstance(value, str) for value in self.values)
+
+    @property
+    def is_plain(self) -> bool:
+        return all(isinstance(value, (str, int, float)) for value in self.values)
+
+    @property
+    def numbers(self) -> list[float] | None:
+        if any(isinstance(value, bool) for value in self.values):
+            return None
+        try:
+            return [float(value) for value in self.values]
+        except (TypeError, ValueError):
+            return None
+
+    @property
+    def length(self) -> float:
+        return sum(len(str(value)) for value in self.values) / len(self.values)
+
+    @property
+    def n_different(self) -> int:
+        return len({str(value) for value in self.values})
+
+    @property
+    def is_scale(self) -> bool:
+        """Numbers that are more or less, rather than names of classes."""
+        numbers = self.numbers
+        if numbers is None:
+            return False
+        return not all(n.is_integer() for n in numbers) or self.n_different > min(20, self.rows / 2)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether few short values come again and again, as those of classes do."""
+        several = 2 <= self.n_different <= min(_MOST_CLASSES, self.rows / 3)
+        return self.is_plain and several and self.length < 40
+
+
+def guess(table: Columns, source: str, given: Mapping[str, Any]) -> Guess:
+    """The task for a table's columns.
+
+    Args:
+        source: which file it is, for messages.
+        given: what the user says of ``task`` (name, text, label, …); it is taken as it stands.
+    Raises:
+        DataError: no task fits, or more than one.
+    """
+    seen = ", ".join(table)
+    if any(len(name.split()) > 3 and len(name) > 20 for name in table):
+        raise DataError(f"{source}: the first line of a file must name its columns; it reads {seen[:100]!r}")
+    columns = {
+        name: _Column(name, there, len(values))
+        for name, values in table.items()
+        if (there := [value for value in values if not is_missing(value)])
+    }
+    if not columns:
+        raise DataError(f"{source}: no row has anything in it; its columns are {seen}")
+    wanted = given.get("name")
+    if wanted is None and {"prompt", "answer"} & given.keys():
+        wanted = "instruct"
+    if wanted is None and {"text_pair", "label"} & given.keys():
+        wanted = "text_classification"
+    found = None
+    if wanted in (None, "instruct", "math", "code", "summarize", "vqa"):
+        found = _written(columns, wanted)
+    if found is None and wanted in (None, "text_classification"):
+        found = _classified(columns, source, given, list(table))
+    if found is None and wanted in (None, "text"):
+        found = _whole(columns, source, given)
+    if found is None and wanted is None:
+        raise DataError(
+            f"{source}: its columns {seen} fit no task by their names or values; say which is which: "
+            "task.text=… task.label=… for classes or numbers, task.prompt=… task.answer=… for answers to learn"
+        )
+    found = found or Guess(str(wanted))
+    settings = {**found.settings, **{key: value for key, value in given.items() if key != "name"}}
+    for key in ("text", "text_pair", "label", "prompt", "answer", "document", "summary"):
+        if (name := settings.get(key)) is not None and name not in table and key in given:
+            raise ConfigError(f"task.{key}", name, f"no such column in {source}. It has {seen}")
+    used = {str(value) for value in settings.values()}
+    unread = () if found.task == "instruct" and "prompt" not in settings else tuple(n for n in columns if n not in used)
+    return Guess(found.task, settings, found.told, unread if found.task in ("text_classification", "text") else ())
+
+
+def _written(columns: Mapping[str, _Column], wanted: str | None) -> Guess | None:
+    """Answers that the model is to write."""
+    chats = [name for name in CHATS if name in columns and any(map(is_chat, columns[name].values))]
+    others = [name for name, column in columns.items() if any(map(is_chat, column.values)) and name not in BESIDE]
+    if wanted == "vqa" or (wanted is None and {"image", "png_base64", "image_id"} & columns.keys()):
+        return Guess("vqa", {}, "questions about images")
+    kinds = [kind.columns for kind in KINDS.values() if set(kind.columns) <= columns.keys()]
+    kinds += [("text", "summary")] if {"text", "summary"} <= columns.keys() else []
+    if wanted == "summarize" or (wanted is None and kinds and not chats):
+        named = dict(zip(("document", "summary"), kinds[0])) if kinds else {}
+        return Guess(
+            "summarize", named, f"documents ({kinds[0][0]}) and their summaries ({kinds[0][1]})" if kinds else ""
+        )
+    if wanted in ("math", "code"):
+        return Guess(wanted)
+    if chats:
+        return Guess("instruct", {}, f"conversations ({', '.join(chats)}{_and(columns, BESIDE)})")
+    if others and wanted in (None, "instruct"):
+        return Guess("instruct", {"columns": {"messages": others[0]}}, f"conversations ({others[0]})")
+    for form, needed in FORMS.items():
+        if form in CHATS or not set(needed) <= columns.keys():
+            continue
+        answers = columns[needed[-1]]
+        if wanted is None and form in ("question", "query"):
+            golds = [gold_of(str(value)) for value in answers.values]
+            if answers.numbers is not None or sum(gold is not None for gold in golds) > len(golds) / 2:
+                return Guess("math", {}, f"problems ({needed[0]}) and their solutions ({needed[1]})")
+        if wanted is None and answers.repeats and form not in ("alpaca", "completion", "dolly"):
+            continue  # yes and no, say: classes
+        about = (PAIRS[form][2],) if form in PAIRS else ()
+        return Guess("instruct", {}, f"prompts ({needed[0]}{_and(columns, about)}) and answers ({needed[-1]})")
+    return Guess("instruct") if wanted else None
+
+
+def _and(columns: Mapping[str, _Column], names: tuple[str | None, ...]) -> str:
+    there = [name for name in names if name in columns]
+    return f", with {', '.join(map(str, there))}" if there else ""
+
+
+def _classified(
+    columns: Mapping[str, _Column], source: str, given: Mapping[str, Any], names: list[str]
+) -> Guess | None:
+    """A class or a number for a text or two."""
+    seen = ", ".join(names)
+    if not given and not any(column.is_text and column.numbers is None for column in columns.values()):
+        told = "no text in any row" if set(TEXTS) & (set(names) - set(columns)) else "no column of text"
+        raise DataError(f"{source}: {told}; its columns are {seen}")
+    label = columns.get(given["label"]) if "label" in given else _label(columns, source, given)
+    if label is None:
+        if given.get("name") or "label" in given:
+            missing = f"task.label={given['label']!r}: no such" if "label" in given else "which is the label's"
+            raise DataError(f"{source}: {missing} column? It has {seen}; say task.label=…")
+        return None
+    rest = {name: column for name, column in columns.items() if name != label.name}
+    texts = _texts(rest, given)
+    if not texts:
+        raise DataError(
+            f"{source}: no column of text beside the label {label.name!r}; its columns are {seen} (task.text)"
+        )
+    settings: dict[str, Any] = {"text": texts[0]}
+    if len(texts) > 1:
+        settings["text_pair"] = texts[1]
+    settings["label"] = label.name
+    if given.get("regression", label.is_scale and "labels" not in given):
+        settings["regression"] = True
+    what = "a number" if settings.get("regression") else f"one of {label.n_different} classes"
+    told = " and ".join(texts[:2])
+    return Guess(
+        "text_classification",
+        settings,
+        f"{'a pair of texts' if len(texts) > 1 else 'a text'} ({told}) and {what} ({label.name})",
+    )
+
+
+def _label(columns: Mapping[str, _Column], source: str, given: Mapping[str, Any]) -> _Column | None:
+    lower = {name.strip().lower(): name for name in columns}
+    taken = {given.get("text"), given.get("text_pair")}
+    for name in LABELS:
+        column = columns.get(lower.get(name, ""))
+        if column is not None and column.is_plain and column.name not in taken:
+            return column  # of one class, too: reading it says what is lacking
+    found = [
+        column
+        for name, column in columns.items()
+        if name not in taken and name.lower() not in TEXTS and not _NAMES_OF_ROWS.fullmatch(name)
+        and (column.repeats or column.is_scale)
+    ]  # fmt: skip
+    classes = [column for column in found if column.repeats] or found
+    if len(classes) > 1:
+        raise DataError(
+            f"{source}: {', '.join(repr(column.name) for column in classes)} could each be the label; "
+            f"say which: task.label={classes[0].name}"
+        )
+    return classes[0] if classes else None
+
+
+def _texts(columns: Mapping[str, _Column], given: Mapping[str, Any]) -> list[str]:
+    if "text" in given:
+        return [given[key] for key in ("text", "text_pair") if given.get(key)]
+    lower = {name.strip().lower(): name for name in columns}
+    for first, second in TEXT_PAIRS:
+        if {first.lower(), second.lower()} <= lower.keys():
+            return [lower[first.lower()], lower[second.lower()]]
+    named = [lower[name] for name in TEXTS if name in lower and columns[lower[name]].is_plain]
+    free = [
+        column
+        for name, column in columns.items()
+        if column.is_text and column.numbers is None and not column.repeats and not _NAMES_OF_ROWS.fullmatch(name)
+    ]
+    free.sort(key=lambda column: -column.length)
+    return named[:1] or [column.name for column in free[:1]]
+
+
+def _whole(columns: Mapping[str, _Column], source: str, given: Mapping[str, Any]) -> Guess | None:
+    """Plain text, to be learned as it stands."""
+    if "text" in given:
+        return Guess("text", {"text": given["text"]}, f"plain text ({given['text']})")
+    texts = [c for name, c in columns.items() if c.is_text and c.numbers is None and not _NAMES_OF_ROWS.fullmatch(name)]
+    named = [c for c in texts if c.name.strip().lower() in TEXTS]
+    chosen = texts if len(texts) == 1 else named if len(named) == 1 else []
+    if not chosen:
+        return None
+    return Guess("text", {"text": chosen[0].name}, f"plain text ({chosen[0].name})")

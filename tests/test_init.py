@@ -1,0 +1,196 @@
+"""`trimtab init`: from a file of rows to a recipe that plans and runs as it stands."""
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from tasks.stand_ins import byte_model, byte_tokenizer, write_jsonl
+from test_run import tiny_model
+from trimtab.app import recipe as recipes
+from trimtab.app.cli import cli
+
+DRAWN = random.Random(0)
+N = 40
+
+
+WORDS = ["the", "cat", "dog", "sat", "on", "a", "mat", "good", "bad", "film", "plot", "slow", "quick", "fox"]
+
+
+def words(n=8):
+    return " ".join(DRAWN.choice(WORDS) for _ in range(n))
+
+
+def turns():
+    return [{"role": "user", "content": words()}, {"role": "assistant", "content": words()}]
+
+
+# A row of the file, the task that it is for, and the task's settings that the columns tell.
+KINDS = {
+    "a text and a class": (
+        lambda i: {"review": words(), "stars": i % 5},
+        "text_classification",
+        {"text": "review", "label": "stars"},
+    ),
+    "columns of other names": (
+        lambda i: {"texto": words(), "etiqueta": ("si", "no")[i % 2]},
+        "text_classification",
+        {"text": "texto", "label": "etiqueta"},
+    ),
+    "a pair and a class": (
+        lambda i: {"id": i, "premise": words(), "hypothesis": words(), "label": "enc"[i % 3]},
+        "text_classification",
+        {"text": "premise", "text_pair": "hypothesis", "label": "label"},
+    ),
+    "a pair and a number": (
+        lambda i: {"sentence1": words(), "sentence2": words(), "score": i / 7},
+        "text_classification",
+        {"text": "sentence1", "text_pair": "sentence2", "label": "score", "regression": True},
+    ),
+    "a text and a number": (
+        lambda i: {"description": words(20), "price": i / 7},
+        "text_classification",
+        {"text": "description", "label": "price", "regression": True},
+    ),
+    "a question and yes or no": (
+        lambda i: {"question": words(), "passage": words(20), "answer": i % 2 == 0},
+        "text_classification",
+        {"text": "question", "text_pair": "passage", "label": "answer"},
+    ),
+    "Alpaca": (lambda i: {"instruction": words(), "input": "", "output": words()}, "instruct", {}),
+    "Dolly": (
+        lambda i: {"instruction": words(), "context": "", "response": words(), "category": "ab"[i % 2]},
+        "text_classification",
+        None,
+    ),
+    "messages": (lambda i: {"messages": turns()}, "instruct", {}),
+    "conversations of another name": (
+        lambda i: {"dialog": turns()},
+        "instruct",
+        {"columns": {"messages": "dialog"}},
+    ),
+    "ShareGPT": (
+        lambda i: {"conversations": [{"from": "human", "value": words()}, {"from": "gpt", "value": words()}]},
+        "instruct",
+        {},
+    ),
+    "questions and answers": (lambda i: {"question": words(), "answer": words()}, "instruct", {}),
+    "problems": (lambda i: {"question": words(), "answer": f"{words()}\n#### {i}"}, "math", {}),
+    "problems and numbers": (lambda i: {"question": words(), "answer": i}, "math", {}),
+    "summaries": (
+        lambda i: {"id": i, "document": words(30), "summary": words()},
+        "summarize",
+        {"document": "document", "summary": "summary"},
+    ),
+    "plain text": (lambda i: {"text": words(30)}, "text", {"text": "text"}),
+}
+KINDS["Dolly"] = (KINDS["Dolly"][0], "instruct", {})  # a category beside an answer is no label
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    byte_tokenizer().save_pretrained(folder / "decoder")
+    byte_model("llama", max_position_embeddings=1024).save_pretrained(folder / "decoder")
+    return {"encoder": str(tiny_model(folder / "encoder")), "decoder": str(folder / "decoder")}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def trimtab(*args, code=0):
+    result = CliRunner().invoke(cli, [str(arg) for arg in args])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def refused(*args):
+    before = sorted(p.name for p in Path().iterdir())
+    last = trimtab("init", *args, code=2).stderr.splitlines()[-1]
+    assert last.startswith("error: ") and sorted(p.name for p in Path().iterdir()) == before
+    return last
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_task_and_columns_are_understood_and_the_recipe_plans_as_it_stands(kind, here, models):
+    row, task, settings = KINDS[kind]
+    write_jsonl(here / "rows.jsonl", [row(i) for i in range(N)])
+    model = models["encoder" if task == "text_classification" else "decoder"]
+    made = json.loads(trimtab("init", "rows.jsonl", "--model", model, "--json").stdout)
+    assert (made["path"], made["task"], made["rows"]) == ("rows.yaml", task, N)
+    found = recipes.load("rows.yaml").require_task()
+    assert found.name == task
+    assert {k: v for k, v in found.options.items() if k != "max_length"} == settings
+    assert json.loads(trimtab("plan", "rows.yaml", "--json").stdout)["params"]["initial"] > 0
+
+
+def test_a_recipe_runs_as_it_stands_and_every_key_says_what_it_does(here, models):
+    (here / "sub").mkdir()
+    for name, n in (("train", 24), ("dev", 8), ("test", 8)):
+        write_jsonl(here / "sub" / f"{name}.jsonl", [{"text": words(), "label": "ab"[i % 2]} for i in range(n)])
+    more = ("train.max_steps=3", "where.ratio=0.25")
+    trimtab("init", "sub/train.jsonl", "-m", models["encoder"], *more, "-o", "r/a.yaml")
+    text = Path("r/a.yaml").read_text()
+    data = yaml.safe_load(text)
+    assert data["data"] == {
+        "train": "../sub/train.jsonl", "validation": "../sub/dev.jsonl", "test": "../sub/test.jsonl",
+    }  # fmt: skip
+    assert data["where"] == {"method": "cka", "ratio": 0.25} and data["train"]["max_steps"] == 3
+    silent = [line for line in text.splitlines() if ": " in line and "#" not in line]
+    assert [line.split(":")[0].strip() for line in silent] == ["train", "validation", "test", "max_steps"]
+    # What stands there as a comment is a recipe, too.
+    body = text.split("\n\n", 1)[1]
+    on = yaml.safe_load(re.sub(r"^( *)# (\w+: )", r"\1\2", body, flags=re.MULTILINE))
+    for key in ("dtype", "quantization"):
+        del on["model"][key]
+    on["data"].update({split: str(here / "sub" / f"{name}.jsonl") for split, name in
+                       (("train", "train"), ("validation", "dev"), ("test", "test"))})  # fmt: skip
+    recipes.load(on)
+    trimtab("run", "r/a.yaml", "train.use_cpu=true")
+
+
+def test_prose_is_learned_in_paragraphs(here, models):
+    Path("book.txt").write_text("\n\n".join(f"{words(20)}, {words(4)}.\n{words(5)}." for _ in range(30)))
+    trimtab("init", "book.txt", "--model", models["decoder"])
+    assert recipes.load("book.yaml").require_task().options["sample_by"] == "paragraph"
+
+
+def test_a_recipe_that_is_there_stays(here, models):
+    write_jsonl(here / "rows.jsonl", [{"text": words(), "label": i % 2} for i in range(N)])
+    Path("rows.yaml").write_text("mine")
+    assert "rows.yaml" in refused("rows.jsonl", "--model", models["encoder"])
+    assert Path("rows.yaml").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "rows, more, says",
+    [
+        ([{"a": words(), "b": words()} for _ in range(N)], (), "its columns a, b fit no task"),
+        ([{"t": words(), "hue": "rgb"[i % 3], "size": "sml"[i % 3]} for i in range(N)], (), "task.label=hue"),
+        ([{"x": i, "y": i / 2} for i in range(N)], (), "no column of text; its columns are x, y"),
+        ([{"text": " ", "label": i % 2} for i in range(N)], (), "no text in any row; its columns are text, label"),
+        ([{"text": words(), "label": 1} for _ in range(N)], (), "every row has label '1'"),
+        ([{"text": words(), "label": i % 2} for i in range(N)], ("task.label=lable",), "It has text, label"),
+        ([{"text": words(), "label": i % 2} for i in range(N)], ("task.txt=x",), "task.txt"),
+        ([{"text": words(), "label": i % 2} for i in range(N)], ("train.lr=1",), "train.learning_rate"),
+        ([{"messages": turns()} for _ in range(N)], ("model={encoder}",), "encoder"),
+    ],
+)
+def test_what_is_not_understood_is_refused_with_the_columns_that_were_seen(rows, more, says, here, models):
+    write_jsonl(here / "rows.jsonl", rows)
+    more = [text.format(**models) for text in more]
+    if not any(text.startswith("model=") for text in more):
+        more += ["--model", models["encoder"]]
+    assert says in refused("rows.jsonl", *more)
+
+
+def test_a_file_without_a_header_is_named_as_such(here, models):
+    Path("rows.csv").write_text("".join(f"{words()},{i % 2}\n" for i in range(N)))
+    assert "the first line of a file must name its columns" in refused("rows.csv", "--model", models["encoder"])
