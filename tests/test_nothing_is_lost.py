@@ -72,6 +72,7 @@ def test_a_run_goes_when_the_one_that_replaces_it_has_a_checkpoint(finished, cop
     trimtab("run", recipe, f"output_dir={copied}", "adapter.r=2", "--overwrite", code=1)
     assert {p.name for p in copied.iterdir()} == {
         "recipe.yaml",
+        "run.json",
         "plan.json",
         "history.jsonl",
         "timing.jsonl",

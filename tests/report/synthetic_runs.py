@@ -31,12 +31,16 @@ def write_run(
     history: list[dict] | None = None,
     timing: list[dict] | None = None,
     metrics: dict | None = None,
+    predictions: dict | None = None,
+    about: dict | None = None,
 ) -> Path:
     """A run folder with exactly the given pieces."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in (
         ("where.json", where),
         ("metrics.json", metrics),
+        ("predictions.json", predictions),
+        ("run.json", about),
         ("plan.json", plan and plan.to_json()),
     ):
         if data is not None:

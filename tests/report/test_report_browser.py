@@ -140,7 +140,14 @@ def test_the_comparison_is_drawn_in_silence_and_fits_a_phone(browser: Page, tmp_
     compare(folders, out_html=tmp_path / "compare.html")
     page = shown(browser, tmp_path / "compare.html", width=360)
     marks = page.evaluate(MARKS)
-    assert set(marks) == {"score", "pareto", "params-bars", "time", "memory", "score-steps", "params-steps"} and all(
-        marks.values()
-    )
+    assert set(marks) == {
+        "score",
+        "pareto",
+        "loss-steps",
+        "params-bars",
+        "time",
+        "memory",
+        "score-steps",
+        "params-steps",
+    } and all(marks.values())
     assert page.evaluate(FITS) and quiet(page)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import ConfigError, DataError, did_you_mean
 from ..plans import Plan, SitePlan, Where
-from . import loading, model_facts, models, runfolder, trainer_settings
+from . import judging, loading, model_facts, models, runfolder, trainer_settings
 from . import recipe as recipes
 from .adapting import adapter_config, choose_own, choose_without_data, reads_rows
 from .planning import horizon_of, load_rows, model_spec, plan_of_run, plan_recipe, with_layer_ratio
@@ -591,6 +591,7 @@ def evaluate(job: Job, trained: Trained, folder: RunFolder, screen: Screen) -> d
         "model": job.recipe.model.name_or_path,
         "task": job.task.name,
         "train_samples": len(_split(job, "train")),
+        "new_modules": list(job.modules_to_save),
         **{name: part.model_dump(mode="json", exclude_none=True) if part else None for name, part in sections.items()},
         "seed": job.recipe.seed,
         "data": data_of(job),
@@ -653,6 +654,10 @@ def score(
             scores = {k.removeprefix("eval_"): v for k, v in got.items() if k.startswith("eval_") and k not in skip}
             scores |= job.task.evaluate(model, job.tokenizer, job.rows, split, folder=answers, make_bar=stage.bar)
             found |= {prefix + name: float(value) for name, value in scores.items()}
+            if constant := judging.constant(job.task, job.rows, split):
+                kept[split]["constant"] = constant
+            if worst := judging.worst(job.task, kept[split], job.rows[split]):
+                kept[split]["worst"] = worst
         stage.result = " · ".join(f"{name} {number(value)}" for name, value in found.items())
     if predictions is not None:
         folder.write(predictions, kept)

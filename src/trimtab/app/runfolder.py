@@ -25,6 +25,7 @@ import yaml
 from ..errors import ConfigError, DataError, TrimtabError
 from ..plans import Where
 from ..train.checkpoint import checkpoints, last_checkpoint, read_facts, what_is_wrong
+from . import about
 from . import recipe as recipes
 from .recipe import Recipe
 
@@ -33,6 +34,7 @@ logger = logging.getLogger("trimtab")
 # What a run makes. Only these are removed by --overwrite; a user's own files in the folder stay.
 _OURS = (
     "recipe.yaml",
+    "run.json",
     "where.json",
     "plan.json",
     "history.jsonl",
@@ -75,6 +77,11 @@ class RunFolder:
     @property
     def recipe(self) -> Path:
         return self.path / "recipe.yaml"
+
+    @property
+    def about(self) -> Path:
+        """When, by which command and with which versions."""
+        return self.path / "run.json"
 
     @property
     def where(self) -> Path:
@@ -259,7 +266,13 @@ class Session:
         """The folder, ready to be written to. Comes after all that can be checked has been: until here nothing of an
         earlier run is touched."""
         folder, recipe = self.folder, self.recipe
-        if not is_main() or self.resume:
+        if not is_main():
+            return folder
+        if self.resume:
+            began = folder.read(folder.about) if folder.about.is_file() else {}
+            now = about.facts()
+            again = [*began.get("resumed", ()), {key: now[key] for key in ("began", "command")}]
+            folder.write(folder.about, {**(began or now), "resumed": again})
             return folder
         if self.overwrite:
             folder.set_aside()
@@ -268,6 +281,7 @@ class Session:
         if folder.base.is_file() and not what_was_scored(recipe).items() <= folder.read(folder.base).items():
             folder.base.unlink()  # left by `trimtab eval --base` of another recipe
         write_recipe(recipe, folder)
+        folder.write(folder.about, about.facts())
         return folder
 
 

@@ -67,6 +67,8 @@ class TrimCallback(TrainerCallback, ExportableState):
         self._penalties: list[Tensor] = []
         self._optimizer: Any = None
         self._began = 0.0
+        self._aside = 0.0  # seconds since then spent on evaluating and saving
+        self._step_ended = 0.0
         self._run = ""  # tells this run's checkpoints from another run's
 
     # -- Trainer's events, in their order ----------------------------------------------------------
@@ -136,7 +138,8 @@ class TrimCallback(TrainerCallback, ExportableState):
             logger.warning("these are plain LoRA layers: they train on at their ranks, and nothing is decided")
         if self.controller.layers and not self.controller.is_finished:
             self._hook = peft_model_of(model).register_forward_hook(Weakly(self._watch_output))
-        self._began = time.perf_counter()
+        self._began = self._step_ended = time.perf_counter()
+        self._aside = 0.0
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
@@ -169,11 +172,16 @@ class TrimCallback(TrainerCallback, ExportableState):
         if state.global_step >= state.max_steps or control.should_training_stop:
             self._finish(args, state)
         self._log_before_saving(args, control)
+        self._step_ended = time.perf_counter()
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         if control.should_training_stop:  # early stopping speaks up after on_step_end
             self._finish(args, state)
         self._log_before_saving(args, control)
+        self._step_ended = time.perf_counter()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        self._set_aside()
 
     def on_log(
         self,
@@ -203,6 +211,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         metrics: dict[str, float] | None = None,
         **kw: Any,
     ) -> None:
+        self._set_aside()
         kept = {k: v for k, v in (metrics or {}).items() if k != "epoch" and not any(c in k for c in _CLOCK)}
         self._record({"event": "eval", "step": state.global_step, "epoch": state.epoch, "metrics": kept})
 
@@ -387,10 +396,18 @@ class TrimCallback(TrainerCallback, ExportableState):
             with self.history.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
+    def _set_aside(self) -> None:
+        """What Trainer has done since the step (or epoch) ended was no training."""
+        now = time.perf_counter()
+        self._aside += now - self._step_ended
+        self._step_ended = now
+
     def _record_time(self, step: int) -> None:
         if self.history is not None and _is_main():
+            seconds = time.perf_counter() - self._began
+            row = {"step": step, "seconds": round(seconds, 3), "aside": round(self._aside, 3)}
             with (self.history.parent / "timing.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "seconds": round(time.perf_counter() - self._began, 3)}) + "\n")
+                file.write(json.dumps(row) + "\n")
 
     def _history_rows(self) -> int:
         if self.history is None or not self.history.exists():

@@ -97,6 +97,8 @@ class Section:
     charts: list[Chart]
     tables: list[Table] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    quotes: list[tuple[str, str]] = field(default_factory=list)
+    """Texts of rows, each with what there is to say of it."""
     is_table: bool = False
     """The table is the matter itself, not the numbers behind a chart: it is shown open."""
 

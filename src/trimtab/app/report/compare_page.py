@@ -12,10 +12,27 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from .charts import LINES, Chart, Key, Section, Spec, Table, base_layout, keys, line, shortened, step_layout
+from .charts import (
+    LINES,
+    Chart,
+    Key,
+    Scale,
+    Section,
+    Spec,
+    Table,
+    base_layout,
+    grid_height,
+    grid_layout,
+    heat,
+    keys,
+    line,
+    shortened,
+    step_layout,
+)
 from .comparing import CompareRow, CompareTable, table_of_runs
 from .data import Curve
 from .html import page, save
+from .modules import Grid
 from .words import NOTHING, byte_size, count, duration, listing, number, plural, sentence, short_count
 
 NAME_WIDTH = 44
@@ -46,6 +63,7 @@ def compare_page(table: CompareTable) -> str:
         " · ".join(tasks) or "Runs",
         sections(table),
         table=table,
+        runs=[row.runs for row in table.rows],
         folders=folders,
         subtitle=f"{plural(len(table.rows), 'setting')}, {plural(runs, 'run')}",
     )
@@ -56,6 +74,8 @@ def sections(table: CompareTable) -> list[Section]:
     rows = table.rows
     made = (
         *(part for some in _sets(table) for part in (_score(some), _pareto(some))),
+        _over_steps(rows, "loss", "training loss", [row.loss_curve for row in rows]),
+        _layers(rows),
         _params(table),
         _cost(rows, "time", [row.seconds for row in rows], duration, "took the least time"),
         _cost(rows, "memory", [row.peak_memory_bytes for row in rows], byte_size, "had the lowest peak"),
@@ -308,7 +328,7 @@ def _over_steps(rows: list[CompareRow], axis: str, what: str | None, curves: lis
     heading = f"{what} over steps"
     if ends:
         (low, low_name), (high, high_name) = min(ends), max(ends)
-        heading = f"{what} at the last evaluation" if not is_count else f"{what} at the last step"
+        heading = f"{what} at the last {'evaluation' if axis == 'score' else 'step'}"
         heading += f": {form(low)} (`{low_name}`) to {form(high)} (`{high_name}`)" if low < high else f": {form(low)}"
     tables = [
         shortened(
@@ -317,7 +337,7 @@ def _over_steps(rows: list[CompareRow], axis: str, what: str | None, curves: lis
         )
         for name, curve in known
     ]
-    heading = sentence(heading) if is_count else heading  # a metric keeps its spelling
+    heading = heading if axis == "score" else sentence(heading)  # a metric keeps its spelling
     return Section(
         f"{axis}-steps",
         axis,
@@ -325,6 +345,42 @@ def _over_steps(rows: list[CompareRow], axis: str, what: str | None, curves: lis
         [Chart(f"{axis}-steps", heading, data, layout, legend=keys(data))],
         tables,
     )
+
+
+def _layers(rows: list[CompareRow]) -> Section | None:
+    """Where each run adapts and how much: total rank by layer, runs one under the other."""
+    known = [(i, row) for i, row in enumerate(rows) if row.layers]
+    stacks = list(dict.fromkeys(stack for _, row in known for stack in row.layers))
+    if len(known) < 2 or len({repr(row.layers) for _, row in known}) == 1:
+        return None
+    charts, tables = [], []
+    for s, stack in enumerate(stacks):
+        some = [(i, row, row.layers[stack]) for i, row in known if stack in row.layers]
+        n = max(len(ranks) for _, _, ranks in some)
+        cells = [[round(r, 1) if r != int(r) else int(r) for r in ranks] + [None] * (n - len(ranks))
+                 for _, _, ranks in some]  # fmt: skip
+        most = max(r for _, _, ranks in some for r in ranks)
+        characters = max(len(str(cell)) for row in cells for cell in row)
+        labels = [f"{i + 1}" for i, _, _ in some]
+        grid = Grid(stack, list(range(n)), labels, labels, [])
+        charts.append(
+            Chart(
+                f"layers-{s}", f"Total rank in each layer of {stack}", [heat(grid, cells, "rank", 0, most, "--heat")],
+                grid_layout(grid, characters), stack if len(stacks) > 1 else "", grid_height(grid),
+                legend=[Key(f"{i + 1} {row.name}", "--muted", "dot") for i, row, _ in some],
+                scale=Scale("total rank of a layer", "0", number(most), "--heat"),
+            )
+        )  # fmt: skip
+        tables.append(Table(["layer", *(row.name for _, row, _ in some)],
+                            [[str(layer), *(NOTHING if layer >= len(cells[k]) or cells[k][layer] is None
+                                            else str(cells[k][layer]) for k in range(len(some)))]
+                             for layer in range(n)]))  # fmt: skip
+    total = [(sum(map(sum, row.layers.values())), row.name) for _, row in known]
+    (low, least), (high, most_of) = min(total), max(total)
+    heading = f"Total rank at the end: {number(low)} (`{least}`) to {number(high)} (`{most_of}`)"
+    if low == high:
+        heading = f"Total rank at the end: {number(low)} in all, in other places"
+    return Section("layers", "where and rank", heading, charts, tables)
 
 
 def _bar(x: Sequence[float | None], at: list[float], color: str, name: str) -> Spec:

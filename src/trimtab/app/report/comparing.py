@@ -15,12 +15,12 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError, DataError, did_you_mean
-from .data import Curve, Header, header_of, lower_is_better, score_curve, trainable
+from .data import Curve, Header, header_of, losses, lower_is_better, score_curve, trainable
 from .pairing import LEVEL, Difference, Scored, difference
 from .runfolder import RunFolder, flatten, read
 from .words import NOTHING, byte_size, count, duration, finite, listing, number, plural, sentence, short_labels
@@ -66,10 +66,19 @@ class CompareRow:
     """The settings that differ between rows."""
     score_curve: Curve | None = None
     params_curve: Curve | None = None
+    loss_curve: Curve | None = None
+    """Of training."""
+    layers: dict[str, list[float]] = field(default_factory=dict)
+    """By stack, the total rank that is left in each layer; 0 where nothing is adapted."""
     scored_on: int = 0
     """Rows of the same number were scored on the same data by the same metric."""
     difference: Difference | None = None
     """To the baseline; without one to the row with the best mean."""
+
+    @property
+    def runs(self) -> str:
+        """Names of the run folders."""
+        return listing([Path(folder).resolve().name for folder in self.folders])
 
     @property
     def difference_text(self) -> str:
@@ -284,6 +293,8 @@ def _row(name: str, group: list[RunFolder], settings: dict[str, Any]) -> Compare
         settings=settings,
         score_curve=_mean_curve([c.curves[0] for run in group if (c := score_curve(run, metric))], metric or "score"),
         params_curve=_mean_curve([_params_curve(run, h) for run, h in zip(group, headers)][:1], "trainable parameters"),
+        loss_curve=_mean_curve([_loss_curve(run) for run in group], "training loss"),
+        layers=_layers(group),
     )
 
 
@@ -468,6 +479,28 @@ def _against(table: CompareTable) -> str:
 def _params_curve(run: RunFolder, header: Header) -> Curve | None:
     found = trainable(run, header)
     return Curve("trainable parameters", found.steps, list(found.params)) if found else None
+
+
+def _loss_curve(run: RunFolder) -> Curve | None:
+    found = losses(run)
+    return next((curve for curve in found.curves if curve.name == "training"), None) if found else None
+
+
+def _layers(group: list[RunFolder]) -> dict[str, list[float]]:
+    """Total rank in each layer at the end of a run, the mean over seeds; the plan's where none has ended."""
+    found: dict[str, dict[int, float]] = {}
+    plans = [run.plan for run in group if run.plan]
+    for plan in plans:
+        for one in plan.sites:
+            if one.site.block is not None:
+                ranks = found.setdefault(one.site.stack or "", {})
+                r = one.r if one.final_r is None else one.final_r
+                ranks[one.site.block] = ranks.get(one.site.block, 0.0) + r / len(plans)
+    masks = {stack: len(mask) for plan in plans if plan.where for stack, mask in plan.where.stacks.items()}
+    return {
+        stack: [ranks.get(i, 0.0) for i in range(max(masks.get(stack, 0), max(ranks) + 1))]
+        for stack, ranks in found.items()
+    }
 
 
 def _mean_curve(curves: Iterable[Curve | None], name: str) -> Curve | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import modules
+from .judged import Judged, judged
 from .modules import Budget, Freezes, Prunes, Ranks, Values
 from .runfolder import RunFolder, flatten, read
 from .troubles import troubles
@@ -46,6 +47,9 @@ class Header:
     planned: dict[str, float | None]
     """The same as the plan said before training; with AFLoRA also ``average_closed_form``."""
     seconds: float | None
+    """Of training, evaluations in between included."""
+    seconds_per_step: float | None
+    """Without evaluating and saving; ``None`` where the run kept no clock."""
     peak_memory_bytes: int | None
     chosen: dict[str, str]
     """Chosen layers per stack as a 0/1 string; empty when every layer is adapted."""
@@ -53,6 +57,8 @@ class Header:
     train_samples: int | None
     steps: int
     is_finished: bool
+    has_new_head: bool
+    """The checkpoint lacked what answers, so that the model without an adapter has no score to speak of."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,15 @@ class Report:
     base_metrics: dict[str, float | None]
     """The same of the model without an adapter; empty unless `trimtab eval --base` took them."""
     notes: list[str]
+    """What must be known to read the page, the worst first."""
+    remarks: list[str] = field(default_factory=list)
+    """What is good to know."""
+    about: list[tuple[str, str]] = field(default_factory=list)
+    """When it began, on which versions and which machine."""
+    command: str = ""
+    load: str = ""
+    """Python that loads what was trained."""
+    judged: Judged | None = None
     data: list[str] = field(default_factory=list)
     """What was read, left out and split off."""
     where: Profile | None = None
@@ -133,14 +148,18 @@ def load(folder: str | Path) -> Report:
     """
     run = read(folder)
     header = header_of(run)
-    what = " · ".join(part for part in (header.model, header.task) if part) or run.path.resolve().name
     return Report(
-        title=what,
+        title=run.path.resolve().name,
         header=header,
-        settings=[(key, _setting(value)) for key, value in flatten(run.recipe)],
+        settings=[(key, "…" if key.endswith("hub_token") else _setting(value)) for key, value in flatten(run.recipe)],
         metrics=[(name, finite(value)) for name, value in scores_of(run).items()],
         base_metrics={name: finite(value) for name, value in (run.base.get("metrics") or {}).items()},
         notes=_notes(run, header),
+        remarks=list(run.plan.notes) if run.plan else [],
+        about=_about(run),
+        command=str(run.about.get("command") or ""),
+        load=str(run.metrics.get("load") or ""),
+        judged=judged(run, header.metric),
         data=_data(run),
         where=profile(run),
         loss=losses(run),
@@ -165,6 +184,7 @@ def header_of(run: RunFolder) -> Header:
     raw = evals.get(metric) if metric else None
     where = run.where or (run.plan.where if run.plan else None)
     seed = metrics.get("seed", recipe.get("seed"))
+    timed = _intervals(run)
     return Header(
         model=_name(metrics.get("model")) or _name(recipe.get("model")) or (run.plan.model if run.plan else None),
         task=_name(metrics.get("task")) or _name(recipe.get("task")),
@@ -174,12 +194,14 @@ def header_of(run: RunFolder) -> Header:
         params=_params(run),
         planned=_planned(run),
         seconds=finite(metrics.get("seconds")),
+        seconds_per_step=sum(s for _, _, s in timed) / sum(n for _, n, _ in timed) if timed else None,
         peak_memory_bytes=_count(metrics.get("peak_memory_bytes")),
         chosen=dict(where.stacks) if where else {},
         seed=seed if isinstance(seed, int) else None,
         train_samples=_count(metrics.get("train_samples")),
         steps=run.last_step,
         is_finished=bool(metrics),
+        has_new_head=bool(metrics.get("new_modules")),
     )
 
 
@@ -305,16 +327,9 @@ def trainable(run: RunFolder, header: Header) -> Trainable | None:
 
 
 def step_times(run: RunFolder) -> Curves | None:
-    """Seconds per optimizer step between two entries of timing.jsonl.
-
-    A resumed run starts its clock again, so an interval counts only where step and clock both advance.
-    """
-    rows = [(row["step"], finite(row.get("seconds"))) for row in run.timing]
-    steps, values = [], []
-    for (step, second), (next_step, next_second) in itertools.pairwise(rows):
-        if second is not None and next_second is not None and next_step > step and next_second >= second:
-            steps.append(next_step)
-            values.append((next_second - second) / (next_step - step))
+    """Seconds per optimizer step between two entries of timing.jsonl, evaluating and saving left out."""
+    found = _intervals(run)
+    steps, values = [step for step, _, _ in found], [seconds / n for _, n, seconds in found]
     if not steps:
         return None
     part = max(1, len(values) // 5)
@@ -325,6 +340,20 @@ def step_times(run: RunFolder) -> Curves | None:
         finding = f"A step took {duration(first)} in the first fifth of the run and {duration(last)} in the last"
         finding += f" ({change(first, last)})" if change(first, last) else ""
     return Curves(finding, [Curve("seconds per step", steps, list(values))])
+
+
+def _intervals(run: RunFolder) -> list[tuple[int, int, float]]:
+    """Between two entries of timing.jsonl: the later step, how many steps they are apart, and the seconds of training.
+
+    A resumed run starts its clock again, so an interval counts only where step and clock both advance.
+    """
+    rows = [(row["step"], finite(row.get("seconds")), finite(row.get("aside")) or 0.0) for row in run.timing]
+    found = []
+    for (step, second, aside), (next_step, next_second, next_aside) in itertools.pairwise(rows):
+        if second is not None and next_second is not None and next_step > step and next_second >= second:
+            trained = next_second - second - max(0.0, next_aside - aside)
+            found.append((next_step, next_step - step, max(0.0, trained)))
+    return found
 
 
 def _curve(name: str, events: list[dict[str, Any]], key: str) -> Curve:
@@ -378,14 +407,34 @@ def _planned(run: RunFolder) -> dict[str, float | None]:
 
 def _notes(run: RunFolder, header: Header) -> list[str]:
     notes = []
-    if not header.is_finished:
+    total = run.plan.settings.get("total_steps") if run.plan else None
+    if run.is_at_work and not header.is_finished:
+        of = f" of {count(total)}" if total else ""
+        notes.append(f"This run is at work: step {count(header.steps)}{of} so far. `trimtab report` shows it anew.")
+    elif not header.is_finished:
         notes.append(f"This run is not finished (no metrics.json). The history ends at step {count(header.steps)}.")
     if header.score_is_nan:
         notes.append(f"The score ({header.metric}) is not a number.")
-    notes += [f"{sentence(trouble)}." for trouble in troubles(run)]
-    if run.plan:
-        notes += run.plan.notes
-    return notes + list(run.notes)
+    return [*notes, *(f"{sentence(trouble)}." for trouble in troubles(run)), *run.notes]
+
+
+def _about(run: RunFolder) -> list[tuple[str, str]]:
+    found = []
+    if began := run.about.get("began"):
+        found.append(("began", _date(began)))
+    found += [("resumed", _date(again.get("began", ""))) for again in run.about.get("resumed", ())]
+    if versions := run.about.get("versions"):
+        found.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
+    if machine := run.about.get("machine"):
+        device = "" if machine.get("device") in (None, "cpu") else f", {machine['device']}"
+        found.append(("machine", f"{machine.get('system')}, {plural(machine.get('cores') or 1, 'core')}{device}"))
+    return found
+
+
+def _date(text: str) -> str:
+    """``2026-11-25 21:08 +0000``, from what `about.facts` wrote."""
+    day, _, hour = str(text).partition("T")
+    return f"{day} {hour[:5]} {hour[8:]}".strip()
 
 
 def _data(run: RunFolder) -> list[str]:

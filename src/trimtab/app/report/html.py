@@ -45,12 +45,32 @@ def write(run_folder: str | Path) -> Path:
             report.title,
             sections(report),
             report=report,
+            subtitle=" · ".join(part for part in (report.header.model, report.header.task, *_when(report)) if part),
             tiles=tiles(report),
             metric_columns=["metric", "value", *(["without adapter"] if base else [])],
             metric_rows=metrics,
         ),
     )
     return path
+
+
+def _when(report: Report) -> list[str]:
+    about = dict(report.about)
+    version = re.search(r"trimtab (\S+?)(?:,|$)", about.get("versions", ""))
+    return [about.get("began", ""), f"Trimtab {version[1]}" if version else ""]
+
+
+def _against(report: Report) -> list[str]:
+    """What a score is to be read against."""
+    header, base = report.header, report.base_metrics.get(report.header.metric or "")
+    found = [report.judged.constant] if report.judged and report.judged.constant else []
+    if base is not None:
+        found.append(f"without adapter: {words.number(base)}")
+    elif header.is_finished and header.has_new_head:
+        found.append("without adapter: none, the head is new")
+    elif header.is_finished:
+        found.append("without adapter: see trimtab eval --base")
+    return found
 
 
 def _score(value: float | None) -> str:
@@ -65,7 +85,8 @@ def tiles(report: Report) -> list[tuple[str, str, str]]:
     layers = sum(map(len, header.chosen.values()))
     score = "NaN" if header.score_is_nan else words.number(header.score)
     so_far = "" if header.is_finished else ", so far"
-    found = [("score", score, f"{header.metric}{so_far}" if header.metric else "no evaluation yet")]
+    against = "; ".join([f"{header.metric}{so_far}", *_against(report)])
+    found = [("score", score, against if header.metric else "no evaluation yet")]
     if params["initial"] is not None:
         fell = words.change(params["initial"], params["final"])
         average, mean = words.short_count(params["average"]), header.planned.get("average")
@@ -81,12 +102,12 @@ def tiles(report: Report) -> list[tuple[str, str, str]]:
                 ),
             )
         )
-    speed = header.seconds / header.steps if header.seconds and header.steps else None
     found.append(
         (
             "time",
             words.duration(header.seconds),
-            f"{words.plural(header.steps, 'step')}" + (f", {words.duration(speed)} each" if speed else ""),
+            f"{words.plural(header.steps, 'step')}"
+            + (f", {words.duration(header.seconds_per_step)} each" if header.seconds_per_step else ""),
         )
     )
     found.append(("peak memory", words.byte_size(header.peak_memory_bytes), ""))

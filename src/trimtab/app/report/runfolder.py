@@ -44,11 +44,15 @@ class RunFolder:
     """By kind of event, in file order; each has ``step``."""
     timing: list[dict[str, Any]] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+    """When it began, by which command, with which versions."""
     base: dict[str, Any] = field(default_factory=dict)
     """Scores of the model without an adapter, when they were taken."""
     predictions: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By split, which rows were scored and what came out for each."""
     notes: tuple[str, ...] = ()
+    is_at_work: bool = False
+    """A process holds the folder's lock."""
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         return self.events.get(kind, [])
@@ -85,10 +89,25 @@ def read(folder: str | Path) -> RunFolder:
         events=events,
         timing=timing,
         metrics=_json(path / "metrics.json") or {},
+        about=_json(path / "run.json") or {},
         base=_json(path / "base.json") or {},
         predictions=_json(path / "predictions.json") or {},
         notes=tuple(notes),
+        is_at_work=_is_locked(path / ".lock"),
     )
+
+
+def _is_locked(file: Path) -> bool:
+    try:
+        import fcntl
+
+        with file.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError):  # Windows has no such locks; no file, no lock
+        return False
+    return False
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .charts import Chart, Key, Section, Spec, Table, base_layout, keys, line, shortened, step_layout, tick_step
 from .data import Curve, Curves, Profile, Report, StackProfile, Trainable
+from .judged_sections import judged_sections
 from .module_sections import budget_section, freeze_section, prunes_section, ranks_section, values_section
 from .words import NOTHING, count, number, sentence
 
@@ -16,6 +17,7 @@ def sections(report: Report) -> list[Section]:
         report.loss and _curves("loss", "loss", report.loss, end, "loss"),
         report.penalty and _curves("penalty", "loss", report.penalty, end, "penalty"),
         report.score and _curves("score", "score", report.score, end, report.header.metric or "score"),
+        *(judged_sections(report.judged) if report.judged else ()),
         report.trainable and _trainable(report.trainable, end),
         report.ranks and ranks_section(report.ranks),
         report.budget and budget_section(report.budget, end),

@@ -93,6 +93,14 @@ def predicted_of(eval_pred: Any, regression: bool) -> tuple[np.ndarray, np.ndarr
     return logits.reshape(-1) if regression else logits.argmax(axis=-1), labels
 
 
+def _of_label(eval_pred: Any, labels: np.ndarray) -> list[float]:
+    """The probability that each row's own class was given."""
+    logits = np.asarray(eval_pred[0][0] if isinstance(eval_pred[0], (tuple, list)) else eval_pred[0], np.float64)
+    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    given = (powers / powers.sum(axis=-1, keepdims=True))[np.arange(len(labels)), labels.astype(int)]
+    return [round(float(p), 4) for p in given]
+
+
 class SequenceClassification(Task):
     """Base of the tasks in which a model reads one text or two and answers with a class or a number.
 
@@ -230,8 +238,10 @@ class SequenceClassification(Task):
         found = predicted_of(eval_pred, regression=self.label_names is None)
         if found is None:
             return {}
-        classes = {} if self.label_names is None else {"classes": list(self.label_names)}
-        return {"label": found[1].tolist(), "predicted": found[0].tolist(), **classes}
+        kept = {"label": found[1].tolist(), "predicted": found[0].tolist()}
+        if self.label_names is None:
+            return kept
+        return {**kept, "probability": _of_label(eval_pred, found[1]), "classes": list(self.label_names)}
 
     # What both kinds of loading end with.
 
