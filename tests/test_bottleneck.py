@@ -1,13 +1,11 @@
 """Bottleneck adapters compute the papers' formulas in every family, and behave as any PEFT adapter does."""
 
 import copy
-import importlib.util
 import json
 import shutil
 import subprocess
 import sys
 import textwrap
-from importlib.machinery import SourceFileLoader
 
 import peft
 import pytest
@@ -457,38 +455,11 @@ def test_peft_alone_refuses_the_folder_and_with_trimtab_reads_it(tmp_path):
             assert "TRIMTAB_BOTTLENECK" in str(error)
         else:
             sys.exit("loaded")
-        import trimtab
+        from trimtab import BottleneckConfig
         load()
         """)
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def test_peft_learns_of_it_when_it_is_imported_after_trimtab(monkeypatch):
-    """Without the seconds of a process of its own: what the import of peft would do, with nothing executed."""
-    imported = []
-    monkeypatch.setattr(trimtab, "import_module", lambda *names: imported.append(names))
-    monkeypatch.setattr(SourceFileLoader, "exec_module", lambda loader, module: imported.append(module))
-    finder = trimtab._AfterPeft()
-    assert finder.find_spec("transformers") is None
-    monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
-    monkeypatch.delitem(sys.modules, "peft")
-    spec = importlib.util.find_spec("peft")
-    assert finder in sys.meta_path  # looking for it is not importing it
-    spec.loader.exec_module("peft itself")
-    assert imported == ["peft itself", (".adapters.bottleneck", "trimtab")]
-    assert finder not in sys.meta_path
-
-
-def test_a_trimtab_that_was_loaded_twice_leaves_peft_importable(monkeypatch):
-    executed = []
-    monkeypatch.setattr(trimtab, "import_module", lambda *names: None)
-    monkeypatch.setattr(SourceFileLoader, "exec_module", lambda loader, module: executed.append(module))
-    monkeypatch.setattr(sys, "meta_path", [trimtab._AfterPeft(), trimtab._AfterPeft(), *sys.meta_path])
-    monkeypatch.delitem(sys.modules, "peft")
-    importlib.util.find_spec("peft").loader.exec_module("peft itself")
-    assert executed == ["peft itself"]
-    assert not any(isinstance(finder, trimtab._AfterPeft) for finder in sys.meta_path)
 
 
 def test_a_stock_trainer_resumes_to_the_same_weights(tmp_path):

@@ -56,13 +56,15 @@ def lines(job: Job, folder: RunFolder) -> str:
     given = [repr(source), *(f"{key}={value!r}" for key, value in kwargs.items())]
     where = repr(str(folder.adapter.resolve()))
     needs_trimtab = job.recipe.adapter.type == "bottleneck"
-    out = [f"import json, peft, transformers{', trimtab' if needs_trimtab else ''}"]
+    out = ["import json, peft, transformers"]
     labels = job.task.model_kwargs()
     if "id2label" in labels:
         out.append(f"labels = json.load(open({str((folder.adapter / LABELS).resolve())!r}))['label2id']")
         given += ["label2id=labels", "id2label={i: name for name, i in labels.items()}"]
     else:
         given += [f"{key}={value!r}" for key, value in labels.items()]
+    if needs_trimtab:
+        out.append("from trimtab import BottleneckConfig  # PEFT then knows this kind of adapter")
     out += [
         f"base = transformers.{auto}.from_pretrained({', '.join(given)})",
         f"model = peft.PeftModel.from_pretrained(base, {where})",

@@ -523,6 +523,8 @@ def with_adapter(model: nn.Module, folder: RunFolder, screen: Screen) -> PeftMod
     from peft import PeftModel
     from safetensors import SafetensorError
 
+    from ..adapters import bottleneck  # noqa: F401  PEFT then knows a bottleneck adapter's folder
+
     place = trained_adapter(folder)
     if place != folder.adapter:
         screen.note(f"no adapter/ yet: taking {place}")
