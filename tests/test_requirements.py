@@ -38,13 +38,13 @@ def parts(version: str) -> list[int]:
 
 
 def test_the_oldest_set_is_what_pyproject_admits():
-    admitted, oldest = bounds("dependencies", "gguf", "summarize", "vqa"), pinned("oldest")
+    admitted, oldest = bounds("dependencies", "app", "gguf", "summarize", "vqa"), pinned("oldest")
     assert admitted.keys() == oldest.keys()
     assert {n: parts(v) for n, v in admitted.items()} == {n: parts(v) for n, v in oldest.items()}
 
 
 def test_the_locked_set_holds_all_that_is_needed_and_nothing_below_the_bounds():
-    locked, needed = pinned("locked"), bounds("dependencies", "gguf", "summarize", "vqa")
+    locked, needed = pinned("locked"), bounds("dependencies", "app", "gguf", "summarize", "vqa")
     for name, least in needed.items():
         assert [int(n) for n in re.findall(r"\d+", locked[name])[:3]] >= parts(least), name
     assert {"pytest", "ruff", "mypy", "hypothesis"} <= locked.keys()

@@ -8,7 +8,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+from .errors import missing_extra
+
+__version__ = "0.2.0"
 
 _PUBLIC = {
     "AFLoRA": "freeze.aflora",
@@ -40,7 +42,10 @@ __all__ = sorted(_PUBLIC)
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
-        return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
+        try:
+            return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
+        except ModuleNotFoundError as error:
+            raise missing_extra(f"trimtab.{name}", error) or error from None
     if name in {"where", "rank", "freeze", "adapters"}:
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

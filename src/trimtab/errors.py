@@ -9,6 +9,7 @@ TrimtabError                  one line: key, value found, what would work
 ├── SelectionError            scores of layers or of ranks cannot be computed or ranked
 ├── CheckpointError           a checkpoint is incomplete, damaged, or belongs to another run
 ├── ExportError               an adapter has no such form
+├── MissingExtraError         what was asked for needs packages that an extra of Trimtab brings
 ├── StaleAdapterError         tensors were replaced under a running controller
 └── DisagreementError         processes reached different decisions
 """
@@ -76,12 +77,32 @@ class ExportError(TrimtabError, ValueError):
     """An adapter cannot take the asked form; the message says why."""
 
 
+class MissingExtraError(TrimtabError, ImportError):
+    """What was asked for needs packages that an extra of Trimtab brings; the message is the line that installs them."""
+
+
 class StaleAdapterError(TrimtabError, RuntimeError):
     """Tensors were replaced under a running controller, so its state no longer describes them."""
 
 
 class DisagreementError(TrimtabError, RuntimeError):
     """Processes reached different decisions; both plans are in the message."""
+
+
+APP = ("click", "datasets", "jinja2", "plotly", "pydantic", "rich", "scipy", "sklearn", "yaml")
+"""What `trimtab[app]` brings, by the names that are imported; nothing outside `trimtab.app` needs them."""
+
+
+def missing_extra(wanted: str, error: ModuleNotFoundError) -> MissingExtraError | None:
+    """The error to raise instead, if the module that was not found is one that `trimtab[app]` brings.
+
+    Args:
+        wanted: what needed it, as the message's first words.
+    """
+    package = (error.name or "").split(".")[0]
+    if package not in APP:
+        return None
+    return MissingExtraError(f"{wanted} needs the package {package}: pip install 'trimtab[app]'")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from .. import __version__
-from ..errors import ConfigError, TrimtabError, did_you_mean
+from ..errors import ConfigError, TrimtabError, did_you_mean, missing_extra
 from .malloc import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -68,6 +68,8 @@ class _Commands(click.Group):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         except Exception as error:
+            if isinstance(error, ModuleNotFoundError) and (missing := missing_extra("this command", error)):
+                _fail(str(missing), code=2)
             from .runfolder import storage_fault
 
             if fault := storage_fault(error):

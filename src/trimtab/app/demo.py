@@ -123,7 +123,7 @@ def _root(library: str) -> Path:
         return Path(sysconfig.get_paths()["stdlib"])
     spec = importlib.util.find_spec(library)
     if spec is None or spec.origin is None:
-        raise DataError(f"demo: library={library!r}: not installed; pip install -U trimtab brings it")
+        raise DataError(f"demo: library={library!r}: not installed; pip install -U 'trimtab[app]' brings it")
     return Path(spec.origin).parent
 
 
