@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sys
 import tempfile
+import textwrap
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -82,7 +84,11 @@ def _fail(*messages: str, code: int) -> NoReturn:
     if os.environ.get(DEBUG):
         traceback.print_exc()
     for message in messages:
-        click.echo(f"error: {' '.join(message.split())}", err=True)
+        line = f"error: {' '.join(message.split())}"
+        if sys.stderr.isatty():
+            width = shutil.get_terminal_size().columns
+            line = textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
+        click.echo(line, err=True)
     sys.exit(code)
 
 
@@ -637,8 +643,8 @@ def _print(*parts: Any) -> None:
     console = Console(highlight=False, quiet=not is_main())
     if not console.is_terminal:  # a file or a pipe has no edge to wrap at
         console.width = 160
-    for part in parts:
-        console.print(part, soft_wrap=isinstance(part, (str, Text)))
+    for part in parts:  # a Text is to be copied as it is; a sentence wraps between words
+        console.print(part, soft_wrap=isinstance(part, Text) or (isinstance(part, str) and not console.is_terminal))
 
 
 def _print_json(data: dict[str, Any] | Iterable[Any]) -> None:

@@ -24,6 +24,7 @@ from . import judging, loading, model_facts, models, runfolder, trainer_settings
 from . import recipe as recipes
 from .adapting import adapter_config, choose_own, choose_without_data, reads_rows
 from .planning import horizon_of, load_rows, model_spec, plan_of_run, plan_recipe, with_layer_ratio
+from .progress import progress_on
 from .recipe import Recipe
 from .report.words import byte_size, count, number
 from .runfolder import RunFolder
@@ -217,7 +218,13 @@ def train(job: Job, where: Where | None, folder: RunFolder, screen: Screen, *, r
     with screen.stage("train") as stage:
         model = peft.get_peft_model(job.model, config)
         checkpoint = runfolder.checkpoint_to_resume(folder) if resume else None
-        callbacks = [callback, _bar(stage), _save_at_end(), *_early_stopping(job), _let_go_of_previous(folder)]
+        callbacks = [
+            callback,
+            progress_on(stage, callback),
+            _save_at_end(),
+            *_early_stopping(job),
+            _let_go_of_previous(folder),
+        ]
         trainer = make_trainer(job, model, folder, callbacks, recipe.rates)
         _reset_peak_memory()
         began = time.monotonic()
@@ -422,41 +429,6 @@ def _early_stopping(job: Job) -> list[Any]:
     return [EarlyStoppingCallback(settings.patience, settings.threshold)]
 
 
-def _bar(stage: Stage) -> Any:
-    """The Trainer's progress on our screen."""
-    from transformers import TrainerCallback
-
-    class OnScreen(TrainerCallback):
-        evaluation: Any = None
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.bar = stage.bar(state.max_steps)
-            self.bar.move(state.global_step)
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.bar.move(state.global_step)
-
-        def on_log(
-            self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **kwargs: Any
-        ) -> None:
-            if logs and "loss" in logs:
-                self.bar.move(state.global_step, beside=f"loss {float(logs['loss']):.4f}")
-
-        def on_prediction_step(
-            self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
-        ) -> None:
-            if self.evaluation is None:
-                self.evaluation = stage.bar(len(eval_dataloader), "evaluating")
-            self.evaluation.advance()
-
-        def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if self.evaluation is not None:
-                self.evaluation.close()
-                self.evaluation = None
-
-    return OnScreen()
-
-
 def final_plan(planned: Plan, model: PeftModel, params: Mapping[str, float]) -> Plan:
     """The plan with what training made of it: ranks that stayed, and measured parameters."""
     ranks = adapter_ranks(model)
@@ -642,7 +614,7 @@ def score(
         screen.note(f"task {job.task.name!r}: no labelled split to evaluate on")
         return {}
     with screen.stage("eval") as stage:
-        trainer = make_trainer(job, model, folder, callbacks=[_bar(stage)])
+        trainer = make_trainer(job, model, folder, callbacks=[progress_on(stage)])
         trainer.args.train_sampling_strategy = "random"  # by length would shuffle what is scored, too
         found: dict[str, float] = {}
         kept: dict[str, Any] = {}

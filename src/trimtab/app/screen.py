@@ -15,8 +15,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -25,6 +26,7 @@ from .report.words import duration
 
 Item = TypeVar("Item")
 _NAME_WIDTH = 9
+NO_BREAK = "\u00a0"
 
 
 class Screen:
@@ -42,7 +44,7 @@ class Screen:
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
         """Shows ``name``, a bar if the stage starts one, and at its end its result and the time it took."""
-        stage = Stage(name, self.console)
+        stage = Stage(name, self)
         began = time.monotonic()
         try:
             with stage.progress:
@@ -50,16 +52,27 @@ class Screen:
         except BaseException:
             self.console.print(f"[red]{name:<{_NAME_WIDTH}}[/] stopped", soft_wrap=True)
             raise
-        seconds = f"[dim]{duration(time.monotonic() - began)}[/]"
-        self.console.print(f"[green]{name:<{_NAME_WIDTH}}[/]{escape(stage.result)}  {seconds}", soft_wrap=True)
+        seconds = f"[dim]{duration(time.monotonic() - began).replace(' ', NO_BREAK)}[/]"
+        self._line(f"[green]{name}[/]", f"{escape(stage.result)}  {seconds}")
 
     def note(self, text: str) -> None:
         """A remark, once each: made inside a stage it stands above the stage's line."""
         text = " ".join(text.split())
         if text not in self._said:
             self._said.add(text)
-            self.console.print(f"[yellow]{'note':<{_NAME_WIDTH}}[/]", end="")
-            self.console.print(text, markup=False, soft_wrap=True)
+            self._line("[yellow]note[/]", escape(text))
+
+    def _line(self, name: str, text: str) -> None:
+        """On a terminal wrapped between words, under itself; elsewhere there is no edge to wrap at."""
+        if not self.console.is_terminal:
+            room = " " * (_NAME_WIDTH - len(Text.from_markup(name)))
+            self.console.print(f"{name}{room}{text}", soft_wrap=True)
+            return
+        grid = Table.grid()
+        grid.add_column(width=_NAME_WIDTH)
+        grid.add_column(overflow="fold")
+        grid.add_row(name, text)
+        self.console.print(grid)
 
     @contextmanager
     def hush(self) -> Iterator[None]:
@@ -110,18 +123,24 @@ class _Notes(logging.Handler):
 class Stage:
     """One line on the screen. Set `result` to what its closing line says."""
 
-    def __init__(self, name: str, console: Console) -> None:
-        self.result = ""
-        self.progress = Progress(
+    def __init__(self, name: str, screen: Screen) -> None:
+        self.name, self.result, self._screen = name, "", screen
+        console = screen.console
+        self.has_bars = console.is_terminal and not console.quiet
+        self.progress = _Progress(
             TextColumn(f"[cyan]{name:<{_NAME_WIDTH}}[/]" + "{task.description}"),
             BarColumn(bar_width=24),
             _Count(),
             TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-            TextColumn("[dim]{task.fields[beside]}"),
             console=console,
             transient=True,
-            disable=console.quiet or not console.is_terminal,
+            disable=not self.has_bars,
         )
+
+    def line(self, text: str) -> None:
+        """How far a long stage is, for a log, where no bar moves."""
+        if not self.has_bars:
+            self._screen._line(f"[dim]{self.name}[/]", escape(text))
 
     def bar(self, total: int | None, description: str = "") -> Bar:
         return Bar(self.progress, self.progress.add_task(description, total=total, beside=""))
@@ -133,6 +152,16 @@ class Stage:
             yield item
             bar.advance()
         bar.close()
+
+
+class _Progress(Progress):
+    """Bars, and under each what stands beside it: on one line with it words would break on a narrow screen."""
+
+    def get_renderables(self) -> Iterable[Any]:
+        for task in self.tasks:
+            yield self.make_tasks_table([task])
+            if beside := task.fields["beside"]:
+                yield Padding(Text(beside, style="dim"), (0, 0, 0, _NAME_WIDTH))
 
 
 class _Count(MofNCompleteColumn):
@@ -150,7 +179,7 @@ class Bar:
         self._progress.advance(self._task, steps)
 
     def move(self, completed: int, beside: str | None = None) -> None:
-        """Puts the bar at ``completed``, with ``beside`` (a loss, a score) to its right."""
+        """Puts the bar at ``completed``, with ``beside`` (a loss, a score) under it."""
         fields: dict[str, Any] = {} if beside is None else {"beside": beside}
         self._progress.update(self._task, completed=completed, **fields)
 
@@ -161,10 +190,41 @@ class Bar:
         self._progress.remove_task(self._task)
 
 
+class _Table(Table):
+    """A table that breaks no word: where its columns do not fit, each row is a list of name and value."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        cells = [[*_plain(column.header).split(), *map(_plain, column.cells)] for column in self.columns]
+        apart = [None if column.justify == "left" else "\n" for column in self.columns]  # a figure is one word
+        words = [
+            max(len(word) for cell in column for word in cell.split(by) or [""]) for column, by in zip(cells, apart)
+        ]
+        if len(cells) < 3 or sum(words) + 2 * len(words) - 2 <= options.max_width:
+            for column, width in zip(self.columns, words):
+                column.min_width = width if len(cells) > 2 else None
+                column.no_wrap = len(cells) > 2 and column.justify != "left"
+            yield from super().__rich_console__(console, options)
+            return
+        if self.title:
+            yield Text.from_markup(str(self.title), style="bold")
+        for row in zip(*(column.cells for column in self.columns)):
+            yield Text.from_markup(str(row[0]))
+            grid = Table.grid(padding=(0, 2, 0, 0))
+            grid.add_column(style="dim")
+            grid.add_column(overflow="fold")
+            for column, cell in zip(self.columns[1:], row[1:]):
+                grid.add_row(f"  {_plain(column.header)}", cell)
+            yield grid
+
+
+def _plain(cell: Any) -> str:
+    return " ".join((Text.from_markup(cell) if isinstance(cell, str) else Text(str(cell))).plain.split())
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", right: Iterable[int] = ()) -> Table:
     """A plain table without rules; ``right`` names the columns (by index) that hold numbers."""
     numeric = set(right)
-    made = Table(
+    made = _Table(
         title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
     )
     for i, name in enumerate(columns):

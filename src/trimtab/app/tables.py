@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
+from rich.text import Text
 
 from ..plans import Plan, SitePlan, Where
 from .catalogue import Entry
@@ -43,7 +44,7 @@ def run_tables(folder: RunFolder) -> list[Any]:
     for name, value in rows:
         made.add_row(name if name.startswith("[") else f"[dim]{name}[/]", escape(value))
     load = found.get("load")
-    return [made, *([f"\n[dim]# To load it:[/]\n{escape(load)}"] if load else [])]
+    return [made, *(["\n[dim]# To load it:[/]", Text(load)] if load else [])]
 
 
 def plan_tables(plan: Plan) -> list[Any]:
