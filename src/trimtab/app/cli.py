@@ -337,6 +337,7 @@ def export(source: str, overrides: Sequence[str], form: str | None, out: Path | 
     peft: for stock PEFT. padded: one rank for all modules, for engines that know no rank patterns. merged: a
     stand-alone model.
     """
+    from ..exporting.engines import read_by
     from . import run as runs
 
     with _screen(as_json) as screen:
@@ -344,8 +345,11 @@ def export(source: str, overrides: Sequence[str], form: str | None, out: Path | 
         chosen = form or job.recipe.export.format
         target = out or (folder.adapter if chosen == "peft" else folder.path / chosen)
         written = runs.export(job, runs.load_trained(job, folder, screen).model, target, chosen, screen)
+        engines = read_by(written)
+        for line in engines:
+            screen.note(line)
     if as_json:
-        _print_json({"format": chosen, "path": str(written)})
+        _print_json({"format": chosen, "path": str(written), "engines": engines})
     else:
         click.echo(str(written))
 
