@@ -6,7 +6,8 @@ STAMP := $(VENV)/.trimtab-setup
 PIP := python -m pip install --quiet --disable-pip-version-check
 EXTRAS := '.[app,gguf,summarize,vqa]'
 TESTING := pytest pytest-xdist hypothesis
-DEVELOPMENT := $(TESTING) ruff mypy types-PyYAML pandas bitsandbytes trl schedulefree build check-wheel-contents
+DEVELOPMENT := $(TESTING) ruff mypy types-PyYAML pandas bitsandbytes trl schedulefree build check-wheel-contents \
+	sphinx myst-parser furo
 # Exact versions of all of it. pip takes the build of torch that its configuration points to; without a GPU, one for
 # CPUs is much smaller.
 LOCKED := requirements/locked.txt
@@ -19,7 +20,7 @@ CONTRACT := tests/test_peft_host.py tests/test_promises.py tests/test_checkpoint
 	tests/tasks/test_task_with_trainer.py tests/tasks/test_vqa.py tests/tasks/test_instruct.py
 PYTEST := python -m pytest -n 2 --dist loadfile
 
-.PHONY: help setup demo test test-oldest test-newest package lock lint bench clean
+.PHONY: help setup demo test test-oldest test-newest package docs lock lint bench clean
 
 help:
 	@echo "make demo   the main job on a small real model and real text, offline once set up"
@@ -27,6 +28,7 @@ help:
 	@echo "make test-oldest  what must hold on every version, on the oldest that pyproject.toml admits"
 	@echo "make test-newest  the same on the newest that there is"
 	@echo "make package  wheel and sdist, checked: the wheel runs alone and with its extra in a fresh environment"
+	@echo "make docs   the documentation as a site, under build/docs; a warning is a failure"
 	@echo "make lock   refreshes $(LOCKED) with the newest versions"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  the benchmarks, short form"
@@ -69,6 +71,9 @@ package: $(STAMP)
 	@rm -rf dist && $(BIN)/pyproject-build --outdir dist . >/dev/null && ls dist
 	@$(BIN)/check-wheel-contents dist/*.whl
 	@PYTHON=$(PYTHON) tests/check_wheel.sh dist/*.whl $(LOCKED) $(firstword $(MODELS))
+
+docs: $(STAMP)
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs build/docs
 
 # torch stays where it is: which of its builds fits is not for this file to choose.
 lock: pyproject.toml

@@ -44,9 +44,13 @@ class Model(_Section):
     name_or_path: str | None = None
     """Hub id, local folder, GGUF file, or ``package:NAME/FOLDER`` (a folder inside an installed package)."""
     gguf_file: str | None = None
+    """The file within that repository or folder, where it holds several."""
     revision: str | None = None
+    """Branch, tag or commit on the hub."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the base; when not given the checkpoint's own, float32 for float16. Adapters train in float32 all the same."""
     tokenizer: str | None = None
+    """Where it is, if not beside the model."""
     config: dict[str, Any] | str | None = None
     """With a ``model_type``, inline or as a JSON file: a whole config, enough for `plan`. Without one:
     overrides of the checkpoint's config (``{attention_dropout: 0}``)."""
@@ -58,6 +62,8 @@ class Task(_Section):
     model_config = ConfigDict(extra="allow", frozen=True)
     main_key: ClassVar[str] = "name"
     name: str
+    """One of ours, one that an installed package announces, or your own ``module:callable``; other keys are its
+    settings."""
 
 
 Paths = str | list[str]
@@ -67,12 +73,19 @@ class Data(_Section):
     """One's own rows, by split: files, folders or patterns; or a dataset of the hub."""
 
     train: Paths | None = None
+    """Rows to learn from: a file, a folder, a pattern, or a list of them."""
     validation: Paths | None = None
+    """Rows to score while training; split off the training rows when not given."""
     test: Paths | None = None
+    """Rows to score at the end."""
     validation_matched: Paths | None = None
+    """MNLI's."""
     validation_mismatched: Paths | None = None
+    """MNLI's."""
     test_matched: Paths | None = None
+    """MNLI's."""
     test_mismatched: Paths | None = None
+    """MNLI's."""
     max_samples: int | dict[str, int] | None = None
     """Rows kept, in all splits or by split; for trials."""
     sample_seed: int | Literal["first"] | None = None
@@ -136,15 +149,19 @@ class Adapter(_Section):
     model_config = ConfigDict(extra="allow", frozen=True)
     main_key: ClassVar[str] = "type"
     type: str = "lora"
+    """``lora``, ``vera``, ``bottleneck`` or ``adaption_prompt``."""
     r: int = Field(8, ge=1)
+    """Rank at the start."""
     alpha: float | None = Field(None, gt=0)
     """Scale numerator, PEFT's ``lora_alpha``; 2 r when not given."""
     dropout: float = Field(0.0, ge=0, lt=1)
+    """Before the projections, as in PEFT."""
     target_modules: list[str] | str | None = None
     """Names or a regex as in PEFT, or ``all-linear``; PEFT's choice for the model when not given."""
     init: bool | str = True
     """PEFT's ``init_lora_weights``: true, gaussian, pissa, olora …"""
     modules_to_save: list[str] | None = None
+    """Modules that train whole and are saved beside the adapter; a new head is one of them without being named."""
 
     @model_serializer(mode="wrap")
     def _without_what_the_type_has_not(self, write: Any) -> dict[str, Any]:
@@ -158,17 +175,25 @@ class Where(_Section):
     method: str = "cka"
     """One that `trimtab methods where` lists, or your own ``module:function``; other keys are its settings."""
     ratio: float | None = Field(None, gt=0, le=1)
+    """Share of the layers to adapt."""
     count: int | None = Field(None, ge=1)
+    """Number of them, in place of ``ratio``."""
     mask: str | dict[str, str] | None = None
+    """For ``mask``: one 0/1 character a layer, in quotes; one string for each stack of an encoder-decoder."""
     samples: Annotated[int, Field(ge=2)] | Literal["all"] = 1024
     """Training rows that the layers are compared on."""
     estimator: Literal["biased", "unbiased"] = "biased"
+    """Of CKA: the published one, or the one without its bias at few rows."""
     pool: Literal["auto", "cls", "last", "mean"] = "auto"
+    """The vector of a row: first token, last token, or mean; auto goes by the model."""
     batch_size: int = Field(32, ge=1)
+    """Rows of a forward pass."""
     exclude: Literal["auto"] | list[int] | dict[str, list[int]] = "auto"
     """Layers never chosen; auto leaves out layer 0 where every row's first token is the same."""
     degenerate: Literal["exclude", "include"] = "exclude"
+    """Layers whose similarity says nothing, since one row outweighs the rest."""
     seed: int | None = None
+    """Draws the layers of ``random`` (the run's when not given), or which rows are read (the first when not given)."""
 
     @field_validator("mask", mode="before")
     @classmethod
@@ -182,6 +207,7 @@ class Rank(_Section):
     model_config = ConfigDict(extra="allow", frozen=True)
     main_key: ClassVar[str] = "method"
     method: str
+    """One that `trimtab methods` lists, or your own ``module:SettingsClass``; other keys are its settings."""
 
 
 class Freeze(Rank):
@@ -190,7 +216,9 @@ class Freeze(Rank):
 
 class BudgetLimits(_Section):
     final_params: int | None = Field(None, ge=1)
+    """What the adapter may hold at the end."""
     average_params: int | None = Field(None, ge=1)
+    """What may train in the mean over the steps."""
 
 
 class EarlyStopping(_Section):
@@ -210,27 +238,40 @@ class EarlyStopping(_Section):
 class Export(_Section):
     main_key: ClassVar[str] = "format"
     format: Literal["peft", "merged", "padded"] = "peft"
+    """A rank for each module, a stand-alone model beside it, or one rank for all."""
 
 
 class Recipe(_Section):
     """A whole run. See the fields of each section for what its keys mean."""
 
     model: Model
+    """What is adapted."""
     task: Task | None = None
+    """What it learns, and how that is scored."""
     data: Data = Data()
+    """The rows, where they are not the task's own."""
     adapter: Adapter = Field(default_factory=lambda: Adapter.model_validate({}))
+    """What is trained."""
     where: Where | None = None
+    """Which layers."""
     rank: Rank | None = None
+    """How much each."""
     freeze: Freeze | None = None
+    """Until when."""
     budget: BudgetLimits | None = None
+    """One limit over ranks and freezing."""
     train: dict[str, Any] = {}
     """Fields of `transformers.TrainingArguments`, by their own names."""
     early_stopping: EarlyStopping | None = None
+    """When to end before the last epoch."""
     rates: dict[str, Any] | None = None
     """Multiples of ``train.learning_rate`` by role: A, B, vectors, head."""
     export: Export = Export()
+    """What is left at the end."""
     output_dir: str | None = None
+    """Folder of the run; ``runs/NAME`` for ``NAME.yaml`` when not given."""
     seed: int = Field(0, ge=0, lt=2**32)
+    """Of the head's weights, the adapter's, and the order of rows."""
 
     def to_yaml(self) -> str:
         """The recipe with nothing left out that was set, defaults included for what this version knows."""

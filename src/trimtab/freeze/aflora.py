@@ -64,6 +64,7 @@ class AFLoRA(FreezeSettings):
     beta2: float = 0.95
     """Memory of the uncertainty Ū, per window."""
     schedule: Literal["cubic", "quadratic"] = "cubic"
+    """How the share of frozen projections rises from the first freeze to the last."""
     rule: Literal["element_quantile", "tensor_rank"] = "element_quantile"
     """Which projections freeze at an event; see the top of this file. A budget needs "tensor_rank"."""
     trainable_projections: Sequence[str] | None = None

