@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import DataError
-from . import loading, model_facts, models
+from . import loading, model_facts, models, trainer_settings
 from .planning import load_rows, model_spec
 from .recipe import Recipe
 from .run import Job, make_trainer, trained_adapter, with_adapter
@@ -79,7 +79,7 @@ def _without_training(recipe: Recipe) -> Recipe:
 
 def _outputs(job: Job, folder: RunFolder, rows: Dataset) -> np.ndarray:
     trainer = make_trainer(job, job.model, folder, callbacks=[])
-    trainer.args.train_sampling_strategy = "random"  # by length would shuffle them
+    trainer_settings.score_in_order(trainer.args)
     predicted = trainer.predict(rows, ignore_keys=model_facts.unread_outputs(job.model)).predictions  # type: ignore[arg-type]
     return np.asarray(predicted[0] if isinstance(predicted, tuple) else predicted, np.float64)
 

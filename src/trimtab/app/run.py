@@ -336,7 +336,7 @@ def training_arguments(recipe: Recipe, task: Task, output_dir: Path, *, has_eval
 def _made(values: Mapping[str, Any]) -> TrainingArguments:
     from transformers import Trainer, TrainingArguments
 
-    args = TrainingArguments(**values)
+    args = TrainingArguments(**trainer_settings.stock(values))
     try:  # whether the optimizer's package is there
         Trainer.get_optimizer_cls_and_kwargs(args)
     except (ImportError, ValueError) as error:
@@ -615,7 +615,7 @@ def score(
         return {}
     with screen.stage("eval") as stage:
         trainer = make_trainer(job, model, folder, callbacks=[progress_on(stage)])
-        trainer.args.train_sampling_strategy = "random"  # by length would shuffle what is scored, too
+        trainer_settings.score_in_order(trainer.args)
         found: dict[str, float] = {}
         kept: dict[str, Any] = {}
         for i, split in enumerate(splits):

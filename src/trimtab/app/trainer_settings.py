@@ -58,7 +58,8 @@ _LIMITS: dict[str, tuple[str, Any]] = {
     "adam_beta2": _BELOW_1,
     "adam_epsilon": _ABOVE_0,
 }
-_WORDS = {"train_sampling_strategy": ("random", "sequential", "group_by_length", "batch_rebalance")}
+_SAMPLING = "train_sampling_strategy"
+_WORDS = {_SAMPLING: ("random", "sequential", "group_by_length", "batch_rebalance")}
 _CALLED = {"adam": "adamw_torch", "adamw": "adamw_torch", "adamw_hf": "adamw_torch", "true": "epoch", "never": "no"}
 _LISTS = ("report_to",)
 _PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "azure_ml": ("azureml",), "flyte": ("flytekit",)}
@@ -66,7 +67,24 @@ _PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "azure_ml": ("azure
 
 def fields() -> dict[str, str]:
     """Every field and its annotation."""
-    return dataclass_fields(*_ARGUMENTS)
+    found = dataclass_fields(*_ARGUMENTS)
+    return found if _SAMPLING in found else {**found, _SAMPLING: "str"}
+
+
+def stock(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values under the names that the installed `TrainingArguments` has: older ones say ``group_by_length``."""
+    out = dict(values)
+    if _SAMPLING in out and _SAMPLING not in dataclass_fields(*_ARGUMENTS):
+        word = out.pop(_SAMPLING)
+        if word not in ("random", "group_by_length"):
+            raise ConfigError(f"train.{_SAMPLING}", word, "this transformers samples random or group_by_length only")
+        out["group_by_length"] = word == "group_by_length"
+    return out
+
+
+def score_in_order(args: Any) -> None:
+    """Rows are scored in the data's order, also where training groups them by length."""
+    args.train_sampling_strategy, args.group_by_length = "random", False
 
 
 def check(key: str, value: Any) -> Any:
