@@ -10,7 +10,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import tiny
-from trimtab import AdaLoRA, AFLoRA, SalientLoRA, SoRA, TrimCallback, TrimConfig
+from trimtab import AdaLoRA, AFLoRA, GradES, SalientLoRA, SoRA, TrimCallback, TrimConfig
 
 STEPS = 40
 
@@ -20,6 +20,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "adalora": {"rank": AdaLoRA(target_r=2, warmup=4, final=14, interval_steps=5)},
     "sora": {"rank": SoRA(prox_threshold=0.04, sticky_zeros=True, interval=12)},
     "aflora": {"freeze": AFLoRA(warmup=4, final=12, interval_steps=4)},
+    "grades": {"freeze": GradES(tau=0.9, alpha=10, interval_steps=4)},
     "salientlora+aflora": {
         "rank": SalientLoRA(target_r=2, warmup=4, allocation=24, initial_window=4, final_window=8),
         "freeze": AFLoRA(warmup=4, final=12, interval_steps=4),

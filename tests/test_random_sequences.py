@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import tiny
 import trimtab
-from trimtab import AdaLoRA, AFLoRA, Controller, SalientLoRA, SoRA, TrimConfig
+from trimtab import AdaLoRA, AFLoRA, Controller, GradES, SalientLoRA, SoRA, TrimConfig
 from trimtab.host.layers import hosted_layers
 
 TOTAL = 24
@@ -34,6 +34,8 @@ RANK = {
 FREEZE = {
     "none": None,
     "aflora": AFLoRA(warmup=2, final=8, interval_steps=2),
+    "grades": GradES(tau=1.0, alpha=4, interval_steps=2),
+    "grades by weights": GradES(tau=1.0, alpha=4, interval_steps=2, movement="weight_change"),
     "aflora svd": AFLoRA(warmup=2, final=8, interval_steps=2, start="svd"),
 }
 TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "bert": ["query", "value", "output.dense"]}

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 import tiny
 import trimtab
 from fakes import Halving
-from trimtab import AdaLoRA, AFLoRA, Controller, SalientLoRA, SoRA, TrimCallback, TrimConfig
+from trimtab import AdaLoRA, AFLoRA, Controller, GradES, SalientLoRA, SoRA, TrimCallback, TrimConfig
 from trimtab.errors import DisagreementError, ModelError
 from trimtab.rank.base import Decision
 
@@ -29,6 +29,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "adalora": {"rank": AdaLoRA(target_r=2, warmup=2, final=8, interval_steps=1)},
     "sora": {"rank": SoRA(prox_threshold=0.06, sticky_zeros=True, interval=6)},
     "aflora": {"freeze": _AFLORA},
+    "grades": {"freeze": GradES(tau=0.95, alpha=6, interval_steps=2)},
     "salientlora+aflora": {"rank": _SALIENT, "freeze": _AFLORA},
 }
 # name -> family, method, head is trained, dtype

@@ -20,6 +20,7 @@ _PUBLIC = {
     "Budget": "plans",
     "Controller": "train.controller",
     "FreezeAt": "freeze.controls",
+    "GradES": "freeze.grades",
     "LayerScores": "where.cka",
     "Plan": "plans",
     "SalientLoRA": "rank.salientlora",

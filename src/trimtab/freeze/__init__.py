@@ -20,6 +20,11 @@ METHODS: dict[str, Method] = {
         "freezes projections one by one, those whose gradients fade first; two small vectors train on",
         "arXiv 2403.13269",
     ),
+    "grades": Method(
+        "trimtab.freeze.grades:GradES",
+        "freezes the projections of a site once they have settled: their gradients hardly change any more",
+        "arXiv 2509.01842",
+    ),
     "at": Method("trimtab.freeze.controls:FreezeAt", "freezes every projection at one fixed step", "control"),
 }
 

@@ -48,6 +48,11 @@ class FreezeSettings:
         return self.needs_output_diagonal and self.start == "lora"
 
     @property
+    def freezes_all(self) -> bool:
+        """Whether a run may come to have no projection left to train."""
+        return True
+
+    @property
     def has_no_scale(self) -> bool:
         """Whether alpha, and what may be made of it, is ignored."""
         return False
@@ -101,12 +106,10 @@ class FreezeSettings:
 
     def check_budget(self) -> None:
         """Raise `ConfigError` if the freezer does not heed `Freezer.decide`'s allowance."""
-        raise ConfigError("freeze.method", self.method, "aflora or at; this method cannot be held to a budget")
+        raise ConfigError("freeze.method", self.method, "aflora, grades or at; this method cannot be held to a budget")
 
     def average_fraction(self, total_steps: int, steps_per_epoch: int | None, closed_form: bool = False) -> float:
-        """Mean of `trainable_curve` over the run's steps, or of the ideal smooth curve in closed form."""
-        if closed_form:
-            raise NotImplementedError
+        """Mean of `trainable_curve` over the run's steps, or of the ideal smooth curve where a method has one."""
         curve = self.trainable_curve(total_steps, steps_per_epoch)
         return CurveSums(curve, total_steps).after(0) / total_steps
 
@@ -118,6 +121,7 @@ class Freezer:
     """
 
     reads_gradients: bool = False
+    reads_weights: bool = False
 
     def __init__(self, tensors: Mapping[str, int], total_steps: int, curve: Curve) -> None:
         self.total_steps = total_steps
@@ -136,8 +140,13 @@ class Freezer:
         """Projections that still train; those cut down to rank 0 hold nothing to train."""
         return [name for name, numel in self.numels.items() if numel and name not in self._frozen]
 
-    def observe(self, step: int, gradients: Mapping[str, Tensor]) -> None:
-        """Take in the gradients of one optimizer step (only if `reads_gradients`)."""
+    def observe(self, step: int, values: Mapping[str, Tensor]) -> None:
+        """Take in one optimizer step.
+
+        Args:
+            values: the gradients of the projections that train if `reads_gradients`, their weights after the step if
+                `reads_weights`, else nothing.
+        """
 
     def follow(self, levels: Curve) -> None:
         """Under a budget: aim at these numbers of trainable projection elements, as ``(step, number)``.

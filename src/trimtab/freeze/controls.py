@@ -48,9 +48,6 @@ class FreezeAt(FreezeSettings):
     def trainable_curve(self, total_steps: int, steps_per_epoch: int | None) -> Curve:
         return [(0, 1.0), (self.resolve(total_steps, steps_per_epoch), 0.0)]
 
-    def average_fraction(self, total_steps: int, steps_per_epoch: int | None, closed_form: bool = False) -> float:
-        return self.resolve(total_steps, steps_per_epoch) / total_steps
-
     def build(self, tensors: Mapping[str, int], total_steps: int, steps_per_epoch: int | None) -> FixedFreezer:
         return FixedFreezer(
             tensors,

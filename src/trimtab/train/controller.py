@@ -233,7 +233,7 @@ class Controller:
             self._not_finite = 0
             self._undo_decay_of_e()
             if self.freezer is not None:
-                self.freezer.observe(self.step - 1, self._gradients)
+                self.freezer.observe(self.step - 1, self._weights() if self.freezer.reads_weights else self._gradients)
             if self.allocator is not None:
                 self._apply(self.allocator.after_step(self.step, self._factors()))
         if self.freezer is not None and (not skipped or self._has_purse()):
@@ -445,6 +445,9 @@ class Controller:
             for which, parameter in zip(PROJECTIONS, layer.factors(self.adapter_name))
         }
 
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self._projections().items() if p.requires_grad}
+
     def _meet(self, budget: Budget, free: tuple[str, ...]) -> None:
         """Choose the free settings for the sites and steps that there really are."""
         sites = [Site(name, *layer.widths()) for name, layer in self.layers.items()]
@@ -553,11 +556,11 @@ class Controller:
             )
 
     def _refuse_dead_start(self) -> None:
-        if self.freeze is not None and self.layers and not self._trains_to_the_end():
+        if self.freeze is not None and self.freeze.freezes_all and self.layers and not self._trains_to_the_end():
             raise ConfigError(
                 "freeze.method",
                 self.freeze.method,
-                "nothing would be left to train once all projections froze; use aflora, whose vectors train on, or a "
+                "nothing would be left to train once all projections froze; use aflora, whose vectors train on, a "
                 "rank method with start=svd, or train a head (modules_to_save)",
             )
         for name, layer in self.layers.items():
