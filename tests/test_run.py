@@ -368,6 +368,20 @@ def test_every_measured_selection_goes_from_the_command_to_its_report(tmp_path, 
     assert f"{method.capitalize()} chose 2 of 4 layers" in (tmp_path / "run" / "report.html").read_text()
 
 
+def test_the_choices_of_several_methods_are_set_side_by_side_and_nothing_is_written(tmp_path):
+    recipe = write_recipe(tmp_path, where={"method": "cka", "ratio": 0.5, "samples": 16, "pool": "mean"})
+    methods = "cka,gradient,influence,last"
+    found = json.loads(trimtab("select", recipe, "--methods", methods, "--json").stdout)
+    assert list(found) == methods.split(",") and not (tmp_path / "run").exists()
+    masks = {name: one["stacks"]["encoder.layer"] for name, one in found.items()}
+    assert masks["last"] == "0011" and all(mask.count("1") == 2 for mask in masks.values())
+    shown = trimtab("select", recipe, "--methods", methods).stdout
+    shared = sum(a == b == "1" for a, b in zip(masks["cka"], masks["last"]))
+    line = next(line for line in shown.splitlines() if line.split()[:1] == ["cka"])
+    assert line.split() == ["cka", masks["cka"], "2", *line.split()[3:5], str(shared)]
+    assert "Did you mean 'gradient'?" in trimtab("select", recipe, "--methods", "cka,gradent", code=2).stderr
+
+
 def test_a_selection_of_another_recipe_is_made_again(tmp_path):
     recipe = write_recipe(tmp_path, train={"max_steps": 1, "use_cpu": True})
     trimtab("select", recipe)

@@ -88,7 +88,8 @@ class Run:
 # At LoRA's own rate: the first ones answer whether a method can be swapped in, the others what its parts do.
 FIRST = ("lora-r8", "salientlora", "adalora", "cka-salientlora", "composition")
 SWAPPED = (*FIRST, "cka-lora", "random-lora", "lora-r4", "budget", "uniform-lora", "lora-r2", "aflora", "aflora-late",
-           "composition-late", "peft-adalora", "sora", "gradient-lora", "fisher-lora", "influence-lora")  # fmt: skip
+           "composition-late", "peft-adalora", "sora", "gradient-lora", "fisher-lora", "influence-lora",
+           "grades")  # fmt: skip
 # On the other tasks: whether what SST-2 says of layers and of freezing holds there, too.
 PARTS = (*FIRST, "cka-lora", "random-lora", "uniform-lora", "influence-lora", "aflora", "aflora-late", "lora-r4",
          "lora-r2")  # fmt: skip
@@ -129,6 +130,7 @@ ROWS = {
             ("freeze={method: aflora, warmup: 0.5, final: 0.1}",), note="the default's phases are 0.3 and 0.3"),
         Row("composition-late", "the composition, freezing later",
             (CKA, SALIENT, "freeze={method: aflora, warmup: 0.5, final: 0.1}"), note="phases of 0.5 and 0.1, too"),
+        Row("grades", "GradES r 8", ("freeze=grades",)),
         Row("budget", "the composition under one budget",
             ("where={method: cka, samples: 1024}", "rank=salientlora", "freeze={method: aflora, rule: tensor_rank}",
              f"budget={{average_params: {QUARTER}}}"),

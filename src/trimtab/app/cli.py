@@ -229,13 +229,17 @@ def show(recipe: str, overrides: Sequence[str], rows: int, as_json: bool) -> Non
 @_recipe
 @_overrides
 @_overwrite
+@click.option("--methods", metavar="A,B,…", help="Compare the choices of several methods; nothing is written.")
 @_common
-def select(recipe: str, overrides: Sequence[str], overwrite: bool, as_json: bool) -> None:
+def select(recipe: str, overrides: Sequence[str], overwrite: bool, methods: str | None, as_json: bool) -> None:
     """Score the layers and choose among them."""
     from . import run as runs
     from . import runfolder
 
     chosen, path = _load(recipe, overrides)
+    if methods is not None:
+        _compare_selections(chosen, methods, as_json)
+        return
     if chosen.where is None:
         raise ConfigError("where", None, "the recipe adapts every layer; choose some, for example where.ratio=0.5")
     with _screen(as_json) as screen, runfolder.session(chosen, path, overwrite=overwrite) as session:
@@ -249,6 +253,20 @@ def select(recipe: str, overrides: Sequence[str], overwrite: bool, as_json: bool
     from .tables import where_tables
 
     _print(*where_tables(where), f"[dim]{folder.where}[/]")
+
+
+def _compare_selections(chosen: Any, methods: str, as_json: bool) -> None:
+    from . import run as runs
+    from .recipe import where_by
+    from .tables import selections_tables
+
+    settings = {name.strip(): where_by(chosen.where, name.strip()) for name in methods.split(",")}
+    with _screen(as_json) as screen:
+        found = runs.selections(runs.load(chosen, screen), settings, screen)
+    if as_json:
+        _print_json({name: where.to_json() for name, where in found.items()})
+    else:
+        _print(*selections_tables(found))
 
 
 @cli.command()

@@ -574,6 +574,21 @@ def _check_targets(targets: list[str] | str | None) -> None:
             raise ConfigError("adapter.target_modules", targets, cure) from None
 
 
+def where_by(where: Where | None, method: str) -> Where:
+    """The section with another method in it, and of its settings those that this method reads.
+
+    Raises:
+        ConfigError: no such method, or one that cannot do with those settings.
+    """
+    from ..where import METHODS
+
+    kept = where.model_dump(exclude_unset=True) if where is not None else {}
+    known = METHODS[method].settings if method in METHODS else tuple(Where.model_fields)
+    found = Where(**{key: value for key, value in kept.items() if key in known} | {"method": method})
+    _check_where(found)
+    return found
+
+
 def _check_where(where: Where | None) -> None:
     if where is None:
         return

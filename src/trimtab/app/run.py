@@ -137,6 +137,16 @@ def select(job: Job, folder: RunFolder, screen: Screen, *, anew: bool = False) -
     return where
 
 
+def selections(job: Job, settings: Mapping[str, recipes.Where], screen: Screen) -> dict[str, Where]:
+    """What each of several methods would choose, by its name; nothing is written."""
+    found = {}
+    for name, own in settings.items():
+        with screen.stage(name) as stage:
+            found[name] = _choose(job, own, stage)
+            stage.result = " · ".join(_where_text(found[name]))
+    return found
+
+
 def _choose(job: Job, settings: recipes.Where, stage: Stage) -> Where:
     import trimtab
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
@@ -152,6 +152,20 @@ def where_tables(where: Where) -> list[Any]:
             rows.append([str(i), said, "adapted" if chosen == "1" else ""])
         parts += [table(["layer", name, ""], rows, title=stack, right=[0, 1]), f"mask {mask}", ""]
     return parts
+
+
+def selections_tables(found: Mapping[str, Where]) -> list[Any]:
+    """Masks of several methods side by side, and how many layers each two of them share."""
+    parts: list[Any] = []
+    for stack in next(iter(found.values())).stacks:
+        masks = {name: where.stacks[stack] for name, where in found.items()}
+        rows = [
+            [name, mask, *(str(sum(a == b == "1" for a, b in zip(mask, other))) for other in masks.values())]
+            for name, mask in masks.items()
+        ]
+        columns = ["method", "mask", *(f"∩ {name}" for name in masks)]
+        parts += [table(columns, rows, title=stack, right=range(2, len(columns))), ""]
+    return parts[:-1]
 
 
 def latency_tables(found: Latency) -> list[Any]:
