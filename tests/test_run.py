@@ -225,6 +225,8 @@ def test_a_run_that_froze_in_its_first_quarter_is_named(tmp_path):
     assert re.search(r"note +every projection froze by step 2 of 16, .*: try a larger freeze.at, or more epochs", early)
     late = trimtab("run", recipe, "freeze={method: at, at: 8}", "--overwrite").stderr
     assert "froze by" not in late
+    never = trimtab("run", recipe, "freeze={method: grades, tau: 1e-9}", "--overwrite").stderr
+    assert "no projection ever froze" in " ".join(never.split())
 
 
 @pytest.mark.parametrize("form, file", [("padded", "adapter_model.safetensors"), ("merged", "model.safetensors")])

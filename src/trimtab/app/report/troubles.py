@@ -17,7 +17,7 @@ QUARTER = 0.25
 
 def troubles(run: RunFolder) -> list[str]:
     """Every one of them, the worst first; empty for a run as it should be."""
-    found = (not_finite(run), _lost_for_a_while(run), _one_class(run), _froze_early(run), _never_fell(run))
+    found = (not_finite(run), _lost_for_a_while(run), _one_class(run), _froze_early(run), _never_froze(run), _never_fell(run))
     return [text for text in found if text]
 
 
@@ -64,6 +64,12 @@ def _froze_early(run: RunFolder) -> str | None:
         f"every projection froze by step {count(frozen[0])} of {count(steps)}, in the first quarter of the run: "
         f"try {cure}, or more epochs"
     )
+
+
+def _never_froze(run: RunFolder) -> str | None:
+    if not run.recipe.get("freeze") or not run.metrics or any(True for _ in run.of("freeze")):
+        return None
+    return "no projection ever froze, so that the run was that of an adapter without freeze: try a larger freeze.tau"
 
 
 def _never_fell(run: RunFolder) -> str | None:
