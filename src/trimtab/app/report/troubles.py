@@ -17,8 +17,8 @@ QUARTER = 0.25
 
 def troubles(run: RunFolder) -> list[str]:
     """Every one of them, the worst first; empty for a run as it should be."""
-    found = (not_finite(run), _lost_for_a_while(run), _one_class(run), _froze_early(run), _never_froze(run), _never_fell(run))
-    return [text for text in found if text]
+    kinds = (not_finite, _lost_for_a_while, _one_class, _froze_early, _never_froze, _never_fell)
+    return [text for kind in kinds if (text := kind(run))]
 
 
 def not_finite(run: RunFolder) -> str | None:
