@@ -506,6 +506,19 @@ def methods(axis: str | None, as_json: bool) -> None:
 
 
 @cli.command()
+@_common
+def schema(as_json: bool) -> None:
+    """Print the recipe's JSON schema, for editors.
+
+    trimtab schema > recipe.schema.json, and in the recipe's first line # yaml-language-server:
+    $schema=recipe.schema.json
+    """
+    from .schema import recipe_schema
+
+    _print_json(recipe_schema())
+
+
+@cli.command()
 @click.argument("what", type=click.Choice(["latency"]), metavar="latency")
 @_recipe
 @_overrides

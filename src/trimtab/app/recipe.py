@@ -22,10 +22,10 @@ from . import foreign, trainer_settings
 from .lookup import PACKAGE_PREFIX, dataclass_fields, find_file, find_rows, parse_yaml
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     """One block of the recipe. A bare word stands for its main key: ``rank: adalora``."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
     main_key: ClassVar[str] = ""
 
     @model_validator(mode="before")
@@ -39,7 +39,7 @@ class _Section(BaseModel):
         return dict(self.model_extra or {})
 
 
-class Model(_Section):
+class Model(Section):
     main_key: ClassVar[str] = "name_or_path"
     name_or_path: str | None = None
     """Hub id, local folder, GGUF file, or ``package:NAME/FOLDER`` (a folder inside an installed package)."""
@@ -58,7 +58,7 @@ class Model(_Section):
     """Arguments of transformers' `BitsAndBytesConfig` (``{load_in_4bit: true}``)."""
 
 
-class Task(_Section):
+class Task(Section):
     model_config = ConfigDict(extra="allow", frozen=True)
     main_key: ClassVar[str] = "name"
     name: str
@@ -69,7 +69,7 @@ class Task(_Section):
 Paths = str | list[str]
 
 
-class Data(_Section):
+class Data(Section):
     """One's own rows, by split: files, folders or patterns; or a dataset of the hub."""
 
     train: Paths | None = None
@@ -143,7 +143,7 @@ FILES = (
 )
 
 
-class Adapter(_Section):
+class Adapter(Section):
     """What is trained. Other keys are fields of the PEFT config of that type, by their own names."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -169,7 +169,7 @@ class Adapter(_Section):
         return {key: value for key, value in write(self).items() if key in known or key not in Adapter.model_fields}
 
 
-class Where(_Section):
+class Where(Section):
     model_config = ConfigDict(extra="allow", frozen=True)
     main_key: ClassVar[str] = "method"
     method: str = "cka"
@@ -203,7 +203,7 @@ class Where(_Section):
         return str(mask) if isinstance(mask, int) and not isinstance(mask, bool) else mask
 
 
-class Rank(_Section):
+class Rank(Section):
     model_config = ConfigDict(extra="allow", frozen=True)
     main_key: ClassVar[str] = "method"
     method: str
@@ -214,14 +214,14 @@ class Freeze(Rank):
     pass
 
 
-class BudgetLimits(_Section):
+class BudgetLimits(Section):
     final_params: int | None = Field(None, ge=1)
     """What the adapter may hold at the end."""
     average_params: int | None = Field(None, ge=1)
     """What may train in the mean over the steps."""
 
 
-class EarlyStopping(_Section):
+class EarlyStopping(Section):
     """Ends training when the watched score no longer gets better (transformers' `EarlyStoppingCallback`)."""
 
     patience: int = Field(1, ge=1)
@@ -235,13 +235,13 @@ class EarlyStopping(_Section):
         return {"patience": value} if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-class Export(_Section):
+class Export(Section):
     main_key: ClassVar[str] = "format"
     format: Literal["peft", "merged", "padded"] = "peft"
     """A rank for each module, a stand-alone model beside it, or one rank for all."""
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A whole run. See the fields of each section for what its keys mean."""
 
     model: Model
@@ -339,7 +339,7 @@ _TYPES = {
     "aflora": "lora, with freeze.method: aflora",
 }
 # Set by Trimtab from other parts of the recipe.
-_ELSEWHERE = {
+ELSEWHERE = {
     "train": {
         "output_dir": "output_dir",
         "seed": "seed",
@@ -422,13 +422,13 @@ def main_key(section: str) -> str:
     return _section_class(section).main_key
 
 
-def _section_class(section: str) -> type[_Section]:
+def _section_class(section: str) -> type[Section]:
     annotation = Recipe.model_fields[section].annotation
     for choice in (annotation, *getattr(annotation, "__args__", ())):
         # Python 3.10 takes dict[str, Any] for a type, which issubclass then refuses
-        if isinstance(choice, type) and not get_args(choice) and issubclass(choice, _Section):
+        if isinstance(choice, type) and not get_args(choice) and issubclass(choice, Section):
             return choice
-    return _Section
+    return Section
 
 
 def _first_problem(error: ValidationError) -> ConfigError:
@@ -472,7 +472,7 @@ def _strange_keys(data: Mapping[str, Any]) -> Iterator[ConfigError]:
             yield _strange(str(key), value, Recipe.model_fields)
         elif key == "train" and isinstance(value, Mapping):
             for name, below in value.items():
-                if name not in trainer_settings.fields() and name not in _ELSEWHERE["train"]:
+                if name not in trainer_settings.fields() and name not in ELSEWHERE["train"]:
                     yield _strange(f"train.{name}", below, trainer_settings.fields())
         elif key == "adapter" and isinstance(value, Mapping):
             yield from _strange_adapter_keys(value)
@@ -487,7 +487,7 @@ def _strange_adapter_keys(adapter: Mapping[str, Any]) -> Iterator[ConfigError]:
     if not isinstance(kind, str) or kind not in ADAPTERS:
         return
     module, name, words = ADAPTERS[kind]
-    known = {"type", *words, *dataclass_fields(module, name), *Adapter.model_fields, *_ELSEWHERE["adapter"]}
+    known = {"type", *words, *dataclass_fields(module, name), *Adapter.model_fields, *ELSEWHERE["adapter"]}
     for key, value in adapter.items():
         if key not in known:
             yield _strange(f"adapter.{key}", value, known)
@@ -507,7 +507,7 @@ def every_key() -> frozenset[str]:
     """Every key that a recipe has under any adapter, dotted; without the settings of tasks and methods."""
     sections = {section: _section_class(section).model_fields for section in Recipe.model_fields}
     below = {f"{section}.{name}" for section, names in sections.items() for name in names}
-    train = {f"train.{name}" for name in trainer_settings.fields() if name not in _ELSEWHERE["train"]}
+    train = {f"train.{name}" for name in trainer_settings.fields() if name not in ELSEWHERE["train"]}
     adapter = {f"adapter.{name}" for name in dataclass_fields(*ADAPTERS["lora"][:2])}
     return frozenset(
         {*Recipe.model_fields, *below, *train, *adapter, "task.max_length", "task.text", "task.label", "task.labels"}
@@ -613,7 +613,7 @@ def _check_where(where: Where | None) -> None:
 
 
 def _refuse_if_elsewhere(section: str, key: str, value: Any) -> None:
-    place = _ELSEWHERE[section].get(key)
+    place = ELSEWHERE[section].get(key)
     if place:
         where = "give" if place.startswith("--") else "the recipe's own key is"
         raise ConfigError(f"{section}.{key}", value, f"Trimtab sets this; {where} {place}")

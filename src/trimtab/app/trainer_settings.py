@@ -114,6 +114,11 @@ def check(key: str, value: Any) -> Any:
     return value
 
 
+def words(key: str) -> tuple[str, ...]:
+    """Those that a field can be; none where it is anything else."""
+    return _words(key, set(re.findall(r"\w+", fields()[key])))
+
+
 def _words(key: str, parts: set[str]) -> tuple[str, ...]:
     for enum, module in _ENUMS.items():
         if enum in parts:
