@@ -65,7 +65,7 @@ def test_it_takes_what_a_run_takes_and_underlines_what_it_refuses():
 def test_the_line_for_editors_that_is_documented_names_the_schema_that_is_written():
     for page in (ROOT / "docs" / "recipes.md").read_text(), cli.commands["schema"].help:
         assert re.search(r"# yaml-language-server:\s*\$schema=recipe\.schema\.json", page)
-        assert "trimtab schema > recipe.schema.json" in page
+        assert "trimtab schema --out recipe.schema.json" in page
 
 
 @pytest.mark.parametrize(

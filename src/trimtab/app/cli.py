@@ -506,16 +506,25 @@ def methods(axis: str | None, as_json: bool) -> None:
 
 
 @cli.command()
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write it here; default: stdout.")
 @_common
-def schema(as_json: bool) -> None:
+def schema(out: Path | None, as_json: bool) -> None:
     """Print the recipe's JSON schema, for editors.
 
-    trimtab schema > recipe.schema.json, and in the recipe's first line # yaml-language-server:
+    trimtab schema --out recipe.schema.json, and in the recipe's first line # yaml-language-server:
     $schema=recipe.schema.json
     """
+    from .runfolder import write_text
     from .schema import recipe_schema
 
-    _print_json(recipe_schema())
+    if out is None:
+        _print_json(recipe_schema())
+        return
+    write_text(out, json.dumps(recipe_schema(), indent=1, ensure_ascii=False) + "\n")
+    if as_json:
+        _print_json({"path": str(out)})
+    else:
+        click.echo(str(out))
 
 
 @cli.command()
