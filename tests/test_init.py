@@ -61,6 +61,11 @@ KINDS = {
         "text_classification",
         {"text": "question", "text_pair": "passage", "label": "answer"},
     ),
+    "tickets with their dates": (
+        lambda i: {"id": i, "received": f"2026-10-{i % 4 + 1:02d}", "ticket": words(), "group": "ab"[i % 2]},
+        "text_classification",
+        {"text": "ticket", "label": "group"},
+    ),
     "Alpaca": (lambda i: {"instruction": words(), "input": "", "output": words()}, "instruct", {}),
     "Dolly": (
         lambda i: {"instruction": words(), "context": "", "response": words(), "category": "ab"[i % 2]},

@@ -94,6 +94,9 @@ def reviews(folder: Path) -> None:
     for name, n in (("train", 80), ("dev", 10)):
         rows = [f"{texts[label]} number {i},{label}" for i in range(n) for label in texts]
         (folder / f"{name}.csv").write_text("\n".join(["review,stars", *rows]) + "\n", encoding="utf-8")
+    tickets = [f"{texts[label]} number {i},{label}" for i in range(20) for label in texts]
+    (folder / "tickets.csv").write_text("\n".join(["ticket,queue", *tickets]) + "\n", encoding="utf-8")
+    (folder / "new.csv").write_text("ticket\na dull film\n", encoding="utf-8")
 
 
 @needs_minilm

@@ -80,9 +80,10 @@ def progress_on(stage: Stage, trim: Any = None) -> Any:
 
         def tell(self, state: Any) -> None:
             self.told = state.global_step
-            left = (state.max_steps - state.global_step) * (self.seconds or 0)
+            steps = state.max_steps - state.global_step
+            left = [f"{duration(steps * self.seconds)} left"] if steps and self.seconds else []
             at = f"step {count(state.global_step)}/{count(state.max_steps)}"
-            stage.line(" · ".join([epoch_of(state), at, *self.parts(), f"{duration(left)} left"]))
+            stage.line(" · ".join([epoch_of(state), at, *self.parts(), *left]))
 
     return OnScreen()
 

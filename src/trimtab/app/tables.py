@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,8 @@ def run_tables(folder: RunFolder) -> list[Any]:
     rows = [
         [f"[bold]{escape(name)}[/]" if name == headline else escape(name), number(value)] for name, value in metrics
     ]
+    if constant := _constant(folder, headline):
+        rows.insert(1, constant)
     rows += [
         *_params(params, folder.read(folder.plan)["settings"].get("predicted_params") or {}),
         ["layers", " · ".join(_layers(where)) if where else "all"],
@@ -44,7 +47,21 @@ def run_tables(folder: RunFolder) -> list[Any]:
     for name, value in rows:
         made.add_row(name if name.startswith("[") else f"[dim]{name}[/]", escape(value))
     load = found.get("load")
-    return [made, *(["\n[dim]# To load it:[/]", Text(load)] if load else [])]
+    use = Text(f"trimtab predict {shlex.quote(str(folder.path))} FILE")
+    told = ["\n[dim]# To load it:[/]", Text(load)] if load else []
+    if found["task"] != "vqa":  # its questions stand in files of their own form
+        told += ["\n[dim]# To answer the rows of a file:[/]", use]
+    return [made, *told]
+
+
+def _constant(folder: RunFolder, metric: str) -> list[str] | None:
+    """The headline score of one answer to every row, where it says something."""
+    kept = folder.read(folder.predictions) if folder.predictions.is_file() else {}
+    found = next(iter(kept.values()), {}).get("constant")
+    if not found or metric not in found["metrics"]:
+        return None
+    answer = found["answer"] if isinstance(found["answer"], str) else number(found["answer"])
+    return [f"[dim]{escape(f'… of always {answer}')}[/]", number(found["metrics"][metric])]
 
 
 def plan_tables(plan: Plan) -> list[Any]:

@@ -24,7 +24,7 @@ TEXTS = (
 )  # fmt: skip
 LABELS = (
     "label", "labels", "class", "category", "target", "gold_label", "sentiment", "intent", "topic", "emotion", "stars",
-    "rating", "score", "similarity", "relevance", "is_duplicate", "polarity", "tag", "y",
+    "queue", "rating", "score", "similarity", "relevance", "is_duplicate", "polarity", "tag", "y",
 )  # fmt: skip
 TEXT_PAIRS = (
     ("sentence1", "sentence2"), ("sentence_1", "sentence_2"), ("sentence_A", "sentence_B"), ("premise", "hypothesis"),
@@ -32,6 +32,7 @@ TEXT_PAIRS = (
     ("query", "document"), ("question", "passage"), ("question", "sentence"), ("question", "context"),
 )  # fmt: skip
 _NAMES_OF_ROWS = re.compile(r"(.*[_ ])?(id|idx|index|guid|uid|uuid|key|row|date|time|timestamp|url)|unnamed.*|", re.I)
+_DATE = re.compile(r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}([T ].*)?|\d{1,2}[-/.]\d{1,2}[-/.](\d{2}|\d{4})( .*)?")
 _MOST_CLASSES = 50
 """Of a column that is not called a label; and of whole numbers before they are taken for a scale."""
 
@@ -91,7 +92,11 @@ class _Column:
     def repeats(self) -> bool:
         """Whether few short values come again and again, as those of classes do."""
         several = 2 <= self.n_different <= min(_MOST_CLASSES, self.rows / 3)
-        return self.is_plain and several and self.length < 40
+        return self.is_plain and several and self.length < 40 and not self.is_of_dates
+
+    @property
+    def is_of_dates(self) -> bool:
+        return all(_DATE.fullmatch(str(value).strip()) for value in self.values)
 
 
 def guess(table: Columns, source: str, given: Mapping[str, Any]) -> Guess:
