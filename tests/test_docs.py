@@ -137,3 +137,41 @@ def test_every_page_is_linked_from_the_first() -> None:
     index = (docs / "index.md").read_text("utf-8")
     pages = {path.relative_to(docs).as_posix() for path in docs.rglob("*.md")} - {"index.md"}
     assert pages == set(re.findall(r"\]\(([\w/]+\.md)\)", index))
+
+
+# -- the files beside the docs --------------------------------------------------------------------------
+
+
+def test_the_entry_that_contributing_shows_is_the_real_one() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    added = re.search(r"^```diff\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[1]
+    entry = "".join(f"{line[1:]}\n" for line in added.splitlines())
+    assert entry in (ROOT / "src/trimtab/where/__init__.py").read_text("utf-8")
+    shown = re.search(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[1]
+    file = (ROOT / "src/trimtab/where/influence.py").read_text("utf-8")
+    assert shown in file
+    assert f"is {len(file.splitlines())} lines" in page
+
+
+def test_the_citation_names_this_version_and_every_paper_of_a_method() -> None:
+    import yaml
+
+    from trimtab.app.catalogue import catalogue
+
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert citation["version"] == trimtab.__version__
+    named = {one.get("url", "").rpartition("/")[2] for one in citation["references"]}
+    papers = {number for entry in catalogue() for number in re.findall(r"\d{4}\.\d{5}", entry.paper)}
+    assert papers and papers <= named
+    assert "Salience Analysis" in str(citation["references"])
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    assert re.search(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)[1] == trimtab.__version__
+
+
+def test_issue_templates_can_be_read() -> None:
+    import yaml
+
+    forms = [yaml.safe_load(p.read_text("utf-8")) for p in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml")]
+    assert sum("body" in form for form in forms) == 2

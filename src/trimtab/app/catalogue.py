@@ -27,17 +27,6 @@ _ADAPTERS = {
 }
 _OWN_DEFAULTS: dict[str, dict[str, Any]] = {"bottleneck": {"variant": "houlsby"}}
 _OWN_NEEDS = {"adaption_prompt": ["adapter_len", "adapter_layers"]}
-_WHERE = {
-    "cka": ("the layers that change their input most, by centred kernel alignment", "arXiv 2602.05988"),
-    "gradient": ("the layers of the largest gradient, on labelled batches", "control"),
-    "fisher": ("the layers of the highest Fisher information per weight", "arXiv 2602.05988, as a rival"),
-    "influence": ("the layers that turn their tokens' hidden states most", "ShortGPT, arXiv 2403.03853"),
-    "uniform": ("evenly spaced layers", "control"),
-    "first": ("the lowest layers", "control"),
-    "last": ("the highest layers", "control"),
-    "random": ("layers drawn with where.seed", "control"),
-    "mask": ("the layers of a 0/1 string", "control"),
-}
 
 
 @dataclass(frozen=True)
@@ -90,10 +79,9 @@ def _where() -> list[Entry]:
 
     fields = {name: field.get_default() for name, field in recipes.Where.model_fields.items()}
     sizes = ("ratio", "count", "mask", "seed")
-    own = {name: [key for key in own.settings if key not in sizes] for name, own in where.METHODS.items()}
     found = [
-        Entry("where", name, summary, paper, {key: fields[key] for key in own.get(name, ())})
-        for name, (summary, paper) in _WHERE.items()
+        Entry("where", m.name, m.summary, m.paper, {key: fields[key] for key in m.settings if key not in sizes})
+        for m in where.METHODS.values()
     ]
     for name, package in where.available().items():
         if package:

@@ -27,7 +27,7 @@ class Method:
 
     name: str
     summary: str
-    paper: str = ""
+    paper: str = "control"
     needs_scores: bool = False
     """Needs a pass over data."""
     needs_labels: bool = False
@@ -44,14 +44,14 @@ METHODS: dict[str, Method] = {
     for m in (
         Method(
             "cka",
-            "the layers whose output differs most from their input, measured on data",
-            "Layer-wise LoRA with CKA, arXiv 2602.05988",
+            "the layers that change their input most (lowest CKA)",
+            "arXiv 2602.05988",
             needs_scores=True,
             settings=("ratio", "count", "samples", "pool", "estimator", "batch_size", "exclude", "degenerate"),
         ),
         Method(
             "gradient",
-            "the layers of the largest gradient, measured on labelled batches",
+            "the layers of the largest gradient, on labelled batches",
             needs_scores=True,
             needs_labels=True,
             settings=MEASURED,
@@ -59,8 +59,8 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "fisher",
-            "the layers of the highest Fisher information per weight, measured on labelled batches",
-            "Layer-wise LoRA with CKA, arXiv 2602.05988 (as its rival)",
+            "the layers of the highest Fisher information per weight",
+            "arXiv 2602.05988, as a rival",
             needs_scores=True,
             needs_labels=True,
             settings=MEASURED,
@@ -68,17 +68,17 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "influence",
-            "the layers that turn their tokens' hidden states most, measured on data",
+            "the layers that turn their tokens' hidden states most",
             "ShortGPT, arXiv 2403.03853",
             needs_scores=True,
             settings=MEASURED,
             target="trimtab.where.influence:influence",
         ),
         Method("uniform", "evenly spaced layers"),
-        Method("first", "the layers nearest to the input"),
-        Method("last", "the layers nearest to the output"),
-        Method("random", "layers drawn at random", settings=("ratio", "count", "seed")),
-        Method("mask", "your own choice, one 0 or 1 per layer", settings=("mask",)),
+        Method("first", "the lowest layers"),
+        Method("last", "the highest layers"),
+        Method("random", "layers drawn with where.seed", settings=("ratio", "count", "seed")),
+        Method("mask", "the layers of a 0/1 string", settings=("mask",)),
     )
 }
 

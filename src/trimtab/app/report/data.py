@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...where import METHODS
 from . import modules
 from .judged import Judged, judged
 from .modules import Budget, Freezes, Prunes, Ranks, Values
@@ -215,14 +216,6 @@ def scores_of(run: RunFolder) -> dict[str, Any]:
     return {name: value for name, value in bare.items() if not name.endswith(NOT_SCORES)}
 
 
-WHY = {
-    "cka": "those that change their input most (lowest CKA)",
-    "gradient": "those with the largest gradient",
-    "fisher": "those with the highest Fisher information per weight",
-    "influence": "those that turn their tokens' hidden states most",
-}
-
-
 def profile(run: RunFolder) -> Profile | None:
     """Which layers were chosen, and their CKA when the choice was made from it."""
     where = run.where or (run.plan.where if run.plan else None)
@@ -257,7 +250,8 @@ def profile(run: RunFolder) -> Profile | None:
         parts.append(
             f"{of}{f' of {stack.stack}' if len(stacks) > 1 else ''}{named}" if chosen else f"no layer of {stack.stack}"
         )
-    why = f": {WHY[where.method]}" if by_stack and where.method in WHY else ""
+    ours = METHODS.get(where.method)
+    why = f": {ours.summary.replace('the layers', 'those', 1)}" if by_stack and ours else ""
     n_undefined = sum(sum(stack.undefined) for stack in stacks)
     tail = f"; {plural(n_undefined, 'layer')} undefined" if n_undefined else ""
     method = where.method.upper() if where.method == "cka" else sentence(where.method)
