@@ -235,7 +235,7 @@ def train(job: Job, where: Where | None, folder: RunFolder, screen: Screen, *, r
             *_early_stopping(job),
             _let_go_of_previous(folder),
         ]
-        trainer = make_trainer(job, model, folder, callbacks, recipe.rates)
+        trainer = make_trainer(job, model, folder, callbacks, recipe.rates, is_tracked=True)
         _reset_peak_memory()
         began = time.monotonic()
         try:
@@ -259,15 +259,24 @@ def train(job: Job, where: Where | None, folder: RunFolder, screen: Screen, *, r
 
 
 def make_trainer(
-    job: Job, model: nn.Module, folder: RunFolder, callbacks: list[Any], rates: Mapping[str, float] | None = None
+    job: Job,
+    model: nn.Module,
+    folder: RunFolder,
+    callbacks: list[Any],
+    rates: Mapping[str, float] | None = None,
+    is_tracked: bool = False,
 ) -> Trainer:
-    """The stock Trainer for this job."""
+    """The stock Trainer for this job. Unless ``is_tracked`` it reports to no tracker: those would open a second run."""
     from transformers import PrinterCallback, Trainer
 
     splits = job.task.eval_splits(job.ready)
     # While training, one split is watched, and where there is another never the one for testing.
     watched = next((name for name in splits if not name.startswith("test")), splits[0] if splits else None)
     args = training_arguments(job.recipe, job.task, folder.checkpoints, has_eval=bool(splits))
+    if not is_tracked:
+        args.report_to = []
+    elif args.run_name is None:
+        args.run_name = folder.run_name()
     trainer = _reaching_the_hub(
         args,
         Trainer,
@@ -283,12 +292,23 @@ def make_trainer(
     if rates and trainer.is_fsdp_enabled:  # it makes the optimizer's parameters anew
         raise ConfigError("rates", dict(rates), "does not go together with FSDP; drop one of them")
     trainer.remove_callback(PrinterCallback)
+    _log_beside_checkpoints(trainer, folder)
     if job.task.task_type == "SEQ_CLS":
         # BERT, RoBERTa and DeBERTa heads take **kwargs but not num_items_in_batch from them: their loss is a mean.
         # Trainer would believe it normalised, and leave it (and the gradient) too large by the number of
         # accumulated batches times the number of processes.
         trainer.model_accepts_loss_kwargs = False
     return trainer
+
+
+def _log_beside_checkpoints(trainer: Trainer, folder: RunFolder) -> None:
+    """TensorBoard's logs, which the Trainer would put among the checkpoints. The other trackers have a place for all
+    runs."""
+    from transformers.integrations import TensorBoardCallback
+
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(folder.logs)
 
 
 def _reaching_the_hub(args: TrainingArguments, make: Callable[..., Trainer], **parts: Any) -> Trainer:

@@ -44,6 +44,7 @@ _OURS = (
     "base.json",
     "report.html",
     "checkpoints",
+    "logs",
     "adapter",
     "merged",
     "answers",
@@ -133,6 +134,17 @@ class RunFolder:
     @property
     def report(self) -> Path:
         return self.path / "report.html"
+
+    @property
+    def logs(self) -> Path:
+        """What TensorBoard reads."""
+        return self.path / "logs"
+
+    def run_name(self) -> str:
+        """What trackers call the run: the folder and when the run began in it. A run that is resumed keeps its name, one
+        that takes another's place has its own; Trackio goes on with whatever has the name."""
+        began = time.localtime(self.recipe.stat().st_mtime if self.recipe.is_file() else None)
+        return f"{self.path.resolve().name}-{time.strftime('%Y%m%d-%H%M%S', began)}"
 
     @property
     def is_finished(self) -> bool:

@@ -29,6 +29,7 @@ from .checkpoint import COMPLETE, checkpoints, last_checkpoint, read_facts, read
 from .controller import Controller, Event, is_distributed, what_differs
 from .parallel import give_back_to_ddp, leave_out_of_ddp
 from .steps import Weakly, callers, is_accumulating
+from .trackers import Figures, layer_scores, tell
 
 logger = logging.getLogger("trimtab")
 
@@ -58,6 +59,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         self.resume_from = Path(resume_from) if resume_from is not None else None
         self.controller: Controller | None = None
         self.events: list[Event] = []
+        self._figures = Figures()  # for the trackers that the Trainer reports to
         self._args: TrainingArguments | None = None
         self._hook: Any = None
         self._is_queued = False
@@ -111,6 +113,7 @@ class TrimCallback(TrainerCallback, ExportableState):
                 "with PeftModel.from_pretrained(checkpoint, is_trainable=True)"
             )
         self.events, self._penalties, self._run = [], [], ""
+        self._figures = Figures()
         self._is_queued = self._was_reached = False  # a first attempt may have run out of memory in mid-backward
         if self._hook is not None:
             self._hook.remove()
@@ -138,6 +141,7 @@ class TrimCallback(TrainerCallback, ExportableState):
             logger.warning("these are plain LoRA layers: they train on at their ranks, and nothing is decided")
         if self.controller.layers and not self.controller.is_finished:
             self._hook = peft_model_of(model).register_forward_hook(Weakly(self._watch_output))
+        self._tell_trackers(args, state, control, model, **layer_scores(getattr(config, "where", None)))
         self._began = self._step_ended = time.perf_counter()
         self._aside = 0.0
 
@@ -172,6 +176,8 @@ class TrimCallback(TrainerCallback, ExportableState):
         if state.global_step >= state.max_steps or control.should_training_stop:
             self._finish(args, state)
         self._log_before_saving(args, control)
+        if self._figures.are_new and not control.should_log:  # else they go with the log row
+            self._tell_trackers(args, state, control, kw.get("model"))
         self._step_ended = time.perf_counter()
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
@@ -193,6 +199,8 @@ class TrimCallback(TrainerCallback, ExportableState):
     ) -> None:
         if logs and "train_runtime" in logs and control.should_training_stop:
             self._finish(args, state)  # Trainer's last row: the last event before it loads the best model
+        if logs and ("loss" in logs or self._figures.are_new):
+            self._tell_trackers(args, state, control, kw.get("model"))
         if not logs or "loss" not in logs:
             return
         row: Event = {"event": "log", "step": state.global_step, "epoch": state.epoch}
@@ -387,10 +395,18 @@ class TrimCallback(TrainerCallback, ExportableState):
         self.controller.load_state_dict(tensors, facts)
         self._penalties = [torch.tensor(p) for p in facts.get("penalties", [])]
 
+    def _tell_trackers(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **more: float
+    ) -> None:
+        self._figures.are_new = False
+        if metrics := self._figures.now | more:
+            tell(metrics, args, state, control, model)
+
     # -- history -------------------------------------------------------------------------------------
 
     def _record(self, row: Event) -> None:
         self.events.append(row)
+        self._figures.see(row)
         # Before training, and in a process that only evaluates, the file is another run's or not there yet.
         if self.history is not None and self._run and _is_main():
             with self.history.open("a", encoding="utf-8") as file:
@@ -429,6 +445,8 @@ class TrimCallback(TrainerCallback, ExportableState):
             temporary = self.history.with_suffix(".tmp")
             temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
             os.replace(temporary, self.history)
+            for line in filter(str.strip, kept):
+                self._figures.see(json.loads(line))
 
 
 def _being_saved(output_dir: Path, step: int) -> Path | None:
