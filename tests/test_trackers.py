@@ -80,8 +80,8 @@ def read_wandb(folder, monkeypatch):
 
 
 def leveldb_records(data, block=32768, header=7):
-    """What a log in LevelDB's format holds; W&B's own reader is no longer in Python. The file begins with a header of
-    its own, of the length of a chunk's: checksum (4 bytes), length (2), and whether a chunk is whole (1) or ends (4)."""
+    """What a log in LevelDB's format holds; W&B's own reader is no longer in Python. The file's header is as long as a
+    chunk's: checksum (4 bytes), length (2), and whether the chunk is a whole record (1) or ends one (4)."""
     assert data.startswith(b":W&B")
     at, record = header, b""
     while at + header <= len(data):

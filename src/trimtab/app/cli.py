@@ -362,7 +362,7 @@ def export(source: str, overrides: Sequence[str], form: str | None, out: Path | 
         job, folder = _open(source, overrides, screen)
         chosen = form or job.recipe.export.format
         target = out or (folder.adapter if chosen == "peft" else folder.path / chosen)
-        written = runs.export(job, runs.load_trained(job, folder, screen).model, target, chosen, screen)
+        written = runs.export(job, runs.load_trained(job, folder, screen).model, folder, target, chosen, screen)
         engines = read_by(written)
         for line in engines:
             screen.note(line)

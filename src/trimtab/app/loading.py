@@ -35,8 +35,6 @@ def saved_labels(folder: Path) -> list[str] | None:
 
 def lines(job: Job, folder: RunFolder) -> str:
     """Python that loads the run's model; empty where the base has no checkpoint, or nothing was exported."""
-    from .models import _source
-
     auto, settings = job.task.auto_class, job.recipe.model
     reader = "AutoProcessor" if job.task.tokenizer_class == "AutoProcessor" else "AutoTokenizer"
     if folder.merged.is_dir():
@@ -50,16 +48,33 @@ def lines(job: Job, folder: RunFolder) -> str:
         )
     if settings.name_or_path is None or not folder.adapter.is_dir():
         return ""
+    return adapter_lines(job, None, str(folder.adapter.resolve()))
+
+
+def adapter_lines(job: Job, base: str | None, adapter: str) -> str:
+    """The same for an adapter that may lie elsewhere; empty where the base has no checkpoint.
+
+    Args:
+        base: what to load the base model from; None is where this machine has it.
+        adapter: where the adapter lies; with a ``base`` it may not be here, so class names are written out.
+    """
+    from .models import _source
+
+    auto, settings = job.task.auto_class, job.recipe.model
+    if settings.name_or_path is None:
+        return ""
+    reader = "AutoProcessor" if job.task.tokenizer_class == "AutoProcessor" else "AutoTokenizer"
     source, kwargs = _source(model_spec(job.recipe))
     if settings.dtype:
         kwargs["dtype"] = settings.dtype
-    given = [repr(source), *(f"{key}={value!r}" for key, value in kwargs.items())]
-    where = repr(str(folder.adapter.resolve()))
+    given = [repr(base or source), *(f"{key}={value!r}" for key, value in kwargs.items())]
+    where = repr(adapter)
     needs_trimtab = job.recipe.adapter.type == "bottleneck"
     out = ["import json, peft, transformers"]
     labels = job.task.model_kwargs()
     if "id2label" in labels:
-        out.append(f"labels = json.load(open({str((folder.adapter / LABELS).resolve())!r}))['label2id']")
+        ids = f"json.load(open({str(Path(adapter) / LABELS)!r}))['label2id']" if base is None else labels["label2id"]
+        out.append(f"labels = {ids}")
         given += ["label2id=labels", "id2label={i: name for name, i in labels.items()}"]
     else:
         given += [f"{key}={value!r}" for key, value in labels.items()]

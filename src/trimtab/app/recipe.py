@@ -239,6 +239,8 @@ class Export(Section):
     main_key: ClassVar[str] = "format"
     format: Literal["peft", "merged", "padded"] = "peft"
     """A rank for each module, a stand-alone model beside it, or one rank for all."""
+    base_model: str | None = None
+    """Hub id of the base model, for others to find it, where ``model.name_or_path`` is a folder."""
 
 
 class Recipe(Section):

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import ConfigError, DataError, did_you_mean
 from ..plans import Plan, SitePlan, Where
-from . import judging, loading, model_facts, models, runfolder, trainer_settings
+from . import card, judging, loading, model_facts, models, runfolder, trainer_settings
 from . import recipe as recipes
 from .adapting import adapter_config, choose_own, choose_without_data, reads_rows
 from .planning import horizon_of, load_rows, model_spec, plan_of_run, plan_recipe, with_layer_ratio
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
     from .tasks import Task
+
+ADAPTER_CONFIG = "adapter_config.json"
 
 # Where the recipe's `train` is silent. The Trainer's own logging and saving every 500 steps would leave a
 # short run without a curve and without a checkpoint.
@@ -548,37 +550,57 @@ def export_run(job: Job, model: nn.Module, folder: RunFolder, screen: Screen) ->
 
     form = job.recipe.export.format
     if reason := why_no_lora_form(peft_model_of(model)):
-        keep(job, model, folder.adapter, screen)
+        keep(job, model, folder, folder.adapter, screen)
         screen.note(reason.partition(". ")[0])
         return
-    export(job, model, folder.adapter, "peft" if form == "merged" else form, screen)
+    export(job, model, folder, folder.adapter, "peft" if form == "merged" else form, screen)
     if form == "merged":
-        export(job, model, folder.merged, form, screen)
+        export(job, model, folder, folder.merged, form, screen)
 
 
-def keep(job: Job, model: nn.Module, target: Path, screen: Screen) -> Path:
+def keep(job: Job, model: nn.Module, folder: RunFolder, target: Path, screen: Screen) -> Path:
     """The adapter in its own form, with the tokenizer beside it."""
     save = cast(Any, model).save_pretrained
-    return _write(job, target, job.recipe.adapter.type, screen, lambda half: save(str(half)))
+    return _write(job, folder, target, job.recipe.adapter.type, screen, lambda half: save(str(half)))
 
 
-def export(job: Job, model: nn.Module, target: Path, form: str, screen: Screen) -> Path:
+def export(job: Job, model: nn.Module, folder: RunFolder, target: Path, form: str, screen: Screen) -> Path:
     """The adapter in one form (peft, padded or merged), with the tokenizer beside it."""
     import trimtab
 
-    return _write(job, target, form, screen, lambda half: trimtab.export(model, half, format=form))
+    return _write(job, folder, target, form, screen, lambda half: trimtab.export(model, half, format=form))
 
 
-def _write(job: Job, target: Path, what: str, screen: Screen, save: Callable[[Path], object]) -> Path:
+def _write(
+    job: Job, folder: RunFolder, target: Path, what: str, screen: Screen, save: Callable[[Path], object]
+) -> Path:
     if not runfolder.is_main():
         return target
     with screen.stage("export") as stage, runfolder.whole(target) as half:
         save(half)
+        (half / card.CARD).unlink(missing_ok=True)  # PEFT's, which names this machine's folders
+        base = _name_base(job, half)
         job.tokenizer.save_pretrained(half)
         loading.save_labels(job.task, half)
         written = sum(file.stat().st_size for file in half.rglob("*") if file.is_file())
         stage.result = f"{what} · {target} ({byte_size(written)})"
+    if (target / ADAPTER_CONFIG).is_file():
+        card.write(job, folder, target, base)
+        if base is None and job.recipe.model.name_or_path is not None:
+            screen.note(
+                f"{target.name}/{ADAPTER_CONFIG} names the base model by a folder of this machine; "
+                "export.base_model=ORG/NAME says where others find it"
+            )
     return target
+
+
+def _name_base(job: Job, folder: Path) -> str | None:
+    """The base model's hub id, which is put into an adapter's config; None for a merged model, too."""
+    from ..exporting.basemodel import name_base
+
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return None
+    return name_base(folder, job.recipe.export.base_model, job.recipe.model.revision)
 
 
 def evaluate(job: Job, trained: Trained, folder: RunFolder, screen: Screen) -> dict[str, Any]:
@@ -602,6 +624,8 @@ def evaluate(job: Job, trained: Trained, folder: RunFolder, screen: Screen) -> d
         "load": loading.lines(job, folder),
     }
     folder.write(folder.metrics, result)
+    if runfolder.is_main() and (folder.adapter / ADAPTER_CONFIG).is_file():  # now with the scores
+        card.write(job, folder, folder.adapter, _name_base(job, folder.adapter))
     return result
 
 

@@ -141,8 +141,8 @@ class RunFolder:
         return self.path / "logs"
 
     def run_name(self) -> str:
-        """What trackers call the run: the folder and when the run began in it. A run that is resumed keeps its name, one
-        that takes another's place has its own; Trackio goes on with whatever has the name."""
+        """What trackers call the run: the folder and when the run began in it. A resumed run keeps its name, one that
+        takes another's place has its own; Trackio goes on with whatever has the name."""
         began = time.localtime(self.recipe.stat().st_mtime if self.recipe.is_file() else None)
         return f"{self.path.resolve().name}-{time.strftime('%Y%m%d-%H%M%S', began)}"
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ExportError, did_you_mean
+from .basemodel import name_base
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -169,6 +170,7 @@ def _write_adapter(peft_model: PeftModel, name: str, folder: Path, form: str) ->
         content = json.loads(path.read_text())
         content["auto_mapping"] = {"base_model_class": base.__name__, "parent_library": base.__module__}
         path.write_text(json.dumps(content, indent=2, sort_keys=True))
+    name_base(folder)
 
 
 def _add_the_head_of_a_saved_embedding(base: Any, tensors: dict[str, Any]) -> None:
