@@ -43,7 +43,8 @@ class GradES(FreezeSettings):
     paper: ClassVar[str] = "arXiv 2509.01842"
 
     movement: Literal["gradient_change", "gradient", "weight_change"] = "gradient_change"
-    """What is measured; see the top of this file."""
+    """What is measured, as an L1 norm: the gradient's change between steps (the paper), the gradient (its first
+    version), or the weights' change (the authors' package), which follows the learning rate down."""
     tau: float = 0.5
     """A site freezes when its movement is under this share of what it was before ``alpha`` (τ)."""
     alpha: StepLength = 0.5
