@@ -179,8 +179,10 @@ def run(recipe: str, overrides: Sequence[str], overwrite: bool, resume: bool, as
 @cli.command()
 @_recipe
 @_overrides
+@click.option("--memory", is_flag=True, help="Forecast the memory of a training step, from shapes alone.")
+@click.option("--measure", is_flag=True, help="Take a few steps here, and say how long the run will be.")
 @_common
-def plan(recipe: str, overrides: Sequence[str], as_json: bool) -> None:
+def plan(recipe: str, overrides: Sequence[str], memory: bool, measure: bool, as_json: bool) -> None:
     """Say what a recipe will train, without weights.
 
     Sites, trainable parameters (start, end, average), optimizer memory and schedule, from the model's config
@@ -189,8 +191,12 @@ def plan(recipe: str, overrides: Sequence[str], as_json: bool) -> None:
     from . import planning
 
     chosen, _ = _load(recipe, overrides)
-    with _screen(as_json):
-        made = planning.plan_recipe(chosen)
+    with _screen(as_json) as screen:
+        made = planning.plan_recipe(chosen, with_memory=memory)
+        if measure:
+            from . import measuring
+
+            made = measuring.with_time(made, chosen, screen)
     if as_json:
         _print_json(made.to_json())
         return

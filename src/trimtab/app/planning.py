@@ -67,12 +67,15 @@ def plan(
     return plan_recipe(chosen, given)
 
 
-def plan_recipe(recipe: Recipe, horizon: Horizon | None = None, task: Task | None = None) -> Plan:
+def plan_recipe(
+    recipe: Recipe, horizon: Horizon | None = None, task: Task | None = None, *, with_memory: bool = False
+) -> Plan:
     """The plan of a recipe.
 
     Args:
         horizon: length of the run; else it is counted from local rows.
         task: the recipe's task, if it has been made (and has seen its data).
+        with_memory: forecast the memory of a step, too: ``settings["memory"]``.
     """
     from ..host.sites import HEADS
     from . import models
@@ -103,7 +106,41 @@ def plan_recipe(recipe: Recipe, horizon: Horizon | None = None, task: Task | Non
     made = plan_of_run(recipe, model, peft_config, horizon, rows)
     if recipe.where is not None and reads_rows(recipe.where):
         made = replace(made, where=None, settings={**made.settings, "layers_undecided": True})
+    if with_memory:
+        found = _memory(recipe, model, peft_config, task)
+        made = replace(made, settings={**made.settings, "memory": found}) if found else made
+        if found is None:
+            notes.append("the memory of a step is not forecast for this kind of model")
     return replace(made, notes=(*notes, *made.notes))
+
+
+_USUAL_TOKENS = 512
+"""Of a row where neither the recipe nor the model says fewer."""
+
+
+def _memory(recipe: Recipe, model: Any, config: PeftConfig, task: Task | None) -> dict[str, Any] | None:
+    import torch
+
+    from .memory import forecast
+
+    positions = getattr(model.config, "max_position_embeddings", None) or _USUAL_TOKENS
+    tokens = getattr(task, "max_length", None) or min(positions, _USUAL_TOKENS)
+    loaded = recipe.model.dtype or str(getattr(model.config, "dtype", None) or "float32").removeprefix("torch.")
+    if recipe.model.dtype is None and loaded == "float16":
+        loaded = "float32"  # as `models.load_model` does
+    uses_cpu = bool(recipe.train.get("use_cpu")) or not torch.cuda.is_available()
+    found = forecast(
+        model,
+        config,
+        batch=int(recipe.train.get("per_device_train_batch_size", 8)),
+        tokens=int(tokens),
+        state_bytes=_state_bytes(str(recipe.train.get("optim", "adamw"))),
+        dtype=getattr(torch, loaded, torch.float32),
+        quantization=recipe.model.quantization,
+        is_checkpointing=bool(recipe.train.get("gradient_checkpointing")),
+        device="cpu" if uses_cpu else "cuda",
+    )
+    return found.to_json() if found else None
 
 
 def with_layer_ratio(

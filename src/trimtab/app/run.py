@@ -257,7 +257,7 @@ def train(job: Job, where: Where | None, folder: RunFolder, screen: Screen, *, r
             f"{count(trainer.state.global_step)} steps · loss {number(loss)} · "
             f"{count(params.get('final'))} trainable parameters"
         )
-    return Trained(model, final, seconds, _peak_memory())
+    return Trained(model, final, seconds, peak_memory())
 
 
 def make_trainer(
@@ -781,7 +781,7 @@ def _reset_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
     """Bytes: the accelerator's peak since training began, else the largest this process has been."""
     import sys
 

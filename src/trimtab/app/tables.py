@@ -95,6 +95,7 @@ def plan_tables(plan: Plan) -> list[Any]:
                 f"{count(plan.settings['total_steps'])} steps, {count(plan.settings['steps_per_epoch'])} an epoch",
             ]
         )
+    totals += [*_memory(plan.settings.get("memory")), *_time(plan.settings.get("measured"))]
     parts: list[Any] = [table(columns, rows, title=plan.model, right=numeric), "", table(["", ""], totals)]
     parts[-1].show_header = False
     changes = [row for row in plan.schedule if "trainable" in row]
@@ -109,6 +110,33 @@ def plan_tables(plan: Plan) -> list[Any]:
         told = {name: cells for name, cells in told.items() if len(set(cells)) > 1}
         parts += ["", table(list(told), list(zip(*told.values())), right=range(len(told)))]
     return parts + [f"[yellow]note[/] {escape(note)}" for note in plan.notes]
+
+
+def _memory(found: Mapping[str, Any] | None) -> list[list[str]]:
+    """Where a step's memory goes, and what checkpointing would make of it."""
+    if found is None:
+        return []
+    shape = f"{found['batch']} rows of {count(found['tokens'])} tokens"
+    parts = [f"{name} {byte_size(found[name])}" for name in ("weights", "adapter", "gradients", "optimizer")]
+    key = "activations_with_checkpointing" if found["peak"] == found["peak_with_checkpointing"] else "activations"
+    parts.append(f"activations {byte_size(found[key])}")
+    rows = [["memory of a step", f"{byte_size(found['peak'])} of tensors, for {shape}"], ["", " · ".join(parts)]]
+    others = {"with": found["peak_with_checkpointing"], "without": found["peak_without_checkpointing"]}
+    for word, peak in others.items():
+        if peak is not None and peak != found["peak"]:
+            rows.append([f"{word} checkpointing", byte_size(peak)])
+    return rows
+
+
+def _time(found: Mapping[str, Any] | None) -> list[list[str]]:
+    if found is None:
+        return []
+    whole = found["training_seconds"]
+    return [
+        ["time of a step", f"{duration(found['step_seconds'])}, the median of {found['steps']} taken here"],
+        *([["time of training", f"{duration(whole)}, evaluation apart"]] if whole is not None else []),
+        ["memory taken", f"{byte_size(found['peak_memory_bytes'])} at the most, libraries and all"],
+    ]
 
 
 def tune_tables(search: Search) -> list[Any]:

@@ -1,0 +1,211 @@
+"""How much memory a step of training will take, from shapes alone.
+
+A whole step, forward and backward, is run on the meta device, where tensors have shapes and no data; what is alive is
+added up tensor by tensor. So every model, adapter and kind of checkpointing is counted as it is, and no weights are
+read. What libraries take inside of one operation, and what an allocator rounds up, is not seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+_QUANTISED_BYTES = {"load_in_4bit": 0.5 + 4 / 64, "load_in_8bit": 1 + 4 / 4096}
+"""Of a weight: its bits, and a float32 scale for each block."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes of tensors at the height of a step."""
+
+    batch: int
+    tokens: int
+    device: str
+    weights: int
+    """Of the base model."""
+    adapter: int
+    """Parameters of the adapter and of new heads."""
+    gradients: int
+    optimizer: int
+    """Moments."""
+    activations: int
+    """All else that lives at the height of the step: what backward needs, and what it makes."""
+    activations_with_checkpointing: int | None
+    """The same with ``train.gradient_checkpointing``; None where the model cannot."""
+    is_checkpointing: bool
+    """Whether the recipe asks for it."""
+
+    @property
+    def held(self) -> int:
+        return self.weights + self.adapter + self.gradients + self.optimizer
+
+    def to_json(self) -> dict[str, Any]:
+        plain = self.held + self.activations
+        saving = None if (a := self.activations_with_checkpointing) is None else self.held + a
+        chosen = saving if self.is_checkpointing and saving is not None else plain
+        return {**asdict(self), "peak": chosen, "peak_without_checkpointing": plain, "peak_with_checkpointing": saving}
+
+
+def forecast(
+    model: nn.Module,
+    config: PeftConfig,
+    *,
+    batch: int,
+    tokens: int,
+    state_bytes: int = 8,
+    dtype: torch.dtype = torch.float32,
+    quantization: dict[str, Any] | None = None,
+    is_checkpointing: bool = False,
+    device: str = "cpu",
+) -> Forecast | None:
+    """The memory of a step; None for a model that cannot be run from token ids alone.
+
+    Args:
+        model: on the meta device; it is changed.
+        config: what `peft.get_peft_model` would get.
+        batch, tokens: rows of a batch on one device, and tokens of a row.
+        state_bytes: of the optimizer, per trained parameter.
+        dtype: of the weights.
+        quantization: the recipe's.
+        device: where it will train; attention with dropout keeps more on a CPU.
+    """
+    import peft
+
+    model = model.to(dtype)
+    weights = _weight_bytes(model, quantization)
+    adapted = peft.get_peft_model(model, config)  # type: ignore[arg-type]
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    adapter = sum(p.numel() * p.element_size() for p in adapted.parameters()) - sum(
+        p.numel() * p.element_size() for p in _base(adapted)
+    )
+    plain = _height(adapted, batch, tokens, device)
+    if plain is None:
+        return None
+    saving = None
+    if getattr(model, "supports_gradient_checkpointing", False):
+        adapted.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        saving = _height(adapted, batch, tokens, device)
+    gradients = sum(p.numel() * p.element_size() for p in trained)
+    moments = sum(p.numel() for p in trained) * state_bytes
+    # Gradients are born in the step, and counted there: what is left are activations.
+    return Forecast(
+        batch, tokens, device, weights, adapter, gradients, moments,
+        max(0, plain - gradients), None if saving is None else max(0, saving - gradients), is_checkpointing,
+    )  # fmt: skip
+
+
+def _base(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Parameters of the model as it was: no adapter's, and of a saved module the original's."""
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and "modules_to_save" not in name and "lora_" not in name:
+            yield parameter
+
+
+def _weight_bytes(model: nn.Module, quantization: dict[str, Any] | None) -> int:
+    """Of the model as it is loaded; a tied weight counts once."""
+    held = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    found = sum(t.numel() * t.element_size() for t in held.values())
+    kind = next((key for key in _QUANTISED_BYTES if (quantization or {}).get(key)), None)
+    if kind is None:
+        return found
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    inner = (m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
+    return found - round(sum(w.numel() * (w.element_size() - _QUANTISED_BYTES[kind]) for w in inner))
+
+
+def _height(model: Any, batch: int, tokens: int, device: str) -> int | None:
+    """Bytes that a step adds to what is held before it, at its height."""
+    model.train()
+    model.zero_grad(set_to_none=True)
+    ids = torch.zeros(batch, tokens, dtype=torch.long, device="meta")
+    labels = ids if _writes(model) else torch.zeros(batch, dtype=torch.long, device="meta")
+    if getattr(model.config, "problem_type", None) == "regression" or getattr(model.config, "num_labels", 2) == 1:
+        labels = torch.zeros(batch, device="meta") if labels is not ids else ids
+    try:
+        with _attention(device), _Alive(model) as alive:
+            model(input_ids=ids, labels=labels).loss.backward()
+    except (TypeError, ValueError, NotImplementedError, RuntimeError):
+        return None
+    finally:
+        model.zero_grad(set_to_none=True)
+    return alive.peak
+
+
+def _writes(model: Any) -> bool:
+    return str(getattr(model.peft_config["default"].task_type, "value", model.peft_config["default"].task_type)) in (
+        "CAUSAL_LM", "SEQ_2_SEQ_LM",
+    )  # fmt: skip
+
+
+class _Alive(TorchDispatchMode):
+    """Adds up the storages that are alive; those that the model holds already do not count."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        held = (*model.parameters(), *model.buffers())
+        self._seen: dict[int, Any] = {t.untyped_storage()._cdata: None for t in held}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return True  # whether nothing is padded, whether rows are whole: there are no values to look at
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen:
+            return
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+        def freed(_: Any) -> None:
+            self.now -= size
+            self._seen.pop(key, None)
+
+        self._seen[key] = weakref.ref(storage, freed)
+
+
+class _Fused(torch.autograd.Function):
+    """What fused attention keeps: its inputs, its output, and a number for each row of scores."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Any, key: Any, value: Any) -> Any:  # (batch, heads, tokens, size)
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+@contextlib.contextmanager
+def _attention(device: str) -> Iterator[None]:
+    """Attention as the device will do it; the meta device itself would write the scores out."""
+    usual = nn.functional.scaled_dot_product_attention
+
+    def chosen(query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, **kw: Any) -> Any:
+        if device == "cpu" and dropout_p > 0:  # has no fused form there
+            return usual(query, key, value, attn_mask, dropout_p, **kw)
+        return _Fused.apply(query, key, value)
+
+    nn.functional.scaled_dot_product_attention = chosen  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        nn.functional.scaled_dot_product_attention = usual
