@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from tasks.stand_ins import byte_model, byte_tokenizer
-from trimtab.app.tasks.answering import Padder
+from trimtab.app.tasks.encoding import Padder
 from trimtab.app.tasks.generation import Decoding, Question, fingerprint, generate
 from trimtab.errors import ConfigError
 

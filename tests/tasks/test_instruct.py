@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments
 from tasks.stand_ins import byte_model, byte_tokenizer, data_pack, decoder_tokenizer, tiny_config, write_jsonl
 from trimtab.app.models import ModelSpec, load_config, load_model
 from trimtab.app.tasks import get_task
-from trimtab.app.tasks.answering import answer_scores, answer_sums
+from trimtab.app.tasks.answer_loss import answer_scores, answer_sums
 from trimtab.app.tasks.chats import Reader
 from trimtab.errors import ConfigError, DataError
 

@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import ConfigError, DataError, ModelError
 from ..model_facts import forward_names
-from .answering import Answering, Padder, check_choice, mean_of
+from .answering import Answering, check_choice, mean_of
 from .chats import Message
 from .data import Columns, DataSpec, column, existing_file, read_file, texts
+from .encoding import Padder
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
