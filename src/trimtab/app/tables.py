@@ -56,7 +56,7 @@ def run_tables(folder: RunFolder) -> list[Any]:
 
 def _constant(folder: RunFolder, metric: str) -> list[str] | None:
     """The headline score of one answer to every row, where it says something."""
-    kept = folder.read(folder.predictions) if folder.predictions.is_file() else {}
+    kept: dict[str, Any] = folder.read(folder.predictions) if folder.predictions.is_file() else {}
     found = next(iter(kept.values()), {}).get("constant")
     if not found or metric not in found["metrics"]:
         return None
