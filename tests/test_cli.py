@@ -143,7 +143,7 @@ def test_a_row_that_cannot_be_read_is_named(recipe, tmp_path):
     (["run"], "Missing argument 'RECIPE'"),
     (["run", "x.yaml", "--overwrit"], "--overwrite"),
     (["run", "no-such.yaml"], "no such file"),
-    (["export", "x", "--format", "onnx"], "'peft', 'merged', 'padded'"),
+    (["export", "x", "--format", "onnx"], "'peft', 'merged', 'padded', 'gguf'"),
     (["methods", "rnak"], "Did you mean 'rank'"),
     (["compare", "no-such-run"], "no such folder"),
     (["report", "no-such-run"], "no such file"),

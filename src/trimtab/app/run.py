@@ -565,7 +565,7 @@ def keep(job: Job, model: nn.Module, folder: RunFolder, target: Path, screen: Sc
 
 
 def export(job: Job, model: nn.Module, folder: RunFolder, target: Path, form: str, screen: Screen) -> Path:
-    """The adapter in one form (peft, padded or merged), with the tokenizer beside it."""
+    """The adapter in one form (peft, padded, gguf or merged), with the tokenizer beside it."""
     import trimtab
 
     return _write(job, folder, target, form, screen, lambda half: trimtab.export(model, half, format=form))

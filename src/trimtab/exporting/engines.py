@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from .gguf import FILE
+
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What ``--max-lora-rank`` may be."""
 _FACTORS = (".lora_A.weight", ".lora_B.weight")
@@ -18,6 +20,8 @@ _FACTORS = (".lora_A.weight", ".lora_B.weight")
 
 def read_by(folder: Path) -> list[str]:
     """One line or two on who reads what `trimtab.export` wrote into ``folder``."""
+    if (folder / FILE).is_file():
+        return [f"read by llama.cpp, on any quantisation of the base: llama-server -m BASE.gguf --lora {folder / FILE}"]
     if not (folder / "adapter_config.json").is_file():
         return ["read by whatever reads the base model: it is a whole model"]
     from safetensors import safe_open
@@ -40,8 +44,8 @@ def read_by(folder: Path) -> list[str]:
         f"vLLM with --enable-lora --max-lora-rank {step}" if step else f"not vLLM, whose ranks end at {VLLM_RANKS[-1]}"
     )
     if len(ranks) == 1:
-        return [f"read by PEFT, transformers, {vllm}, and by llama.cpp after its convert_lora_to_gguf.py"]
+        return [f"read by PEFT, transformers, {vllm}, and by llama.cpp as --format gguf"]
     return [
         f"read by PEFT, transformers, {vllm}",
-        f"llama.cpp would scale ranks of {min(ranks)} to {max(ranks)} wrongly: --format padded",
+        f"llama.cpp would scale ranks of {min(ranks)} to {max(ranks)} wrongly: --format gguf",
     ]

@@ -1,6 +1,6 @@
-"""Hand back an ordinary LoRA adapter: `peft`, `padded` or `merged`.
+"""Hand back an ordinary LoRA adapter: `peft`, `padded`, `gguf` or `merged`.
 
-`peft` and `padded` start from PEFT's own state dict and the whole source config, and account for every tensor. Every
+All but `merged` start from PEFT's own state dict and the whole source config, and account for every tensor. Every
 scale is put into B, so that ``lora_alpha == r`` and ``alpha_pattern == rank_pattern`` and every module's scale is
 exactly 1, whatever the engine rounds. Modules without ranks are left out. What a form cannot hold is refused.
 """
@@ -25,7 +25,7 @@ from .basemodel import name_base
 if TYPE_CHECKING:
     from peft import PeftModel
 
-FORMATS = ("peft", "merged", "padded")
+FORMATS = ("peft", "merged", "padded", "gguf")
 # What a LoRA layer may hold, as PEFT names it in a saved adapter. A-like tensors have the rank as their first
 # dimension, B-like ones as their second.
 _DOWN = ("lora_A.weight", "lora_embedding_A")
@@ -46,7 +46,7 @@ def export(
         model: a `PeftModel` (possibly wrapped), at any point of training.
         out: folder to write.
         format: ``"peft"`` (ranks per module), ``"padded"`` (one rank for all, zero rows added, for engines
-            that know no patterns), or ``"merged"`` (a stand-alone model).
+            that know no patterns), ``"gguf"`` (one file for llama.cpp), or ``"merged"`` (a stand-alone model).
         adapter_name: PEFT's name of the adapter; the active one by default, and for ``"merged"`` all active ones.
     Returns:
         The folder.
@@ -98,7 +98,7 @@ def why_no_lora_form(peft_model: PeftModel, adapter_name: str = "default") -> st
 
 
 @dataclasses.dataclass
-class _Part:
+class Part:
     """One adapted module's or parameter's tensors, by their key in the saved adapter, with every scale inside."""
 
     name: str
@@ -115,6 +115,7 @@ def _write_adapter(peft_model: PeftModel, name: str, folder: Path, form: str) ->
     from safetensors.torch import save_file
 
     from ..host.layers import portable_fields
+    from .gguf import write_gguf
 
     source = peft_model.peft_config[name]
     kind = str(getattr(source.peft_type, "value", "?"))
@@ -134,6 +135,8 @@ def _write_adapter(peft_model: PeftModel, name: str, folder: Path, form: str) ->
     if form == "padded":
         widest = max(part.r for part in parts)
         parts = [_padded(part, widest) for part in parts]
+    if form == "gguf":
+        return write_gguf(peft_model.get_base_model().config, parts, tensors, folder)
     for part in parts:
         tensors.update(part.tensors)
     for key, value in tensors.items():
@@ -186,7 +189,7 @@ def _add_the_head_of_a_saved_embedding(base: Any, tensors: dict[str, Any]) -> No
         tensors.update({prefix + key: value for key, value in head.state_dict().items()})
 
 
-def _lora_parts(peft_model: PeftModel, name: str, tensors: dict[str, Tensor], form: str) -> Iterator[_Part]:
+def _lora_parts(peft_model: PeftModel, name: str, tensors: dict[str, Tensor], form: str) -> Iterator[Part]:
     """Take what belongs to each LoRA layer out of ``tensors``, and put its scale into B."""
     from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 
@@ -224,7 +227,7 @@ def _lora_parts(peft_model: PeftModel, name: str, tensors: dict[str, Tensor], fo
         if isinstance(layer, MultiheadAttention):
             inside.add(f"{module}.base_layer.out_proj")
         experts = int(getattr(layer, "num_experts", 1)) if wrapped else 1
-        yield _Part(
+        yield Part(
             "" if module in inside else site,
             own[down].shape[0] // experts,
             {prefix + key: value for key, value in own.items()},
@@ -233,14 +236,14 @@ def _lora_parts(peft_model: PeftModel, name: str, tensors: dict[str, Tensor], fo
         )
 
 
-def _vera_parts(peft_model: PeftModel, name: str, tensors: dict[str, Tensor], form: str) -> Iterator[_Part]:
+def _vera_parts(peft_model: PeftModel, name: str, tensors: dict[str, Tensor], form: str) -> Iterator[Part]:
     from ..adapters.vera import vera_to_lora
 
     for key in [k for k in tensors if ".vera_" in k]:
         del tensors[key]
     for module, (A, B) in vera_to_lora(peft_model, name).items():
         prefix = f"base_model.model.{module}."
-        yield _Part(module, A.shape[0], {f"{prefix}lora_A.weight": A, f"{prefix}lora_B.weight": B})
+        yield Part(module, A.shape[0], {f"{prefix}lora_A.weight": A, f"{prefix}lora_B.weight": B})
 
 
 def _stock(fields: dict[str, Any]) -> dict[str, Any]:
@@ -249,7 +252,7 @@ def _stock(fields: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _padded(part: _Part, r: int) -> _Part:
+def _padded(part: Part, r: int) -> Part:
     missing = r - part.r
     if not missing:
         return part
