@@ -22,7 +22,7 @@ from trimtab import BottleneckConfig, Where
 from trimtab.adapters.bottleneck import BottleneckLayer, bottleneck, fold
 from trimtab.app.models import meta_model
 from trimtab.errors import ConfigError, ExportError, ModelError
-from trimtab.host.layers import peft_model_of
+from trimtab.host.adapted import peft_model_of
 
 VARIANTS = ("houlsby", "pfeiffer", "parallel")
 

@@ -61,6 +61,17 @@ def imports(module: str) -> set[str]:
 IMPORTS = {module: imports(module) for module in MODULES}
 
 
+def of_peft(module: str) -> set[str]:
+    """What a module imports of PEFT besides the names that `peft` itself exports."""
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    named = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
+    whole = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    reached = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    return {name for name in named | whole if name.startswith("peft.")} | {
+        name for name in reached if name.startswith(("peft.tuners.", "peft.utils.", "peft.mapping."))
+    }
+
+
 def room(module: str) -> str:
     return module.split(".")[0]
 
@@ -84,6 +95,13 @@ def test_no_module_comes_back_to_itself():
 
     clean: set[str] = set()
     assert [circle for module in MODULES if (circle := comes_back(module, ()))] == []
+
+
+def test_only_host_and_adapters_touch_what_peft_does_not_export():
+    """`adapters` for the kinds that are PEFT's own (VeRA, prompts), and for making a new kind known to it."""
+    rooms = {room(module) for module in MODULES if of_peft(module)}
+    assert rooms == {"host", "adapters"}
+    assert "peft.tuners.tuners_utils" in of_peft("adapters.bottleneck")
 
 
 def test_the_check_sees_what_is_imported():

@@ -19,7 +19,7 @@ import tiny
 import trimtab
 from trimtab import Controller, TrimCallback
 from trimtab.errors import CheckpointError, TrimtabError
-from trimtab.host.layers import adapter_layers
+from trimtab.host.adapted import adapter_layers
 
 METHODS = list(runs.METHODS)
 OFTEN = dict(save_steps=10, logging_steps=5)

@@ -21,7 +21,8 @@ import trimtab
 from fakes import Halving
 from trimtab import AdaLoRA, AFLoRA, Controller, FreezeAt, SalientLoRA, SoRA, TrimCallback, TrimConfig
 from trimtab.errors import ConfigError, StaleAdapterError
-from trimtab.host.layers import adapter_layers, hosted_layers
+from trimtab.host.adapted import adapter_layers
+from trimtab.host.layers import hosted_layers
 from trimtab.train.checkpoint import what_is_wrong
 from two_process import METHODS, STEPS
 

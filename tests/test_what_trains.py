@@ -16,7 +16,7 @@ import short_runs as runs
 import tiny
 from trimtab import AFLoRA, Controller, FreezeAt, TrimCallback
 from trimtab.errors import ModelError
-from trimtab.host.layers import adapter_layers
+from trimtab.host.adapted import adapter_layers
 
 METHODS = list(runs.METHODS)
 

@@ -17,13 +17,18 @@ from ..host.sites import base_of, find_stacks, locate
 from ..plans import Site
 
 
-def check(model: nn.Module, config: Any, task_type: str | None) -> None:
-    """Raise `ConfigError` where PEFT could not place the prompts, or would lose a part of what is trained."""
+def model_types() -> dict[str, Any]:
+    """The ``model_type``s that PEFT puts prompts into, with where."""
     from peft.tuners.adaption_prompt.config import TRANSFORMERS_MODEL_CONFIG
 
+    return TRANSFORMERS_MODEL_CONFIG
+
+
+def check(model: nn.Module, config: Any, task_type: str | None) -> None:
+    """Raise `ConfigError` where PEFT could not place the prompts, or would lose a part of what is trained."""
     kind = getattr(getattr(base_of(model), "config", None), "model_type", type(model).__name__)
-    if kind not in TRANSFORMERS_MODEL_CONFIG:
-        known = ", ".join(TRANSFORMERS_MODEL_CONFIG)
+    if kind not in model_types():
+        known = ", ".join(model_types())
         raise ConfigError("adapter.type", "adaption_prompt", f"PEFT has it for {known}; this model is a {kind}")
     _refuse_head_widths(base_of(model).config)
     if task_type not in (None, "CAUSAL_LM"):
@@ -78,8 +83,6 @@ def _refuse_half_precision(attention: nn.Module) -> None:
 
 
 def _attentions(model: nn.Module, config: Any) -> list[str]:
-    from peft.tuners.adaption_prompt.config import TRANSFORMERS_MODEL_CONFIG
-
     base = base_of(model)
-    word = config.target_modules or TRANSFORMERS_MODEL_CONFIG[base.config.model_type].target_modules
+    word = config.target_modules or model_types()[base.config.model_type].target_modules
     return [name for name, _ in base.named_modules() if name.endswith(f".{word}")]

@@ -219,11 +219,12 @@ def _adapted(base: nn.Module, config: PeftConfig) -> tuple[nn.Module, int]:
 def _merged(recipe: Recipe, lora: Adapter, base: nn.Module) -> tuple[nn.Module, int]:
     """LoRA in the weights: the modules of the base again, on weights of its own where it adapts."""
     import peft
-    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from ..host.adapted import adapted_modules
 
     config = _lora_config(recipe, lora, base)
     probe, added = _adapted(base, config)
-    adapted = [m.get_base_layer() for m in probe.modules() if isinstance(m, BaseTunerLayer)]
+    adapted = [m.get_base_layer() for m in adapted_modules(probe)]
     own = twin(base, except_for=[p for m in adapted for p in m.parameters(recurse=False)])
     model = peft.get_peft_model(own, config, autocast_adapter_dtype=False)  # type: ignore[arg-type]
     return model.merge_and_unload().eval().requires_grad_(False), added  # type: ignore[operator]
@@ -260,11 +261,12 @@ def _config(recipe: Recipe, adapter: Adapter, base: nn.Module) -> PeftConfig:
 
 def _prompt_config(recipe: Recipe, base: Any) -> PeftConfig:
     import peft
-    from peft.tuners.adaption_prompt.config import TRANSFORMERS_MODEL_CONFIG
+
+    from ..adapters.prompts import model_types
 
     kind = base.config.model_type
-    if kind not in TRANSFORMERS_MODEL_CONFIG:
-        raise ModelError(f"PEFT has it for {', '.join(TRANSFORMERS_MODEL_CONFIG)}, not for {kind}")
+    if kind not in model_types():
+        raise ModelError(f"PEFT has it for {', '.join(model_types())}, not for {kind}")
     if recipe.adapter.type == "adaption_prompt":
         return peft.AdaptionPromptConfig(task_type="CAUSAL_LM", **recipe.adapter.options)
     layers = min(PROMPT_LAYERS, base.config.num_hidden_layers)

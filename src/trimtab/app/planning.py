@@ -156,6 +156,7 @@ def with_layer_ratio(
         ConfigError: a budget whose figure needs the length of the run, and it is not known.
         BudgetError: no choice meets the budget; the smallest number that can be met is in the message.
     """
+    from ..host.adapted import site_rank
     from ..host.sites import find_sites
 
     budget = budget_of(recipe)
@@ -280,6 +281,7 @@ def _adapted(model: nn.Module, config: PeftConfig) -> tuple[list[Site], dict[str
         widths = {p.name: config.width(p.size) if p.how else 0 for p in places}  # type: ignore[attr-defined]
         costs = {p.name: p.params(widths[p.name], norm_params(model.get_submodule(p.name))) for p in places}
         return [Site(p.name, p.size, p.size, p.stack, p.block, p.kind) for p in places], widths, costs
+    from ..host.adapted import site_rank
     from ..host.sites import find_sites
 
     sites = find_sites(model, config, getattr(config, "where", None))
@@ -336,16 +338,6 @@ def _predicted(
 
 def _constant(trainable: int) -> dict[str, float]:
     return {"initial": trainable, "final": trainable, "average": float(trainable), "held": trainable}
-
-
-def site_rank(site: Site, config: PeftConfig) -> int:
-    """The rank that the config gives a site, its ``rank_pattern`` included."""
-    pattern = getattr(config, "rank_pattern", None)
-    if pattern:
-        from peft.utils.other import get_pattern_key
-
-        return pattern.get(get_pattern_key(pattern.keys(), site.name), config.r)  # type: ignore[attr-defined]
-    return config.r  # type: ignore[attr-defined]
 
 
 def model_spec(recipe: Recipe) -> Any:

@@ -463,24 +463,14 @@ def _early_stopping(job: Job) -> list[Any]:
 
 def final_plan(planned: Plan, model: PeftModel, params: Mapping[str, float]) -> Plan:
     """The plan with what training made of it: ranks that stayed, and measured parameters."""
+    from ..host.adapted import adapter_ranks
+
     ranks = adapter_ranks(model)
     sites = tuple(
         SitePlan(p.site, p.r, p.trainable_params, ranks.get(p.site.name, p.final_r or 0)) for p in planned.sites
     )
     settings = {**planned.settings, "predicted_params": planned.params}
     return replace(planned, sites=sites, params={**planned.params, **params}, settings=settings)
-
-
-def adapter_ranks(model: PeftModel) -> dict[str, int]:
-    """Site name -> rank of its adapter now; sites without one are left out."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    ranks = {}
-    for name, module in model.get_base_model().named_modules():
-        r = getattr(module, "r", None)
-        if isinstance(module, BaseTunerLayer) and isinstance(r, dict):
-            ranks[name] = int(next((r[a] for a in model.active_adapters if a in r), 0))
-    return ranks
 
 
 def measured_params(folder: RunFolder, total_steps: int) -> dict[str, float]:
@@ -546,7 +536,7 @@ def export_run(job: Job, model: nn.Module, folder: RunFolder, screen: Screen) ->
     An adapter that no weight can hold is saved as it is, and a remark says why.
     """
     from ..exporting.formats import why_no_lora_form
-    from ..host.layers import peft_model_of
+    from ..host.adapted import peft_model_of
 
     form = job.recipe.export.format
     if reason := why_no_lora_form(peft_model_of(model)):

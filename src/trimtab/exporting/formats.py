@@ -56,9 +56,7 @@ def export(
     A start that changed the base weight (PiSSA and relatives) is exported as rank 2r against the original
     base: ``A' = [A; A0]``, ``B' = [B, -B0]``.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    from ..host.layers import peft_model_of
+    from ..host.adapted import adapted_modules, peft_model_of
 
     if format not in FORMATS:
         raise ExportError(f"export.format={format!r}: one of {', '.join(FORMATS)}.{did_you_mean(format, FORMATS)}")
@@ -76,7 +74,7 @@ def export(
     name, folder = active[0], Path(out)
     if reason := why_no_lora_form(peft_model, name):
         raise ExportError(f"export.format={format!r}: {reason}")
-    if any(isinstance(layer, BaseTunerLayer) and layer.merged for layer in peft_model.modules()):
+    if any(layer.merged for layer in adapted_modules(peft_model)):
         raise ExportError(f"export.format={format!r}: the adapter is merged already; call unmerge_adapter() first")
     if format == "merged":
         return _export_merged(peft_model, active, folder)
@@ -110,8 +108,7 @@ class Part:
 
 
 def _write_adapter(peft_model: PeftModel, name: str, folder: Path, form: str) -> None:
-    from peft import LoraConfig
-    from peft.utils import get_peft_model_state_dict
+    from peft import LoraConfig, get_peft_model_state_dict
     from safetensors.torch import save_file
 
     from ..host.layers import portable_fields
@@ -191,9 +188,8 @@ def _add_the_head_of_a_saved_embedding(base: Any, tensors: dict[str, Any]) -> No
 
 def _lora_parts(peft_model: PeftModel, name: str, tensors: dict[str, Tensor], form: str) -> Iterator[Part]:
     """Take what belongs to each LoRA layer out of ``tensors``, and put its scale into B."""
-    from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
-
-    from ..host.layers import adapter_layers, changes_base
+    from ..host.adapted import AttentionLora, ParameterLora, adapter_layers
+    from ..host.layers import changes_base
 
     source: Any = peft_model.peft_config[name]
     inside: set[str] = set()  # the projection inside of an attention has its rank from there
@@ -222,9 +218,9 @@ def _lora_parts(peft_model: PeftModel, name: str, tensors: dict[str, Tensor], fo
                 f"export.format={form!r}: {module}.{down}: init_lora_weights={source.init_lora_weights!r} changed the "
                 "base's weights, and the start is not known here; use format 'merged'"
             )
-        wrapped = isinstance(layer, ParamWrapper)
+        wrapped = isinstance(layer, ParameterLora)
         site = module.replace(".base_layer", "") + f".{cast(Any, layer).parameter_name}" if wrapped else module
-        if isinstance(layer, MultiheadAttention):
+        if isinstance(layer, AttentionLora):
             inside.add(f"{module}.base_layer.out_proj")
         experts = int(getattr(layer, "num_experts", 1)) if wrapped else 1
         yield Part(
@@ -350,14 +346,14 @@ def refuse_a_changed_base(peft_model: PeftModel, name: str) -> None:
 
 def untie(peft_model: PeftModel) -> None:
     """Give each adapted module weights of its own, where it shares them with another module: tied, or replicated."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from ..host.adapted import is_adapted
 
-    model = peft_model.get_base_model()
+    model: Any = peft_model.get_base_model()
     uses = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     replicated = any(getattr(c, "layer_replication", None) for c in peft_model.peft_config.values())
     for module in list(model.modules()):
-        if replicated or isinstance(module, BaseTunerLayer):
-            module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if replicated or is_adapted(module):
+            module = module.get_base_layer() if is_adapted(module) else module
             for key, parameter in list(module.named_parameters(recurse=False)):
                 if uses[id(parameter)] > 1:
                     setattr(module, key, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))

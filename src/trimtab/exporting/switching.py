@@ -42,9 +42,7 @@ class AdapterSwitch:
             ModelError: it holds no adapter, one is merged already, or the base is quantised.
             ExportError: adapters of this type cannot be merged, or one has changed the base itself.
         """
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        from ..host.layers import peft_model_of
+        from ..host.adapted import adapted_modules, peft_model_of
 
         self.model = peft_model_of(model)
         self._tuner: Any = self.model.base_model
@@ -55,7 +53,7 @@ class AdapterSwitch:
                 f"adapter type {name}: it changes the function in a way that no weight holds; "
                 "model.set_adapter switches it without merging"
             )
-        layers: list[Any] = [layer for layer in self.model.modules() if isinstance(layer, BaseTunerLayer)]
+        layers = adapted_modules(self.model)
         if any(getattr(layer, "merged", False) for layer in layers):
             raise ModelError(
                 "model: an adapter is merged already, and unmerging it would not give back the base bit "

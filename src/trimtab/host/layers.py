@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora import ParamWrapper as PeftParamWrapper
@@ -38,6 +38,7 @@ from ..adapters.lowrank import delta_weight, fold, lowrank_delta
 from ..errors import ConfigError, ModelError
 from ..plans import Budget, Where
 from ..schedule import plain_numbers
+from .adapted import peft_model_of
 
 PROJECTIONS = ("lora_A", "lora_B")
 DIAGONALS = ("lora_e", "lora_b")
@@ -827,23 +828,6 @@ def _is_dtensor(module: nn.Module) -> bool:
     return type(getattr(module, "weight", None)).__name__ == "DTensor"
 
 
-def peft_model_of(model: nn.Module) -> PeftModel:
-    """The `PeftModel` inside whatever holds it: DDP, accelerate, compile, a sentence encoder, a module of the user's.
-
-    Raises:
-        ModelError: there is none, or more than one.
-    """
-    found = [m for m in model.modules() if isinstance(m, PeftModel)] if isinstance(model, nn.Module) else []
-    if not found:
-        raise ModelError(f"model: {type(model).__name__} holds no PEFT adapter; call peft.get_peft_model first")
-    if len(found) > 1:
-        raise ModelError(
-            f"model: {type(model).__name__} holds {len(found)} PEFT models; hand over the one that is meant, or put "
-            "one adapter on the module that holds both"
-        )
-    return found[0]
-
-
 def hosted_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, TrimLayer]:
     """Site name -> layer, for every layer that holds an adaptive adapter of this name, in module order."""
     found: dict[str, TrimLayer] = {}
@@ -852,14 +836,3 @@ def hosted_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, 
             assert layer.site_name and layer.site_name not in found, f"two sites are called {layer.site_name!r}"
             found[layer.site_name] = layer
     return found
-
-
-def adapter_layers(model: nn.Module, adapter_name: str = "default") -> Iterator[tuple[str, LoraLayer]]:
-    """Every LoRA layer that holds the adapter, adaptive or not, with its name in the base model."""
-    for name, module in peft_model_of(model).get_base_model().named_modules():
-        if isinstance(module, LoraLayer) and (adapter_name in module.lora_A or adapter_name in module.lora_embedding_A):
-            yield name, module
-
-
-def adapter_config(model: nn.Module, adapter_name: str = "default") -> LoraConfig:
-    return cast(LoraConfig, peft_model_of(model).peft_config[adapter_name])

@@ -24,7 +24,8 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..errors import CheckpointError, ConfigError, StaleAdapterError
-from ..host.layers import TrimConfig, adapter_config, hosted_layers, peft_model_of
+from ..host.adapted import adapter_config, peft_model_of
+from ..host.layers import TrimConfig, hosted_layers
 from .checkpoint import COMPLETE, checkpoints, last_checkpoint, read_facts, read_state, what_is_wrong, write_state
 from .controller import Controller, Event, is_distributed, what_differs
 from .parallel import give_back_to_ddp, leave_out_of_ddp

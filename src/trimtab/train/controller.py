@@ -23,14 +23,13 @@ from torch import Tensor, nn
 from ..adapters.lowrank import fold
 from ..budget import Choice, solve
 from ..errors import CheckpointError, ConfigError, DisagreementError, ModelError, StaleAdapterError
+from ..host.adapted import adapter_layers, adapter_parameters, peft_model_of
 from ..host.layers import (
     PROJECTIONS,
     TrimConfig,
     TrimLayer,
-    adapter_layers,
     hosted_layers,
     own_config,
-    peft_model_of,
     set_data,
     settle,
 )
@@ -847,7 +846,7 @@ class Controller:
 
     def _emit_params(self) -> None:
         row: Event = {"event": "params", "step": self.step, "trainable": self.trainable_params()}
-        ranks = [layer.r[self.adapter_name] for _, layer in adapter_layers_or_none(self.model, self.adapter_name)]
+        ranks = [layer.r[self.adapter_name] for _, layer in adapter_layers(self.model, self.adapter_name)]
         if ranks:
             row["total_rank"] = sum(ranks)
         self._emit(row)
@@ -872,32 +871,6 @@ def what_differs(meta: dict[str, Any], settings: dict[str, str], sites: dict[str
     if name := next((name for name in sites if theirs[name] != sites[name]), None):
         return f"its (rank, scale) of {name!r} is {theirs[name]}, this run's is {sites[name]}"
     return None
-
-
-def adapter_layers_or_none(model: nn.Module, adapter_name: str) -> list[tuple[str, Any]]:
-    """LoRA layers of the adapter, or an empty list for adapters that are no LoRA."""
-    return list(adapter_layers(model, adapter_name))
-
-
-def adapter_parameters(model: nn.Module, adapter_name: str = "default") -> list[nn.Parameter]:
-    """Every parameter that belongs to the adapter, of any PEFT tuner; saved modules (heads) are not among them."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    found: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            for attribute in module.adapter_layer_names:
-                holder = getattr(module, attribute, None)
-                if holder is None or adapter_name not in getattr(holder, "keys", list)():
-                    continue
-                item = holder[adapter_name]
-                for p in item.parameters() if isinstance(item, nn.Module) else [item]:
-                    if isinstance(p, nn.Parameter):
-                        found[id(p)] = p
-        for name, p in module.named_parameters(recurse=False):
-            if name.startswith("adaption_"):  # adaption prompts: in PEFT no layer of a tuner, without adapter names
-                found[id(p)] = p
-    return list(found.values())
 
 
 def is_distributed() -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import ModelError
-from ..host.layers import peft_model_of
+from ..host.adapted import peft_model_of
 
 
 def leave_out_of_ddp(model: nn.Module, ours: Iterable[nn.Parameter]) -> None:

@@ -23,8 +23,6 @@ ROLES = {
 # The order of groups is fixed, so that a checkpoint's optimizer state finds its place again. The last one trains at
 # the run's own rate: biases of frozen modules (``bias="all"``), and norms that train inside adapted layers.
 _ORDER = (*ROLES, "other")
-# Where a tuner's own word says more than its ending (``lora_A``, ``lora_embedding_B`` …).
-_HOLDERS = {"bottleneck_down": "A", "bottleneck_up": "B", "bottleneck_norm": "other"}
 
 
 def parameter_groups(
@@ -49,6 +47,8 @@ def parameter_groups(
     """
     from transformers import Trainer
 
+    from ..host.adapted import roles
+
     multiples = check_rates(rates or {})
     role_of = roles(model)
     check_roles(multiples, set(role_of.values()))
@@ -66,39 +66,6 @@ def parameter_groups(
                     "role": role,
                 })  # fmt: skip
     return groups
-
-
-def roles(model: nn.Module) -> dict[str, str]:
-    """Name of every parameter that trains -> its role, in the model's order. Found by type, of any PEFT adapter."""
-    from peft import PeftModel
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import ModulesToSaveWrapper
-
-    found: dict[int, str] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            for name, p in cast("nn.Module", module).named_parameters():
-                holder = name.partition(".")[0]
-                if holder != "base_layer":
-                    found.setdefault(id(p), _role_of_holder(holder))
-        elif isinstance(module, ModulesToSaveWrapper):
-            found.update((id(p), "head") for p in module.modules_to_save.parameters())
-        else:
-            own = dict(module.named_parameters(recurse=False))
-            found.update((id(p), "vectors") for name, p in own.items() if name.startswith("adaption_"))
-            if isinstance(module, PeftModel) and hasattr(module, "prompt_encoder"):
-                found.update((id(p), "vectors") for p in module.prompt_encoder.parameters())
-            # Where only biases train (PEFT's bias="all", which goes by that word), or DDP's anchor, is no head.
-            trains = [name for name, p in own.items() if p.requires_grad and name != "trim_anchor"]
-            its = "head" if any("bias" not in f"{path}.{name}" for name in trains) else "other"
-            for p in own.values():
-                found.setdefault(id(p), its)
-    return {name: found[id(p)] for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _role_of_holder(holder: str) -> str:
-    words = holder.split("_")
-    return _HOLDERS.get(holder) or next((role for role in ("A", "B") if role in words), "vectors")
 
 
 def check_rates(rates: Mapping[str, Any]) -> dict[str, float]:

@@ -1,0 +1,125 @@
+"""A model that holds a PEFT adapter: which of its modules, parameters, ranks and names belong to the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.adaption_prompt.layer import _BaseAdaptedAttention as PromptedAttention
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import MultiheadAttention as AttentionLora  # noqa: F401  for exporting
+from peft.tuners.lora.layer import ParamWrapper as ParameterLora  # noqa: F401
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
+from torch import nn
+
+from ..errors import ModelError
+from ..plans import Site
+
+# Where a tuner's own word says more than its ending (``lora_A``, ``lora_embedding_B`` …).
+_ROLES = {"bottleneck_down": "A", "bottleneck_up": "B", "bottleneck_norm": "other"}
+
+
+def peft_model_of(model: nn.Module) -> PeftModel:
+    """The `PeftModel` inside whatever holds it: DDP, accelerate, compile, a sentence encoder, a module of the user's.
+
+    Raises:
+        ModelError: there is none, or more than one.
+    """
+    found = [m for m in model.modules() if isinstance(m, PeftModel)] if isinstance(model, nn.Module) else []
+    if not found:
+        raise ModelError(f"model: {type(model).__name__} holds no PEFT adapter; call peft.get_peft_model first")
+    if len(found) > 1:
+        raise ModelError(
+            f"model: {type(model).__name__} holds {len(found)} PEFT models; hand over the one that is meant, or put "
+            "one adapter on the module that holds both"
+        )
+    return found[0]
+
+
+def adapter_config(model: nn.Module, adapter_name: str = "default") -> LoraConfig:
+    return cast(LoraConfig, peft_model_of(model).peft_config[adapter_name])
+
+
+def adapter_layers(model: nn.Module, adapter_name: str = "default") -> Iterator[tuple[str, LoraLayer]]:
+    """Every LoRA layer that holds the adapter, adaptive or not, with its name in the base model."""
+    for name, module in peft_model_of(model).get_base_model().named_modules():
+        if isinstance(module, LoraLayer) and (adapter_name in module.lora_A or adapter_name in module.lora_embedding_A):
+            yield name, module
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether PEFT has put a layer of a tuner, of any type, in this module's place."""
+    return isinstance(module, BaseTunerLayer)
+
+
+def adapted_modules(model: nn.Module) -> list[Any]:
+    """Every layer that a tuner of PEFT, of any type, has put in place of a module."""
+    return [module for module in model.modules() if is_adapted(module)]
+
+
+def adapter_parameters(model: nn.Module, adapter_name: str = "default") -> list[nn.Parameter]:
+    """Every parameter that belongs to the adapter, of any PEFT tuner; saved modules (heads) are not among them."""
+    found: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            for attribute in module.adapter_layer_names:
+                holder = getattr(module, attribute, None)
+                if holder is None or adapter_name not in getattr(holder, "keys", list)():
+                    continue
+                item = holder[adapter_name]
+                for p in item.parameters() if isinstance(item, nn.Module) else [item]:
+                    if isinstance(p, nn.Parameter):
+                        found[id(p)] = p
+        elif isinstance(module, PromptedAttention):  # no layer of a tuner, and without adapter names
+            found.update((id(p), p) for p in module.parameters(recurse=False))
+    return list(found.values())
+
+
+def roles(model: nn.Module) -> dict[str, str]:
+    """Name of every parameter that trains -> its role, in the model's order. Found by type, of any PEFT adapter."""
+    found: dict[int, str] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            for name, p in cast("nn.Module", module).named_parameters():
+                holder = name.partition(".")[0]
+                if holder != "base_layer":
+                    found.setdefault(id(p), _role_of_holder(holder))
+        elif isinstance(module, ModulesToSaveWrapper):
+            found.update((id(p), "head") for p in module.modules_to_save.parameters())
+        else:
+            own = dict(module.named_parameters(recurse=False))
+            if isinstance(module, PromptedAttention):
+                found.update((id(p), "vectors") for p in own.values())
+            if isinstance(module, PeftModel) and hasattr(module, "prompt_encoder"):
+                found.update((id(p), "vectors") for p in module.prompt_encoder.parameters())
+            # Where only biases train (PEFT's bias="all", which goes by that word), or DDP's anchor, is no head.
+            trains = [name for name, p in own.items() if p.requires_grad and name != "trim_anchor"]
+            its = "head" if any("bias" not in f"{path}.{name}" for name in trains) else "other"
+            for p in own.values():
+                found.setdefault(id(p), its)
+    return {name: found[id(p)] for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _role_of_holder(holder: str) -> str:
+    words = holder.split("_")
+    return _ROLES.get(holder) or next((role for role in ("A", "B") if role in words), "vectors")
+
+
+def adapter_ranks(model: PeftModel) -> dict[str, int]:
+    """Site name -> rank of its adapter now; sites without one are left out."""
+    ranks = {}
+    for name, module in model.get_base_model().named_modules():
+        r = getattr(module, "r", None)
+        if isinstance(module, BaseTunerLayer) and isinstance(r, dict):
+            ranks[name] = int(next((r[a] for a in model.active_adapters if a in r), 0))
+    return ranks
+
+
+def site_rank(site: Site, config: PeftConfig) -> int:
+    """The rank that a config gives a site, its ``rank_pattern`` included."""
+    pattern = getattr(config, "rank_pattern", None)
+    if pattern:
+        return pattern.get(get_pattern_key(pattern.keys(), site.name), config.r)  # type: ignore[attr-defined]
+    return config.r  # type: ignore[attr-defined]
