@@ -56,8 +56,9 @@ def run_tables(folder: RunFolder) -> list[Any]:
 
 def _constant(folder: RunFolder, metric: str) -> list[str] | None:
     """The headline score of one answer to every row, where it says something."""
-    kept: dict[str, Any] = folder.read(folder.predictions) if folder.predictions.is_file() else {}
-    found = next(iter(kept.values()), {}).get("constant")
+    kept = folder.read(folder.predictions) if folder.predictions.is_file() else {}
+    first: dict[str, Any] = next(iter(kept.values()), {})
+    found = first.get("constant")
     if not found or metric not in found["metrics"]:
         return None
     answer = found["answer"] if isinstance(found["answer"], str) else number(found["answer"])
