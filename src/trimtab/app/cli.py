@@ -709,6 +709,9 @@ def _print_json(data: dict[str, Any] | Iterable[Any]) -> None:
 def main() -> NoReturn:
     """Entry point of the `trimtab` command."""
     keep_freed_memory()
+    if sys.argv[1:2] == ["plan"] and "--measure" not in sys.argv:
+        # PEFT imports it wherever it is installed, more than a second's work; a plan looks at shapes alone.
+        sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
     cli(prog_name="trimtab")
     raise AssertionError("click exits by itself")
 

@@ -194,7 +194,8 @@ def prepared(base: nn.Module, config: Any) -> Any:
     Names of experts, which transformers 5 fuses into parameters, become ``target_parameters``.
     """
     config = copy.deepcopy(config)
-    convert_peft_config_for_transformers(config, base, None)
+    if any(p.ndim > 2 for p in base.parameters()):  # fused experts; without any, asking costs most of a second
+        convert_peft_config_for_transformers(config, base, None)
     tuner_class = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
     tuner = tuner_class.__new__(tuner_class)  # not initialised: we ask it a question, it must not inject anything
     nn.Module.__init__(tuner)
