@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 import transformers as tf
 from peft.utils.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
 from peft.utils.save_and_load import _insert_adapter_name_into_state_dict, load_peft_weights
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import short_runs as runs
 import tiny
@@ -191,6 +192,21 @@ def test_mixed_ranks_hot_swap_by_peft_s_lower_call(made):
         config = peft.LoraConfig.from_pretrained(str(folder / "peft"))
         hotswap_adapter_from_state_dict(model, state, "default", config)
         assert far(model, expected) < 1e-5
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_transformers_own_hot_swap_takes_another_adapter_of_the_same_ranks(made, tmp_path, form):
+    folder, model = made("mixed")
+    tensors = load_file(folder / form / "adapter_model.safetensors")
+    shutil.copytree(folder / form, tmp_path, dirs_exist_ok=True)
+    none = {key: torch.zeros_like(value) for key, value in tensors.items()}  # an adapter that does nothing
+    save_file(none, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    base = tf.AutoModelForCausalLM.from_pretrained(folder / "base")
+    for i, (place, expected) in enumerate(
+        [(folder / form, model), (tmp_path, tiny.build("llama")), (folder / form, model)]
+    ):
+        base.load_adapter(str(place), "default", hotswap=i > 0)
+        assert far(base, expected) < 1e-5
 
 
 # -- what export says --------------------------------------------------------------------------------------
