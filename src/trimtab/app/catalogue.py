@@ -67,7 +67,7 @@ def _adapters() -> list[Entry]:
             "adapter",
             name,
             *_ADAPTERS[name],
-            {**_OWN_DEFAULTS.get(name, {}), **_said({k: v for k, v in defaults.items() if k in words})},
+            {**_OWN_DEFAULTS.get(name, {}), **_without_none({k: v for k, v in defaults.items() if k in words})},
             _OWN_NEEDS.get(name, []),
         )
         for name, (_, _, words) in recipes.ADAPTERS.items()
@@ -85,7 +85,7 @@ def _where() -> list[Entry]:
     ]
     for name, package in where.available().items():
         if package:
-            found.append(_of_another("where", name, package, partial(where.own_settings, name)))
+            found.append(_plugin_entry("where", name, package, partial(where.own_settings, name)))
     return found
 
 
@@ -104,11 +104,11 @@ def _methods(axis: str) -> list[Entry]:
         if name in methods.METHODS:
             found.append(_entry(axis, name, method.summary, method.paper, settings()))
         else:
-            found.append(_of_another(axis, name, method.summary.removeprefix("from "), settings))
+            found.append(_plugin_entry(axis, name, method.summary.removeprefix("from "), settings))
     return found
 
 
-def _of_another(axis: str, name: str, package: str, settings: Callable[[], dict[str, Any]]) -> Entry:
+def _plugin_entry(axis: str, name: str, package: str, settings: Callable[[], dict[str, Any]]) -> Entry:
     """A method of another package; one that cannot be imported says so, and the others are listed all the same."""
     try:
         return _entry(axis, name, f"from {package}", "", settings())
@@ -124,5 +124,5 @@ def _entry(axis: str, name: str, summary: str, paper: str, settings: dict[str, A
     )
 
 
-def _said(values: dict[str, Any]) -> dict[str, Any]:
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}

@@ -164,7 +164,7 @@ class Adapter(Section):
     """Modules that train whole and are saved beside the adapter; a new head is one of them without being named."""
 
     @model_serializer(mode="wrap")
-    def _without_what_the_type_has_not(self, write: Any) -> dict[str, Any]:
+    def _only_keys_of_the_type(self, write: Any) -> dict[str, Any]:
         known = {"type", *ADAPTERS[self.type][2]} if self.type in ADAPTERS else set(Adapter.model_fields)
         return {key: value for key, value in write(self).items() if key in known or key not in Adapter.model_fields}
 

@@ -104,7 +104,7 @@ def check(key: str, value: Any) -> Any:
     if value is None:
         if parts & {"None", "Optional"}:
             return None
-        raise ConfigError(name, None, f"needs a value; leave the key out for the Trainer's own ({_told(parts)})")
+        raise ConfigError(name, None, f"needs a value; leave the key out for the Trainer's own ({_type_words(parts)})")
     if key in _LISTS or parts & {"str", "dict", "list", "ParallelismConfig", "DebugOption"}:
         return "none" if key == "report_to" and value is False else value
     if parts & {"int", "float"}:
@@ -149,7 +149,7 @@ def _number(name: str, key: str, value: Any, whole: bool) -> float:
     return int(value) if whole else value
 
 
-def _told(parts: set[str]) -> str:
+def _type_words(parts: set[str]) -> str:
     return "a whole number" if "int" in parts else "a number" if "float" in parts else "true or false"
 
 

@@ -253,14 +253,14 @@ def _refuse_other_tokens(search: Search, loss: str | None) -> None:
 
 def _name(settings: dict[str, Any]) -> str:
     """A folder name for some settings; one that had to be shortened ends in a digest of them."""
-    whole = ",".join(f"{key}={_told(value)}" for key, value in settings.items())
+    whole = ",".join(f"{key}={_value_text(value)}" for key, value in settings.items())
     name = re.sub(r"[^\w.,=+-]", "_", whole)[:80]
     return name if name == whole else f"{name}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
 
 
-def _told(value: Any) -> str:
+def _value_text(value: Any) -> str:
     if isinstance(value, list):
-        return "+".join(map(_told, value))
+        return "+".join(map(_value_text, value))
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
