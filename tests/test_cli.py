@@ -185,7 +185,7 @@ def test_methods_names_every_axis_with_defaults_and_papers():
 
 
 def test_a_failure_of_ours_is_one_line_with_the_place_of_its_traceback(monkeypatch, recipe):
-    monkeypatch.setattr("trimtab.app.planning.plan_recipe", lambda recipe: 1 / 0)
+    monkeypatch.setattr("trimtab.app.planning.plan_recipe", lambda recipe, **given: 1 / 0)
     monkeypatch.delenv(command_line.DEBUG, raising=False)
     result = run("plan", recipe)
     assert result.exit_code == 1
@@ -203,7 +203,7 @@ def test_debug_shows_the_traceback(monkeypatch, recipe):
 
 
 def test_ctrl_c_ends_quietly(monkeypatch, recipe):
-    def interrupted(recipe):
+    def interrupted(recipe, **given):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("trimtab.app.planning.plan_recipe", interrupted)

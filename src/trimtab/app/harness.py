@@ -111,7 +111,7 @@ def evaluate(
         TrimtabError: the harness ended with an error.
     """
     from . import run as runs
-    from .adapting import NOT_STOCK_PEFT, WITHOUT_LORA_FORM
+    from .peft_config import NOT_STOCK_PEFT, WITHOUT_LORA_FORM
     from .planning import model_spec
     from .tasks import get_task
 

@@ -23,7 +23,7 @@ from ..errors import ConfigError, ModelError, TrimtabError
 from ..plans import Where
 from . import model_facts, models
 from . import recipe as recipes
-from .adapting import adapter_config, choose_without_data, reads_rows
+from .peft_config import adapter_config, choose_without_data, reads_rows
 from .planning import auto_class_of, model_spec
 from .recipe import Adapter, Recipe
 

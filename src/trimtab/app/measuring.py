@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..plans import Plan
-from .adapting import adapter_config, choose_without_data, reads_rows
+from .peft_config import adapter_config, choose_without_data, reads_rows
 from .recipe import Recipe
 from .screen import Screen
 

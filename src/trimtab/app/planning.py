@@ -18,7 +18,7 @@ from ..errors import BudgetError, ConfigError
 from ..plans import Plan, Site, SitePlan, Where
 from ..train.rates import ROLES, check_roles
 from . import recipe as recipes
-from .adapting import adapter_config, budget_of, choose_without_data, free_settings, reads_rows, settings_of
+from .peft_config import adapter_config, budget_of, choose_without_data, free_settings, reads_rows, settings_of
 from .recipe import Recipe
 from .report.words import count
 

@@ -22,7 +22,7 @@ from ..errors import ConfigError, DataError, did_you_mean
 from ..plans import Plan, SitePlan, Where
 from . import card, judging, loading, model_facts, models, runfolder, trainer_settings
 from . import recipe as recipes
-from .adapting import adapter_config, choose_own, choose_without_data, reads_rows
+from .peft_config import adapter_config, choose_own, choose_without_data, reads_rows
 from .planning import horizon_of, load_rows, model_spec, plan_of_run, plan_recipe, with_layer_ratio
 from .progress import progress_on
 from .recipe import Recipe
