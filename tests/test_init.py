@@ -161,6 +161,13 @@ def test_a_recipe_runs_as_it_stands_and_every_key_says_what_it_does(here, models
     trimtab("run", "r/a.yaml", "train.use_cpu=true")
 
 
+@pytest.mark.parametrize("n, tokens", [(2, 32), (40, 64), (400, 256)])
+def test_rows_are_cut_where_the_longest_ends(n, tokens, here, models):
+    write_jsonl(here / "rows.jsonl", [{"text": "cat " * (n if i else 1), "label": i % 2} for i in range(N)])
+    trimtab("init", "rows.jsonl", "--model", models["encoder"])
+    assert recipes.load("rows.yaml").require_task().options["max_length"] == tokens
+
+
 def test_prose_is_learned_in_paragraphs(here, models):
     Path("book.txt").write_text("\n\n".join(f"{words(20)}, {words(4)}.\n{words(5)}." for _ in range(30)))
     trimtab("init", "book.txt", "--model", models["decoder"])

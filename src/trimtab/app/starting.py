@@ -87,7 +87,7 @@ def start(data: Path, out: Path | None = None, model: str | None = None, overrid
     places = {"train": str(data), **_beside(data, files), **(said.get("data") or {})}
     table, found = _understood(places, said["task"])
     n = len(next(iter(table.values())))
-    lines = [*_task_lines(found), *_data_lines(places, target), *_method_lines(), *_training_lines(found, n)]
+    lines = [*_task_lines(found, table), *_data_lines(places, target), *_method_lines(), *_training_lines(found, n)]
     text = _written(_with_said([*_model_lines(found, said["model"]), *lines], said), _heading(data, n, found, target))
     notes = _tried(text, places)
     try:
@@ -171,18 +171,25 @@ _DOES = {
 }
 
 
-def _task_lines(found: Guess) -> list[Line]:
+def _task_lines(found: Guess, table: Table) -> list[Line]:
     does = {**_DOES, **({"label": "column of the number"} if found.settings.get("regression") else {})}
     lines = [Line("task.name", found.task, found.told)]
     lines += [Line(f"task.{key}", value, does.get(key, "")) for key, value in found.settings.items()]
     if found.task == "text_classification":
-        length = Line("task.max_length", 128, "tokens; a longer row is cut", False)
+        length = Line("task.max_length", _longest(found, table), _DOES["max_length"])
         return [*lines, length] if "max_length" not in found.settings else lines
     if "max_length" not in found.settings:
         lines.append(Line("task.max_length", 512, _DOES["max_length"]))
     if found.task == "instruct":
         lines.append(Line("task.system", "You are helpful.", "for rows that have no system message", is_on=False))
     return lines
+
+
+def _longest(found: Guess, table: Table) -> int:
+    """Tokens that hold every row, or nearly: of three bytes at the least, rounded up to 32, 64, 128 or 256."""
+    columns = [table[found.settings[key]] for key in ("text", "text_pair") if key in found.settings]
+    most = max(sum(len(str(value).encode()) for value in row) for row in zip(*columns))
+    return next((length for length in (32, 64, 128) if most / 3 + 4 <= length), 256)
 
 
 def _data_lines(places: Mapping[str, Any], target: Path) -> list[Line]:
