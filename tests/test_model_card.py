@@ -159,3 +159,21 @@ def test_a_base_is_named_for_others_where_it_has_a_name(known, given, named, tmp
 
 def test_a_fence_is_longer_than_any_in_the_code():
     assert fenced("a\n```\nb", "yaml").startswith("````yaml\n")
+
+
+def test_an_adapter_without_ranks_says_which_layers_it_is_in(tmp_path):
+    train = {"max_steps": 2, "learning_rate": 5e-3, "use_cpu": True}
+    trimtab(
+        "run",
+        write_recipe(tmp_path, adapter={"type": "bottleneck"}, where={"mask": "0110", "method": "mask"}, train=train),
+    )
+    text = card_of(tmp_path / "run" / "adapter").text
+    assert re.findall(r"\| encoder\.layer\.(\d) \| (yes|) \|", text) == [
+        ("0", ""),
+        ("1", "yes"),
+        ("2", "yes"),
+        ("3", ""),
+    ]
+    assert "rank" not in text.lower()
+    assert "from trimtab import BottleneckConfig" in text
+    assert str(tmp_path) not in str(text)

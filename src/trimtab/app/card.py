@@ -55,7 +55,7 @@ def write(job: Job, folder: RunFolder, target: Path, base: str | None) -> None:
         _what(job, plan, base),
         _scores(job, folder, metrics),
         _loading(job, base),
-        _layers(plan),
+        _layers(plan, has_ranks=job.recipe.adapter.type in ("lora", "vera")),
         _recipe(job, base),
         _versions(folder),
     ]
@@ -164,11 +164,11 @@ def _loading(job: Job, base: str | None) -> str:
     )
 
 
-def _layers(plan: Plan | None) -> str:
+def _layers(plan: Plan | None, has_ranks: bool) -> str:
     """A row a layer: what it was chosen by, and the rank of each kind of module that is left."""
     if plan is None or not plan.sites:
         return ""
-    kinds = list(dict.fromkeys(p.site.kind for p in plan.sites if p.site.block is not None))
+    kinds = list(dict.fromkeys(p.site.kind for p in plan.sites if p.site.block is not None)) if has_ranks else []
     scored = (plan.where.scores or {}).get("stacks", {}) if plan.where else {}
     places: dict[tuple[str, int], dict[str, SitePlan]] = {}
     for p in plan.sites:
@@ -180,16 +180,21 @@ def _layers(plan: Plan | None) -> str:
         numbers = scored.get(stack, {})
         score = (numbers.get("importance") or numbers.get("cka") or {block: None})[block] if numbers else None
         here = places.get((stack, block), {})
-        ranks = [str(_rank(here[kind])) if kind in here else "" for kind in kinds]
+        ranks = [str(_rank(here[kind])) if kind in here else "" for kind in kinds] or ["yes" if here else ""]
         rows.append([text(f"{stack}.{block}"), *([number(score)] if scored else []), *ranks])
-    for p in plan.sites:
+    for p in plan.sites if has_ranks else ():
         if p.site.block is None:
             rows.append([text(p.site.name), *([""] if scored else []), *[""] * len(kinds[1:]), str(_rank(p))])
     method = plan.where.method if plan.where else ""
-    head = ["layer", *([text("CKA" if method == "cka" else method)] if scored else []), *map(text, kinds or ["rank"])]
+    head = [
+        "layer",
+        *([text("CKA" if method == "cka" else method)] if scored else []),
+        *map(text, kinds or ["rank" if has_ranks else "adapted"]),
+    ]
     how = f" Layers were chosen by {text(method)}." if method else ""
-    told = f"Total rank {count(sum(map(_rank, plan.sites)))} over {len(plan.sites)} modules.{how}"
-    return f"## Layers and ranks\n\n{told}\n\n{_table(head, rows)}"
+    total = f"Total rank {count(sum(map(_rank, plan.sites)))} over {len(plan.sites)} modules." if has_ranks else ""
+    title = "Layers and ranks" if has_ranks else "Layers"
+    return f"## {title}\n\n{f'{total}{how}'.strip()}\n\n{_table(head, rows)}"
 
 
 def _rank(site: SitePlan) -> int:
