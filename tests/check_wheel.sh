@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The wheel, as a stranger installs it: alone it runs the two lines; with the extra, `trimtab demo` runs, outside of
-# the checkout. `make package` calls this with the wheel, a constraints file and the package of a small model.
+# the checkout (DEMO=no: a quick look instead). `make package` calls this with the wheel, a constraints file and the
+# package of a small model.
 set -euo pipefail
 wheel=$(realpath "$1") locked=$(realpath "$2") model=$3 checkout=$PWD
 venv=$(realpath -m .venv-wheel) elsewhere=$(mktemp -d)
@@ -26,5 +27,10 @@ echo "$said"
 
 echo "the wheel with its extra"
 "${pip[@]}" -c "$locked" "$wheel[app]"
-"$venv/bin/trimtab" demo --out demo
-[[ -s demo/compare.html && -s demo/cka/adapter/adapter_model.safetensors ]]
+if [[ ${DEMO:-yes} == yes ]]; then
+  OMP_NUM_THREADS=2 "$venv/bin/trimtab" demo --out demo
+  [[ -s demo/compare.html && -s demo/cka/adapter/adapter_model.safetensors ]]
+else
+  "$venv/bin/trimtab" schema --out schema.json
+  [[ -s schema.json && $("$venv/bin/trimtab" methods) == *salientlora* ]]
+fi
