@@ -56,6 +56,17 @@ class Where:
         return tuple(i for i, c in enumerate(self.mask) if c == "1")
 
     @property
+    def layer_scores(self) -> dict[str, list[float | None]]:
+        """What each layer was chosen by, for each stack; None where it is undefined, and no stack without a measure."""
+        stacks = (self.scores or {}).get("stacks") or {}
+        return {path: list(found.get("importance", found.get("cka", ()))) for path, found in stacks.items()}
+
+    @property
+    def measure(self) -> str:
+        """What those numbers are called: CKA, or as the method; empty where there are none."""
+        return "" if not self.layer_scores else "CKA" if self.method == "cka" else self.method
+
+    @property
     def outside(self) -> str:
         """A regex that full-matches every module name outside the chosen blocks (a chosen block itself is inside).
 
@@ -110,6 +121,11 @@ class SitePlan:
     r: int
     trainable_params: int
     final_r: int | None = None
+
+    @property
+    def rank_left(self) -> int:
+        """The rank at the end, or at the start where that is all that is known."""
+        return self.r if self.final_r is None else self.final_r
 
 
 @dataclass(frozen=True)

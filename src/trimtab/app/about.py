@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("trimtab", "torch", "transformers", "peft", "accelerate")
-_SECRET = re.compile(r"((?:^|[\w.])*(?:token|password|secret|api_key)=)\S+", re.IGNORECASE)
+SECRETS = "token|password|secret|api_key"
+"""How keys end that hold one."""
+_SECRET = re.compile(rf"((?:^|[\w.])*(?:{SECRETS})=)\S+", re.IGNORECASE)
 
 
 def facts() -> dict[str, Any]:

@@ -16,6 +16,7 @@ import yaml
 
 from ..plans import Plan, SitePlan
 from . import loading
+from .about import SECRETS
 from .report.words import count, number
 from .runfolder import RunFolder, write_text
 
@@ -32,7 +33,7 @@ _PIPELINES = {
     "AutoModelForImageTextToText": "image-text-to-text",
 }
 _ANYWHERE = re.compile(r"(?:[/~\\]|[A-Za-z]:[/\\]|file:)")
-_SECRET = re.compile(r"(?:token|password|secret|api_key)$", re.IGNORECASE)
+_SECRET = re.compile(rf"(?:{SECRETS})$", re.IGNORECASE)
 
 
 def write(job: Job, folder: RunFolder, target: Path, base: str | None) -> None:
@@ -169,7 +170,7 @@ def _layers(plan: Plan | None, has_ranks: bool) -> str:
     if plan is None or not plan.sites:
         return ""
     kinds = list(dict.fromkeys(p.site.kind for p in plan.sites if p.site.block is not None)) if has_ranks else []
-    scored = (plan.where.scores or {}).get("stacks", {}) if plan.where else {}
+    scored = plan.where.layer_scores if plan.where else {}
     places: dict[tuple[str, int], dict[str, SitePlan]] = {}
     for p in plan.sites:
         if p.site.stack is not None and p.site.block is not None:
@@ -177,28 +178,25 @@ def _layers(plan: Plan | None, has_ranks: bool) -> str:
     depth = {(path, i) for path, mask in plan.where.stacks.items() for i in range(len(mask))} if plan.where else set()
     rows = []
     for stack, block in sorted({*places, *depth}):
-        numbers = scored.get(stack, {})
-        score = (numbers.get("importance") or numbers.get("cka") or {block: None})[block] if numbers else None
+        score = scored[stack][block] if stack in scored else None
         here = places.get((stack, block), {})
-        ranks = [str(_rank(here[kind])) if kind in here else "" for kind in kinds] or ["yes" if here else ""]
+        ranks = [str(here[kind].rank_left) if kind in here else "" for kind in kinds] or ["yes" if here else ""]
         rows.append([text(f"{stack}.{block}"), *([number(score)] if scored else []), *ranks])
     for p in plan.sites if has_ranks else ():
         if p.site.block is None:
-            rows.append([text(p.site.name), *([""] if scored else []), *[""] * len(kinds[1:]), str(_rank(p))])
+            rows.append([text(p.site.name), *([""] if scored else []), *[""] * len(kinds[1:]), str(p.rank_left)])
     method = plan.where.method if plan.where else ""
     head = [
         "layer",
-        *([text("CKA" if method == "cka" else method)] if scored else []),
+        *([text(plan.where.measure)] if plan.where and scored else []),
         *map(text, kinds or ["rank" if has_ranks else "adapted"]),
     ]
     how = f" Layers were chosen by {text(method)}." if method else ""
-    total = f"Total rank {count(sum(map(_rank, plan.sites)))} over {len(plan.sites)} modules." if has_ranks else ""
+    total = (
+        f"Total rank {count(sum(p.rank_left for p in plan.sites))} over {len(plan.sites)} modules." if has_ranks else ""
+    )
     title = "Layers and ranks" if has_ranks else "Layers"
     return f"## {title}\n\n{f'{total}{how}'.strip()}\n\n{_table(head, rows)}"
-
-
-def _rank(site: SitePlan) -> int:
-    return site.r if site.final_r is None else site.final_r
 
 
 def _recipe(job: Job, base: str | None) -> str:

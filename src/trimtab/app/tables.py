@@ -186,17 +186,21 @@ def where_tables(where: Where) -> list[Any]:
     """Scores and choice, layer by layer."""
     parts: list[Any] = []
     scores = (where.scores or {}).get("stacks", {})
-    name, form = ("CKA", "{:.4f}") if where.method == "cka" else (where.method, "{:.4g}")
+    form = "{:.4f}" if where.measure == "CKA" else "{:.4g}"
     for stack, mask in where.stacks.items():
         found = scores.get(stack, {})
-        values = found.get("importance", found.get("cka", []))
+        values = where.layer_scores.get(stack, [])
         undefined = found.get("undefined", [False] * len(values))
         rows = []
         for i, chosen in enumerate(mask):
             is_known = i < len(values) and not undefined[i] and values[i] is not None
             said = form.format(values[i]) if is_known else "undefined" if i < len(values) else NOTHING
             rows.append([str(i), said, "adapted" if chosen == "1" else ""])
-        parts += [table(["layer", name, ""], rows, title=stack, right=[0, 1]), f"mask {mask}", ""]
+        parts += [
+            table(["layer", where.measure or where.method, ""], rows, title=stack, right=[0, 1]),
+            f"mask {mask}",
+            "",
+        ]
     return parts
 
 

@@ -352,12 +352,8 @@ class AFLoRAFreezer(Freezer):
     def pruned(self, keep: Mapping[str, Tensor]) -> None:
         """The scores of cut rows of A and columns of B vanish with them."""
         super().pruned(keep)
-        for state in (self._window, self._mean, self._uncertainty):
-            for site, kept in keep.items():
-                if (A := state.get(f"{site}.lora_A")) is not None:
-                    state[f"{site}.lora_A"] = A[kept.to(A.device)]  # (r', in)
-                if (B := state.get(f"{site}.lora_B")) is not None:
-                    state[f"{site}.lora_B"] = B[:, kept.to(B.device)]  # (out, r')
+        for state in self._parts().values():
+            self._cut(state, keep)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, meta = super().state_dict()

@@ -182,6 +182,14 @@ class Freezer:
                 if len(kept) and name in self.numels:  # sizes are multiples of the rank
                     self.numels[name] = self.numels[name] // len(kept) * int(kept.sum())
 
+    def _cut(self, tensors: dict[str, Tensor], keep: Mapping[str, Tensor]) -> None:
+        """The same cut in tensors of the projections' shapes: rows of A (r, in), columns of B (out, r), in place."""
+        for site, kept in keep.items():
+            if (A := tensors.get(f"{site}.lora_A")) is not None:
+                tensors[f"{site}.lora_A"] = A[kept.to(A.device)]
+            if (B := tensors.get(f"{site}.lora_B")) is not None:
+                tensors[f"{site}.lora_B"] = B[:, kept.to(B.device)]
+
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors, and what JSON can hold."""
         return {}, {"frozen": list(self._frozen), "numels": dict(self.numels)}

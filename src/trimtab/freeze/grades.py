@@ -218,11 +218,7 @@ class GradESFreezer(Freezer):
 
     def pruned(self, keep: Mapping[str, Tensor]) -> None:
         super().pruned(keep)
-        for site, kept in keep.items():
-            if (A := self._previous.get(f"{site}.lora_A")) is not None:
-                self._previous[f"{site}.lora_A"] = A[kept.to(A.device)]  # (r', in)
-            if (B := self._previous.get(f"{site}.lora_B")) is not None:
-                self._previous[f"{site}.lora_B"] = B[:, kept.to(B.device)]  # (out, r')
+        self._cut(self._previous, keep)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, meta = super().state_dict()

@@ -336,6 +336,14 @@ def _check_targets(target_modules: Any, linears: dict[str, nn.Module]) -> None:
             )
 
 
+def base_with_weights(model: nn.Module) -> nn.Module:
+    """The base model, to compute with. Raises `ModelError` where its weights are not there (meta device)."""
+    base = base_of(model)
+    if is_on_meta(base):
+        raise ModelError("model: it has no weights (meta device); load them before scoring its layers")
+    return base
+
+
 def is_on_meta(model: nn.Module) -> bool:
     """Does any weight live on the meta device, so that nothing can be computed?"""
     return any(p.device == torch.device("meta") for p in model.parameters())

@@ -48,11 +48,10 @@ def layer_scores(where: Where | None) -> dict[str, float]:
     >>> layer_scores(Where("cka", {"layers": "01"}, {"stacks": {"layers": {"cka": [None, 0.5]}}}))
     {'layer_score/layers.1': 0.5}
     """
-    stacks = ((where.scores if where is not None else None) or {}).get("stacks") or {}
     return {
         f"layer_score/{path}.{i}": float(value)
-        for path, scored in stacks.items()
-        for i, value in enumerate(scored.get("importance", scored.get("cka", ())))
+        for path, values in (where.layer_scores if where is not None else {}).items()
+        for i, value in enumerate(values)
         if value is not None
     }
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, DataError, ModelError, SelectionError, did_you_mean
-from ..host.sites import base_of, find_stacks, is_on_meta
+from ..errors import ConfigError, DataError, SelectionError, did_you_mean
+from ..host.sites import base_with_weights, find_stacks
 from ..plans import Where
 from .controls import mask_of, wanted
 from .moments import StreamingCKA, centred, covariance_hsic, gram, gram_hsic
@@ -161,9 +161,7 @@ def layer_similarity(
         raise ConfigError("where.final_norm", final_norm, "include or exclude")
     if samples is not None and samples < ESTIMATORS[estimator]:
         raise ConfigError("where.samples", samples, f"at least {ESTIMATORS[estimator]} for estimator={estimator}")
-    base = base_of(model)
-    if is_on_meta(base):
-        raise ModelError("model: it has no weights (meta device); load them before scoring its layers")
+    base = base_with_weights(model)
     poolers = [StackPooler(stack, pool, final_norm) for stack in find_stacks(base).values()]
     streams: list[StreamingCKA] = []
     with observed(base, poolers):

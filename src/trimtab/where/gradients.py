@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import DataError, ModelError
-from ..host.sites import base_of, find_stacks, is_on_meta
+from ..host.sites import base_with_weights, find_stacks
 from ..plans import Where
 from .importance import most_important
 
@@ -33,7 +33,12 @@ def gradient(
     count: int | None = None,
     exclude: str | Iterable[int] = (),
 ) -> Where:
-    """The layers whose weights the loss asks to move most, see `layer_gradients`."""
+    """The layers whose weights the loss asks to move most.
+
+    Args:
+        batches: labelled, as for `layer_gradients`, which also says what is raised.
+        ratio, count, exclude: as for `most_important`.
+    """
     found = layer_gradients(model, batches)
     return most_important("gradient", found.norms(), ratio, count, exclude, n=found.rows)
 
@@ -45,7 +50,7 @@ def fisher(
     count: int | None = None,
     exclude: str | Iterable[int] = (),
 ) -> Where:
-    """The layers of the highest Fisher information per weight, see `layer_gradients`."""
+    """The layers of the highest Fisher information per weight; arguments and errors as of `gradient`."""
     found = layer_gradients(model, batches)
     return most_important("fisher", found.information(), ratio, count, exclude, n=found.rows)
 
@@ -84,9 +89,7 @@ def layer_gradients(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> L
         DataError: no batch, or one from which the model makes no loss.
         ModelError: no weights (meta device), none that has a gradient (a quantised base), or one that two layers share.
     """
-    base = base_of(model)
-    if is_on_meta(base):
-        raise ModelError("model: it has no weights (meta device); load them before scoring its layers")
+    base = base_with_weights(model)
     stacks = {path: [_matrices(block) for block in stack.blocks] for path, stack in find_stacks(base).items()}
     for path, layers in stacks.items():
         for layer, weights in enumerate(layers):

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError, ModelError
-from ..host.sites import base_of, find_stacks, is_on_meta
+from ..errors import DataError
+from ..host.sites import base_with_weights, find_stacks
 from ..plans import Where
 from .importance import most_important
 from .pooling import StackPooler, observed, run_backbone
@@ -34,9 +34,7 @@ def influence(
         DataError: no batch.
         ModelError: the model has no blocks, or no weights (meta device).
     """
-    base = base_of(model)
-    if is_on_meta(base):
-        raise ModelError("model: it has no weights (meta device); load them before scoring its layers")
+    base = base_with_weights(model)
     poolers = [StackPooler(stack, "all", "exclude") for stack in find_stacks(base).values()]
     sums = [torch.zeros(len(pooler.stack), dtype=torch.float64) for pooler in poolers]
     tokens = [0] * len(poolers)

@@ -494,8 +494,7 @@ def _layers(group: list[RunFolder]) -> dict[str, list[float]]:
         for one in plan.sites:
             if one.site.block is not None:
                 ranks = found.setdefault(one.site.stack or "", {})
-                r = one.r if one.final_r is None else one.final_r
-                ranks[one.site.block] = ranks.get(one.site.block, 0.0) + r / len(plans)
+                ranks[one.site.block] = ranks.get(one.site.block, 0.0) + one.rank_left / len(plans)
     masks = {stack: len(mask) for plan in plans if plan.where for stack, mask in plan.where.stacks.items()}
     return {
         stack: [ranks.get(i, 0.0) for i in range(max(masks.get(stack, 0), max(ranks) + 1))]

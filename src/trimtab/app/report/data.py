@@ -226,8 +226,7 @@ def profile(run: RunFolder) -> Profile | None:
     stacks = []
     for path, mask in where.stacks.items():
         scored = by_stack.get(path, {})
-        numbers = scored.get("importance", scored.get("cka", [None] * len(mask)))
-        values = [finite(value) for value in numbers]
+        values = [finite(value) for value in where.layer_scores.get(path) or [None] * len(mask)]
         flags = scored.get("undefined", [False] * len(mask))
         # A layer without a number is undefined whatever the flag says: there is nothing to draw.
         undefined = [bool(flag) or (path in by_stack and value is None) for flag, value in zip(flags, values)]
@@ -256,8 +255,7 @@ def profile(run: RunFolder) -> Profile | None:
     tail = f"; {plural(n_undefined, 'layer')} undefined" if n_undefined else ""
     method = where.method.upper() if where.method == "cka" else sentence(where.method)
     finding = f"{method} chose {' and '.join(parts)}{why}{tail}"
-    score = ("CKA" if where.method == "cka" else where.method) if by_stack else ""
-    return Profile(finding, where.method, how, score, stacks, [str(w) for w in scores.get("warnings") or ()])
+    return Profile(finding, where.method, how, where.measure, stacks, [str(w) for w in scores.get("warnings") or ()])
 
 
 def losses(run: RunFolder) -> Curves | None:
