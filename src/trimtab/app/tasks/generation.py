@@ -187,7 +187,7 @@ def _answer(
     seed: str,
 ) -> list[str]:
     import torch
-    from transformers import StoppingCriteriaList
+    from transformers import StoppingCriteriaList, StopStringCriteria
 
     device = next(model.parameters()).device
     inputs = {
@@ -197,10 +197,10 @@ def _answer(
     skip = 0 if getattr(model.config, "is_encoder_decoder", False) else inputs["input_ids"].shape[1]
     text_of = getattr(tokenizer, "tokenizer", tokenizer)
     config = decoding.config(ends, text_of.pad_token_id)
-    extra = {"stopping_criteria": StoppingCriteriaList([StopAt(decoding.stop, text_of, skip)])} if decoding.stop else {}
+    stops = [StopStringCriteria(text_of, list(decoding.stop))] if decoding.stop else []
     with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(seed, 16) % 2**63)
-        out = model.generate(**inputs, generation_config=config, **extra)
+        out = model.generate(**inputs, generation_config=config, stopping_criteria=StoppingCriteriaList(stops))
     return [_text(row, text_of, set(ends), decoding.stop) for row in out[:, skip:].tolist()]
 
 
@@ -210,24 +210,6 @@ def _text(ids: list[int], tokenizer: Any, ends: set[int], stop: Sequence[str]) -
     last = next((i for i in range(begin, len(ids)) if ids[i] in ends), len(ids))
     text = tokenizer.decode(ids[begin:last], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text[: min((text.index(end) for end in stop if end in text), default=len(text))]
-
-
-class StopAt:
-    """Stops a row when one of the texts has appeared in what it added (transformers' stopping criterion)."""
-
-    tail_tokens = 24
-    """Looked at after each token; longer than any of the texts."""
-
-    def __init__(self, stop: Sequence[str], tokenizer: Any, skip: int) -> None:
-        self.stop, self.tokenizer, self.skip = stop, tokenizer, skip
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        import torch
-
-        tails = input_ids[:, max(self.skip, input_ids.shape[1] - self.tail_tokens) :]  # (rows, tokens)
-        texts = self.tokenizer.batch_decode(tails, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        hits = [any(end in text for end in self.stop) for text in texts]
-        return torch.tensor(hits, dtype=torch.bool, device=input_ids.device)
 
 
 # -- what was finished before --------------------------------------------------------------------------
