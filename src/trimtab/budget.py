@@ -228,7 +228,7 @@ class Layout:
             if self.freeze is not None:
                 fraction = self.freeze.average_fraction(self.total_steps, self.steps_per_epoch, closed_form=True)
             closed = levels[0][1] * fraction + sum(self.ranks) * self.has_e + self.output_params
-        average = _sum(curve, self.total_steps) / self.total_steps
+        average = sum_over(curve, self.total_steps) / self.total_steps
         size = round(rank[-1][1]) + self.output_params
         return Figures(round(curve[0][1]), curve[-1][1], size, average, closed, tuple(curve))
 
@@ -584,8 +584,8 @@ def _at(curve: Curve, step: int) -> float:
     return curve[bisect_right(curve, step, key=lambda row: row[0]) - 1][1]
 
 
-def _sum(curve: Curve, total_steps: int) -> float:
-    """Sum over the steps 0 … total_steps - 1."""
+def sum_over(curve: Sequence[tuple[int, float]], total_steps: int) -> float:
+    """Sum over the steps 0 … total_steps - 1 of what holds from each point's step on."""
     ends = [*(step for step, _ in curve[1:]), total_steps]
     return math.fsum(
         (min(end, total_steps) - min(start, total_steps)) * value for (start, value), end in zip(curve, ends)

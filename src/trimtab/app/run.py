@@ -212,6 +212,8 @@ def train(job: Job, where: Where | None, folder: RunFolder, screen: Screen, *, r
 
     import trimtab
 
+    from .report.runfolder import read
+
     recipe = job.recipe
     if "learning_rate" not in recipe.train:
         screen.note("train.learning_rate is not set: the Trainer's 5e-5 suits whole models; adapters take 1e-4 to 1e-3")
@@ -247,7 +249,7 @@ def train(job: Job, where: Where | None, folder: RunFolder, screen: Screen, *, r
                 screen.note(f"the last checkpoint is kept: `trimtab run {folder.path} --resume` goes on from it")
             raise
         seconds = _seconds(folder, time.monotonic() - began)
-        params = measured_params(folder, trainer.state.global_step) if runfolder.is_main() else {}
+        params = read(folder.path).measured_params(trainer.state.global_step) if runfolder.is_main() else {}
         if callback.controller is not None:
             params["held"] = callback.controller.figures()["held"]
         final = final_plan(planned, model, params)
@@ -471,18 +473,6 @@ def final_plan(planned: Plan, model: PeftModel, params: Mapping[str, float]) -> 
     )
     settings = {**planned.settings, "predicted_params": planned.params}
     return replace(planned, sites=sites, params={**planned.params, **params}, settings=settings)
-
-
-def measured_params(folder: RunFolder, total_steps: int) -> dict[str, float]:
-    """Trainable adapter parameters at the start, at the end, and averaged over steps, from the history."""
-    from .report.runfolder import read
-
-    rows = [(event["step"], event["trainable"]) for event in read(folder.path).of("params")]
-    if not rows:
-        return {}
-    ends = [*(step for step, _ in rows[1:]), max(total_steps, 1)]
-    area = sum(count * max(0, end - step) for (step, count), end in zip(rows, ends))
-    return {"initial": rows[0][1], "final": rows[-1][1], "average": round(area / max(total_steps, 1), 1)}
 
 
 # -- export, evaluate, report --------------------------------------------------------------------------

@@ -377,14 +377,7 @@ def _params(run: RunFolder) -> dict[str, float | None]:
     """Initial, final and average: measured, else summed from the history, else predicted by the plan."""
     given: Any = run.metrics.get("params")
     given = given if isinstance(given, dict) else {}
-    events = run.of("params")
-    counted: dict[str, float] = {}
-    if events:
-        counted = {"initial": events[0]["trainable"], "final": events[-1]["trainable"]}
-        ends = [e["step"] for e in events[1:]] + [run.last_step]
-        if ends[-1] > events[0]["step"]:
-            area = sum(e["trainable"] * (end - e["step"]) for e, end in zip(events, ends))
-            counted["average"] = area / (ends[-1] - events[0]["step"])
+    counted = run.measured_params(run.last_step)
     planned = dict(run.plan.params) if run.plan else {}
     return {
         k: next((finite(d[k]) for d in (given, counted, planned) if finite(d.get(k)) is not None), None)

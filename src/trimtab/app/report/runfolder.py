@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from ...budget import sum_over
 from ...errors import ConfigError, DataError
 from ...plans import Plan, Where
 
@@ -56,6 +57,14 @@ class RunFolder:
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         return self.events.get(kind, [])
+
+    def measured_params(self, total_steps: int) -> dict[str, float]:
+        """Trainable adapter parameters at the start, at the end, and averaged over the steps; empty without events."""
+        curve = [(event["step"], event["trainable"]) for event in self.of("params")]
+        if not curve:
+            return {}
+        average = sum_over(curve, total_steps) / total_steps if total_steps else curve[0][1]
+        return {"initial": curve[0][1], "final": curve[-1][1], "average": round(average, 1)}
 
     @property
     def last_step(self) -> int:

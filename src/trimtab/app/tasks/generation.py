@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ...errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 
