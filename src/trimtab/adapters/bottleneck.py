@@ -45,7 +45,7 @@ class _PeftKind(str):
 KIND = _PeftKind("TRIMTAB_BOTTLENECK")
 
 
-class _Habits(NamedTuple):
+class _Defaults(NamedTuple):
     """What a variant does where the user is silent; the papers' own settings."""
 
     non_linearity: str
@@ -58,9 +58,9 @@ class _Habits(NamedTuple):
 
 
 VARIANTS = {
-    "houlsby": _Habits("gelu", "truncated_normal", 0.01, 64, None, 1.0, True),
-    "pfeiffer": _Habits("relu", "normal", 0.02, None, 16, 1.0, False),
-    "parallel": _Habits("relu", "zero_up", 0.02, None, 2, 4.0, False),
+    "houlsby": _Defaults("gelu", "truncated_normal", 0.01, 64, None, 1.0, True),
+    "pfeiffer": _Defaults("relu", "normal", 0.02, None, 16, 1.0, False),
+    "parallel": _Defaults("relu", "zero_up", 0.02, None, 2, 4.0, False),
 }
 INITS = ("truncated_normal", "normal", "zero_up")
 
@@ -208,7 +208,7 @@ class BottleneckConfig(PeftConfig):
             )
 
     @property
-    def habits(self) -> _Habits:
+    def habits(self) -> _Defaults:
         return VARIANTS[self.variant]
 
     @property

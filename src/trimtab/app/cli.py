@@ -326,7 +326,7 @@ def evaluate(
 ) -> None:
     """Score a run's adapter on the labelled splits."""
     from . import run as runs
-    from .runfolder import RunFolder, at_work, refuse_base_of_another
+    from .runfolder import RunFolder, at_work, check_base_matches
 
     if harness or tasks or harness_args:
         _hand_over(source, overrides, harness, tasks, harness_args, base, as_json)
@@ -334,7 +334,7 @@ def evaluate(
     if base:
         chosen, path = _load(source, overrides)
         if path != Path(source):
-            refuse_base_of_another(chosen, RunFolder(path))
+            check_base_matches(chosen, RunFolder(path))
         with _screen(as_json) as screen, at_work(path):
             scored = runs.evaluate_base(runs.load(chosen, screen), RunFolder(path), screen)
         if as_json:

@@ -50,7 +50,7 @@ def worst(task: Any, kept: Mapping[str, Any], rows: Dataset) -> list[dict[str, A
         return []
     found = []
     for i in sorted(range(len(bad)), key=lambda i: -bad[i])[:WORST]:
-        told = _told(task, rows[i])
+        told = _row_text(task, rows[i])
         if not told:
             return []
         if names := kept.get("classes"):
@@ -64,7 +64,7 @@ def worst(task: Any, kept: Mapping[str, Any], rows: Dataset) -> list[dict[str, A
     return found
 
 
-def _told(task: Any, row: Mapping[str, Any]) -> dict[str, Any]:
+def _row_text(task: Any, row: Mapping[str, Any]) -> dict[str, Any]:
     """Text of a row as a reader knows it again; empty where the task keeps it in another way."""
     if names := getattr(task, "text_columns", None):
         return {"text": _short(" / ".join(str(row[name]) for name in names))}

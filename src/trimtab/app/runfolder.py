@@ -515,7 +515,7 @@ def what_was_scored(recipe: Recipe) -> dict[str, Any]:
     return {"model": recipe.model.name_or_path, "data": recipe.data.model_dump(mode="json", exclude_none=True)}
 
 
-def refuse_base_of_another(recipe: Recipe, folder: RunFolder) -> None:
+def check_base_matches(recipe: Recipe, folder: RunFolder) -> None:
     """Raise `ConfigError` where a run's folder would get the scores of another recipe's base model."""
     if not folder.recipe.is_file():
         return

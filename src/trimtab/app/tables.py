@@ -143,7 +143,7 @@ def _time(found: Mapping[str, Any] | None) -> list[list[str]]:
 def tune_tables(search: Search) -> list[Any]:
     """What was tried, what was chosen and by what, and how clear the choice is."""
     best = search.best.settings if search.best else {}
-    told = escape(", ".join(f"{key}={_told(value)}" for key, value in best.items()))
+    told = escape(", ".join(f"{key}={_setting_text(value)}" for key, value in best.items()))
     equal = sum(one.score == search.ranked[0].score for one in search.ranked) - 1
     tie = f", the lowest loss of {equal + 1} that are equal" if equal else ""
     chosen = f"Chosen by {search.chosen_by} on {search.held_out_rows} training rows held out{tie}: [bold]{told}[/]"
@@ -160,7 +160,7 @@ def tune_table(search: Search) -> Any:
         seconds = [some["seconds"] for some in found]
         rows.append(
             [
-                *(_told(one.settings.get(key)) for key in search.keys if key != "seed"),
+                *(_setting_text(one.settings.get(key)) for key in search.keys if key != "seed"),
                 number(one.score),
                 count(params[0]) if params else NOTHING,
                 duration(sum(seconds)) if seconds else NOTHING,
@@ -255,7 +255,7 @@ def method_tables(entries: Sequence[Entry]) -> list[Any]:
         for entry in of_axis:
             settings = [
                 *(f"{key}=(needed)" for key in entry.needed),
-                *(f"{key}={_told(value)}" for key, value in entry.defaults.items()),
+                *(f"{key}={_setting_text(value)}" for key, value in entry.defaults.items()),
             ]
             about = escape(entry.summary) + (f" [dim]({escape(entry.paper)})[/]" if entry.paper else "")
             made.add_row(entry.name, about + (f"\n[dim]{escape(', '.join(settings))}[/]" if settings else ""))
@@ -263,9 +263,9 @@ def method_tables(entries: Sequence[Entry]) -> list[Any]:
     return parts
 
 
-def _told(value: object) -> str:
+def _setting_text(value: object) -> str:
     if isinstance(value, list):
-        return f"[{', '.join(map(_told, value))}]"
+        return f"[{', '.join(map(_setting_text, value))}]"
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 

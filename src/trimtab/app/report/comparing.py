@@ -236,7 +236,7 @@ def names_of(settings: Sequence[dict[str, Any]]) -> list[str]:
     for row in differing:
         # What a row does without goes unsaid, unless nothing else tells it from the others.
         said = {key: value for key, value in row.items() if value != "none"} or row
-        names.append(", ".join(f"{short[key]}={_told(value)}" for key, value in said.items()))
+        names.append(", ".join(f"{short[key]}={_setting_text(value)}" for key, value in said.items()))
     return names
 
 
@@ -520,5 +520,5 @@ def _mean(values: Iterable[Any]) -> float | None:
     return statistics.fmean(known) if known else None
 
 
-def _told(value: Any) -> str:
+def _setting_text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -265,7 +265,7 @@ def losses(run: RunFolder) -> Curves | None:
     curves = [curve for curve in (train, held_out) if curve.steps]
     if not curves:
         return None
-    return Curves(sentence("; ".join(_told(f"{c.name} loss", c) for c in curves)), curves)
+    return Curves(sentence("; ".join(_trend(f"{c.name} loss", c) for c in curves)), curves)
 
 
 def penalty(run: RunFolder) -> Curves | None:
@@ -273,7 +273,7 @@ def penalty(run: RunFolder) -> Curves | None:
     curve = _curve("penalty", run.of("log"), "penalty")
     if not curve.steps:
         return None
-    return Curves(sentence(f"{_told('penalty', curve)}, logged apart from the loss"), [curve])
+    return Curves(sentence(f"{_trend('penalty', curve)}, logged apart from the loss"), [curve])
 
 
 def score_curve(run: RunFolder, metric: str | None) -> Curves | None:
@@ -287,7 +287,7 @@ def score_curve(run: RunFolder, metric: str | None) -> Curves | None:
     if not curve.steps:
         return None
     known = [(value, step) for value, step in zip(curve.values, curve.steps) if value is not None]
-    finding = _told(metric, curve)
+    finding = _trend(metric, curve)
     if len(known) > 1:
         best, step = min(known) if lower_is_better(metric) else max(known, key=lambda pair: (pair[0], -pair[1]))
         finding += f"; best {number(best)} at step {count(step)}"
@@ -353,7 +353,7 @@ def _curve(name: str, events: list[dict[str, Any]], key: str) -> Curve:
     return Curve(name, [event["step"] for event in found], [finite(event[key]) for event in found])
 
 
-def _told(what: str, curve: Curve) -> str:
+def _trend(what: str, curve: Curve) -> str:
     """How a curve went, in words."""
     known = [(step, value) for step, value in zip(curve.steps, curve.values) if value is not None]
     lost = [step for step, value in zip(curve.steps, curve.values) if value is None]

@@ -44,7 +44,7 @@ def judged(run: RunFolder, metric: str | None) -> Judged | None:
     """What predictions.json tells of the headline split; None where it tells nothing."""
     split, kept = next(iter(run.predictions.items()), ("", {}))
     names, labels, given = (kept.get(key) or [] for key in ("classes", "label", "predicted"))
-    worst = [_told(row) for row in kept.get("worst") or ()]
+    worst = [_row_and_verdict(row) for row in kept.get("worst") or ()]
     constant = _constant(kept.get("constant") or {}, metric)
     counts = [[0] * len(names) for _ in names]
     if names:
@@ -100,7 +100,7 @@ def _constant(found: Mapping[str, Any], metric: str | None) -> str:
     )
 
 
-def _told(row: Mapping[str, Any]) -> tuple[str, str]:
+def _row_and_verdict(row: Mapping[str, Any]) -> tuple[str, str]:
     """A row's text, and what was right and what was given."""
     place = f"row {count(row.get('row'))}"
     if "probability" in row:
