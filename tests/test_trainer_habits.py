@@ -265,21 +265,6 @@ def test_a_bare_loop_names_what_was_forgotten():
         controller.after_step()
 
 
-def test_sharded_adapters_are_refused_rather_than_decided_on_wrongly(tmp_path, monkeypatch):
-    args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ConfigError, match=r"fsdp.*use DDP"):
-        TrimCallback().on_init_end(args, None, None, model=salient_model())
-
-
-@pytest.mark.parametrize("how", ["deepspeed", "deepspeed_plugin"])
-def test_deepspeed_is_refused_before_anything_is_built(tmp_path, how):
-    args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
-    setattr(args, how, {"zero_optimization": {"stage": 2}})
-    with pytest.raises(ConfigError, match=r"deepspeed.*zeroes gradients.*use DDP"):
-        TrimCallback().on_init_end(args, None, None, model=salient_model())
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [

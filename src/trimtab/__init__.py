@@ -37,6 +37,7 @@ _PUBLIC = {
     "plan": "app.planning",
     "restrict": "host.restrict",
     "select_layers": "where.cka",
+    "whole_parameters": "train.parallel",
 }
 __all__ = sorted(_PUBLIC)
 

@@ -46,7 +46,12 @@ def adapter_layers(model: nn.Module, adapter_name: str = "default") -> Iterator[
     """Every LoRA layer that holds the adapter, adaptive or not, with its name in the base model."""
     for name, module in peft_model_of(model).get_base_model().named_modules():
         if isinstance(module, LoraLayer) and (adapter_name in module.lora_A or adapter_name in module.lora_embedding_A):
-            yield name, module
+            yield _own_name(name), module
+
+
+def _own_name(path: str) -> str:
+    """A module's name as it is without the wrappers of torch's activation checkpointing (which FSDP sets, too)."""
+    return path.replace("_checkpoint_wrapped_module.", "")
 
 
 def is_adapted(module: nn.Module) -> bool:
@@ -113,7 +118,7 @@ def adapter_ranks(model: PeftModel) -> dict[str, int]:
     for name, module in model.get_base_model().named_modules():
         r = getattr(module, "r", None)
         if isinstance(module, BaseTunerLayer) and isinstance(r, dict):
-            ranks[name] = int(next((r[a] for a in model.active_adapters if a in r), 0))
+            ranks[_own_name(name)] = int(next((r[a] for a in model.active_adapters if a in r), 0))
     return ranks
 
 

@@ -47,6 +47,12 @@ DIAGONALS = ("lora_e", "lora_b")
 _PLAIN_INITS = (True, "gaussian")
 
 
+REPLICAS = (
+    "nn.DataParallel, whose copies lose what a rank or freeze method adds to a layer; start one process a GPU "
+    "(torchrun --nproc-per-node N script.py), or show it one GPU (CUDA_VISIBLE_DEVICES=0)"
+)
+
+
 def changes_base(init: bool | str) -> bool:
     """Whether a start takes from the base's weights what it puts into the adapter."""
     return isinstance(init, str) and init.startswith(("pissa", "corda", "olora", "lora_ga", "loftq"))
@@ -387,6 +393,14 @@ class TrimLayer(_Mixed):
 
     def _become_adaptive(self, adapter_name: str, r: int, alpha: float, config: TrimConfig) -> None:
         A, B = self.factors(adapter_name)
+        base: Any = self.get_base_layer()
+        if _is_dtensor(base) and (A.shape[1], B.shape[0]) != (base.in_features, base.out_features):
+            raise ModelError(
+                f"{self.site_name}: its weight lies on a mesh of dimensions {base.weight.device_mesh.mesh_dim_names}, "
+                "which PEFT takes for tensor parallelism: its factors are no whole ones, and rank and freeze methods "
+                "need those; shard by FSDP2, over a mesh whose one dimension is called 'fsdp', or put the adapter on "
+                "first"
+            )
         rank, freeze = config.rank, config.freeze
         wants_b = freeze is not None and freeze.needs_output_diagonal
         has_e = rank is not None and rank.has_e
@@ -588,6 +602,8 @@ class TrimLayer(_Mixed):
                 )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if "_is_replica" in self.__dict__ and self.hosted:
+            raise ModelError(f"model: it is in {REPLICAS}")
         if self.hosted and self.training and torch.is_grad_enabled():
             self._look_for_a_controller()
         if not args and (not kwargs or all(v is None for v in kwargs.values())):

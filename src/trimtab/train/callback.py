@@ -25,10 +25,18 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..errors import CheckpointError, ConfigError, StaleAdapterError
 from ..host.adapted import adapter_config, peft_model_of
-from ..host.layers import TrimConfig, hosted_layers
+from ..host.layers import REPLICAS, TrimConfig, hosted_layers
 from .checkpoint import COMPLETE, checkpoints, last_checkpoint, read_facts, read_state, what_is_wrong, write_state
-from .controller import Controller, Event, is_distributed, what_differs
-from .parallel import give_back_to_ddp, leave_out_of_ddp
+from .controller import Controller, Event, what_differs
+from .parallel import (
+    NO_DEEPSPEED,
+    accelerates_fsdp,
+    give_back_to_ddp,
+    is_distributed,
+    is_sharded,
+    keep_whole,
+    whole_parameters,
+)
 from .steps import Weakly, callers, is_accumulating
 from .trackers import Figures, layer_scores, tell
 
@@ -81,26 +89,17 @@ class TrimCallback(TrainerCallback, ExportableState):
         self._args = args
         if model is None or not self._layers(model):
             return
-        if getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None):
-            raise ConfigError(
-                "deepspeed",
-                args.deepspeed or "from the environment",
-                "DeepSpeed zeroes gradients before Trainer's optimizer events, so nothing could be decided; use DDP",
-            )
-        if getattr(args, "fsdp", None) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
-            raise ConfigError(
-                "fsdp",
-                args.fsdp or True,
-                "rank and freeze methods do not work on sharded adapters yet; use DDP, or TrimConfig without rank and "
-                "freeze",
-            )
+        trainer = _trainer()
+        self._refuse_engines(args, model)
+        if trainer is not None and getattr(trainer, "is_distributed_loading_by_transformers", False):
+            self._save_for_resume(args)
         if args.save_only_model:
             warnings.warn(
                 "save_only_model=True: checkpoints will be plain LoRA, but this run cannot be resumed",
                 stacklevel=2,
             )
         self._widen(model)
-        self._leave_out_of_ddp(model, args)
+        self._keep_whole(model, args, trainer)
         self._warn_of_checkpoints(args, model)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
@@ -254,6 +253,16 @@ class TrimCallback(TrainerCallback, ExportableState):
 
     # -- inside -------------------------------------------------------------------------------------
 
+    @staticmethod
+    def _save_for_resume(args: TrainingArguments) -> None:
+        # Trainer takes this model's optimizer for sharded and saves none. It holds whole tensors only.
+        if args.save_only_model:
+            args.save_only_model = False
+            logger.warning(
+                "save_only_model=True, which Trainer asks for where a model is sharded at load, is set back: what "
+                "trains is whole on every process, so that checkpoints can be resumed from"
+            )
+
     def _widen(self, model: nn.Module) -> None:
         was_narrow = [layer.widen(self._name(model)) for layer in self._layers(model).values()]
         if any(was_narrow):  # TRL does this to adapters of a quantised base
@@ -354,17 +363,30 @@ class TrimCallback(TrainerCallback, ExportableState):
         state.best_metric = state.best_model_checkpoint = None
         state.best_global_step = None
 
-    def _leave_out_of_ddp(self, model: nn.Module, args: TrainingArguments) -> None:
-        if args.world_size < 2 or getattr(args, "fsdp", None):
+    @staticmethod
+    def _refuse_engines(args: TrainingArguments, model: nn.Module) -> None:
+        if getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None):
+            raise ConfigError("deepspeed", getattr(args, "deepspeed", None) or "accelerate's plugin", NO_DEEPSPEED)
+        accelerates_fsdp()
+        is_quantised = getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False)
+        if args.n_gpu > 1 and not is_quantised:  # what Trainer looks at
+            raise ConfigError("n_gpu", args.n_gpu, f"Trainer would copy the model by {REPLICAS}")
+
+    def _keep_whole(self, model: nn.Module, args: TrainingArguments, trainer: Trainer | None) -> None:
+        if args.world_size < 2:
             return
         name = self._name(model)
-        ours = [
-            p for la in self._layers(model).values() for p in (*la.factors(name), *la.diagonals(name)) if p is not None
-        ]
-        leave_out_of_ddp(model, ours)
-        if args.ddp_find_unused_parameters is False and hasattr(peft_model_of(model), "trim_anchor"):
-            raise ConfigError("ddp_find_unused_parameters", False, "must be unset or true when only adapters train")
+        if is_sharded(model):  # at load, by transformers: Trainer would average what trains, each in a hook of its own
+            for p in whole_parameters(model, name):
+                p._replicated_grad_hook_registered = True  # type: ignore[attr-defined]
+        keep_whole(model, name)
+        if accelerates_fsdp() is not None and trainer is not None:
+            # All that a checkpoint needs is whole on every process. Trainer saves, loads and resumes it as under DDP:
+            # FSDP's own files fit no other shapes and no other number of processes, and gather the base each time.
+            trainer.is_fsdp_enabled = False
         if hasattr(peft_model_of(model), "trim_anchor"):
+            if args.ddp_find_unused_parameters is False:
+                raise ConfigError("ddp_find_unused_parameters", False, "must be unset or true when only adapters train")
             args.ddp_find_unused_parameters = True
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
@@ -386,11 +408,6 @@ class TrimCallback(TrainerCallback, ExportableState):
             raise CheckpointError(
                 f"checkpoint {str(folder)!r}: it is of step {facts['step']}, Trainer resumes step "
                 f"{state.global_step}; pass TrimCallback(resume_from=…) the folder you resume from"
-            )
-        if facts["is_finished"] and self.controller.layers and is_distributed():
-            raise CheckpointError(  # DDP wrapped the model before it was known that nobody would average them
-                f"checkpoint {str(folder)!r}: its run is finished, and DDP would not average the gradients of a model "
-                "that is made to adapt; load it with PeftModel.from_pretrained(checkpoint, is_trainable=True)"
             )
         self._cut_history(facts.get("history_rows", 0))
         self.controller.load_state_dict(tensors, facts)
@@ -463,6 +480,11 @@ def _trainers_folder() -> Path | None:
         if isinstance(frame.f_locals.get("self"), Trainer) and isinstance(folder, (str, os.PathLike)):
             return Path(folder)
     return None
+
+
+def _trainer() -> Trainer | None:
+    """The Trainer that is calling; None where an event is called by hand."""
+    return next((f.f_locals["self"] for f in callers() if isinstance(f.f_locals.get("self"), Trainer)), None)
 
 
 def _is_in_training() -> bool:

@@ -34,7 +34,17 @@ from ..host.layers import (
     settle,
 )
 from ..plans import Budget, Site
-from .parallel import give_back_to_ddp, leave_out_of_ddp, refuse_if_in_ddp
+from .parallel import (
+    AverageAfterBackward,
+    average,
+    give_back_to_ddp,
+    is_distributed,
+    is_dtensor,
+    is_sharded,
+    keep_whole,
+    refuse_engines,
+    refuse_other_sites,
+)
 from .prune import Freed, decouples_decay, drop_optimizer_state, prune_layer, unwrap_optimizer, why_not_cuttable
 from .steps import NOT_FINITE_LIMIT, StepWatch, is_accumulating, refuse_second_copies, refuse_what_cannot_be_followed
 
@@ -99,9 +109,10 @@ class Controller:
         self._refuse_groups_that_leave_out()
         if self.layers:
             refuse_what_cannot_be_followed(self.optimizer)
+            refuse_engines(model, self._parameters, optimizer, self.optimizer)
             if is_distributed():
-                refuse_if_in_ddp(model, self._parameters)
-                leave_out_of_ddp(model, self._parameters)
+                refuse_other_sites(self._shapes())
+                keep_whole(model, adapter_name)
                 self.broadcast()  # nobody else does
             was_narrow = [layer.widen(adapter_name) for layer in self.layers.values()]
             if any(was_narrow):
@@ -122,6 +133,7 @@ class Controller:
         self._e_before: dict[str, Tensor] = {}
         self._mask: dict[str, Tensor] = {}  # the last mask that processes have not compared yet, and its hash
         self._mask_bits: list[int] = []
+        self._is_sharded: bool | None = None  # not known yet
         config = own_config(model, adapter_name)
         for layer in self.layers.values():
             layer.hosted[adapter_name].is_decided = True
@@ -372,6 +384,8 @@ class Controller:
         if self.layers:
             settle(self.model, self.adapter_name)
         self._parameters = adapter_parameters(self.model, self.adapter_name)
+        if is_distributed() and self.layers:  # the wrapper that was told to leave them alone may still be there
+            AverageAfterBackward(self._whole())
         self.is_finished = True
 
     def settings(self) -> dict[str, str]:
@@ -648,31 +662,24 @@ class Controller:
     def _average_gradients(self) -> None:
         if not is_distributed() or not self.layers:
             return
-        world = torch.distributed.get_world_size()
-        by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
         at_rest = {id(p) for p in self._at_rest()}
-        for layer in self.layers.values():
-            for p in self._named(layer).values():
-                if p.requires_grad and p.numel() and id(p) not in at_rest:
-                    by_dtype.setdefault(p.dtype, []).append(p)
-        bits = self._mask_bits
-        for dtype, parameters in by_dtype.items():  # one flat all-reduce: few, small tensors
-            if 2 / torch.finfo(dtype).eps < world:
-                bits = []  # bfloat16 cannot count that many processes
-            has_gradient = [p.grad is not None for p in parameters]
-            extra = torch.tensor([*has_gradient, *bits], dtype=dtype, device=parameters[0].device)
-            pieces = [(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in parameters]
-            flat = torch.cat([*pieces, extra])
-            torch.distributed.all_reduce(flat)
-            *pieces, counts, sums = flat.split([*(p.numel() for p in parameters), len(parameters), len(bits)])
-            if bits and bool(((sums != 0) & (sums != world)).any()):
-                agree("rank", self.step, self._mask)
-            bits = []
-            for i, (p, piece) in enumerate(zip(parameters, pieces)):
-                # What no process used keeps no gradient, as with one process: the optimizer leaves it alone.
-                if has_gradient[i] or bool(counts[i]):
-                    p.grad = (piece / world).view_as(p)
+        held = [p for p in self._whole() if p.requires_grad and p.numel() and id(p) not in at_rest]
+        if not average(held, self._mask_bits):
+            agree("rank", self.step, self._mask)
         self._mask, self._mask_bits = {}, []
+
+    def _whole(self) -> list[nn.Parameter]:
+        """What nobody else averages: the adapter, and under FSDP2 whatever else it was told to leave whole."""
+        if self._is_sharded is None:  # at the first step: the model may be wrapped only after this object was made
+            self._is_sharded = is_sharded(self.model)
+            if self._is_sharded and hasattr(peft_model_of(self.model), "trim_anchor"):
+                raise ModelError("model: it was sharded after the Controller was made; call fully_shard before")
+        return [*self._parameters, *(self._others() if self._is_sharded else ())]
+
+    def _others(self) -> list[nn.Parameter]:
+        """Whatever trains beside the adapter and is whole on this process: heads, biases."""
+        ours = {id(p) for p in self._parameters}
+        return [p for p in self.model.parameters() if p.requires_grad and id(p) not in ours and not is_dtensor(p)]
 
     def _silence_dead_columns(self) -> None:
         # A rank that is gone but could not be cut has a column of B at zero. Its gradient would weigh in the clipping
@@ -686,12 +693,19 @@ class Controller:
                 B.grad.mul_(alive.to(B.device))
 
     def broadcast(self) -> None:
-        """Give every process the factors of process 0; DDP leaves the adapters alone."""
+        """Give every process what trains on process 0; DDP leaves the adapters alone, and FSDP2 what it is told to."""
         if not is_distributed():
             return
-        for layer in self.layers.values():
-            for p in self._named(layer).values():
-                torch.distributed.broadcast(p.data, src=0)
+        for p in (*self._parameters, *self._others()):
+            torch.distributed.broadcast(p.data, src=0)
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Adapter tensor -> its shape, and whether it trains, as every process must hold it."""
+        return {
+            f"{name}.{key}": (*p.shape, int(p.requires_grad))
+            for name, layer in self.layers.items()
+            for key, p in self._named(layer).items()
+        }
 
     def _add_penalty(self, loss_scale: float) -> None:
         self.last_penalty = None
@@ -871,14 +885,6 @@ def what_differs(meta: dict[str, Any], settings: dict[str, str], sites: dict[str
     if name := next((name for name in sites if theirs[name] != sites[name]), None):
         return f"its (rank, scale) of {name!r} is {theirs[name]}, this run's is {sites[name]}"
     return None
-
-
-def is_distributed() -> bool:
-    return (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and (torch.distributed.get_world_size() > 1)
-    )
 
 
 def agree(what: str, step: int, decision: Mapping[str, Tensor] | list[str]) -> None:

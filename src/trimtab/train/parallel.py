@@ -1,16 +1,127 @@
-"""Adapters that change shape stay outside DDP's reducer; the controller averages their few gradients itself."""
+"""Several processes: what is frozen may be sharded, what trains stays whole on every process.
+
+Adapters change shape, so they stay outside of whatever reduces or shards parameters (DDP, FSDP2); `average` brings
+their few gradients together in one flat all-reduce. Engines that cannot leave them alone are refused here.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+from importlib.metadata import version
 from typing import Any, cast
 
 import torch
-from torch import nn
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..errors import ModelError
-from ..host.adapted import peft_model_of
+from ..errors import ConfigError, ModelError
+from ..host.adapted import adapter_parameters, peft_model_of
+from ..host.layers import REPLICAS
+
+_FSDP = "fsdp_config"
+NO_DEEPSPEED = (
+    "DeepSpeed takes gradients away before they can be read, and gives a tensor that was cut its old shape back; with "
+    "an adapter ZeRO-1 and 2 shard only what trains, which is little, so use DDP; in place of ZeRO-3 use FSDP2"
+)
+ON_A_CPU = "accelerate shards on accelerators only, and builds DDP on a CPU without a word; leave fsdp out there"
+
+
+def whole_parameters(model: nn.Module, adapter_name: str = "default") -> set[nn.Parameter]:
+    """What must stay whole on every process when the base is sharded: the adapter, frozen or not, and all that trains.
+
+    For a bare loop with FSDP2, before the optimizer and the `Controller` are made::
+
+        whole = trimtab.whole_parameters(model)
+        for block in blocks:
+            fully_shard(block, ignored_params=whole)
+        fully_shard(model, ignored_params=whole)
+
+    Args:
+        model: a `PeftModel`, as `get_peft_model` gives it.
+        adapter_name: PEFT's name of the adapter.
+    Raises:
+        ModelError: the model holds no PEFT adapter.
+    """
+    return {*adapter_parameters(model, adapter_name), *(p for p in model.parameters() if p.requires_grad)}
+
+
+def is_distributed() -> bool:
+    return (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and (torch.distributed.get_world_size() > 1)
+    )
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    return type(tensor.data).__name__ == "DTensor"
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 holds a part of the model."""
+    return any(_is_fsdp2(module) for module in model.modules())
+
+
+def _is_fsdp2(module: nn.Module) -> bool:
+    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
+
+
+# -- before the model is wrapped ------------------------------------------------------------------------------
+
+
+def keep_whole(model: nn.Module, adapter_name: str) -> None:
+    """Have DDP, or accelerate's FSDP2 where it is going to shard, leave alone what changes shape."""
+    plugin = accelerates_fsdp()
+    if is_sharded(model):
+        return
+    if plugin is None:
+        return leave_out_of_ddp(model, adapter_parameters(model, adapter_name))
+    whole = whole_parameters(model, adapter_name)
+    for p in whole:  # FSDP does not move what it ignores
+        p.data = p.data.to(AcceleratorState().device)
+    others = [module for module in plugin.ignored_modules or () if not isinstance(module, _Whole)]
+    plugin.ignored_modules = [*others, _Whole(p for p in model.parameters() if p in whole)]
+
+
+class _Whole(nn.ParameterList):
+    """What accelerate's FSDP2 is told to leave alone, apart from what the user tells it."""
+
+
+def accelerates_fsdp() -> Any:
+    """accelerate's plugin if it is going to shard by FSDP2, else None.
+
+    Raises:
+        ConfigError: accelerate is set to an engine, or to a way of sharding, that cannot leave adapters alone.
+    """
+    state = AcceleratorState._shared_state
+    kind = getattr(state.get("distributed_type"), "value", "")
+    if kind == "DEEPSPEED" or state.get("deepspeed_plugins") or _is_asked_for("DEEPSPEED"):
+        raise ConfigError("deepspeed", "accelerate's plugin" if state else "from the environment", NO_DEEPSPEED)
+    if kind == "MEGATRON_LM":
+        raise ConfigError("megatron_lm", True, "it shards the adapters, too; use DDP or FSDP2")
+    plugin = state.get("fsdp_plugin")
+    if plugin is None:
+        if _is_asked_for("FSDP") and kind == "MULTI_CPU":
+            raise ConfigError("fsdp", True, ON_A_CPU)
+        return None
+    if plugin.fsdp_version != 2:
+        raise ConfigError(f"{_FSDP}.version", plugin.fsdp_version, "FSDP1 flattens adapters into its shards; use 2")
+    if plugin.cpu_ram_efficient_loading:
+        raise ConfigError(f"{_FSDP}.cpu_ram_efficient_loading", True, "it shards the adapters, too; set it to false")
+    if isinstance(plugin.ignored_modules, str):
+        cure = "a pattern cannot be joined with the adapters that stay whole; give a list of modules, or leave it out"
+        raise ConfigError(f"{_FSDP}.ignored_modules", plugin.ignored_modules, cure)
+    for package, least in (("torch", (2, 7)), ("accelerate", (1, 11))):
+        if tuple(int(part) for part in version(package).split(".")[:2]) < least:
+            cure = f"needs {package} {least[0]}.{least[1]} or later, where FSDP2 can leave adapters whole; or use DDP"
+            raise ConfigError("fsdp", f"{package} {version(package)}", cure)
+    return plugin
+
+
+def _is_asked_for(engine: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() in ("1", "true")
 
 
 def leave_out_of_ddp(model: nn.Module, ours: Iterable[nn.Parameter]) -> None:
@@ -34,8 +145,38 @@ def give_back_to_ddp(model: nn.Module) -> None:
             del module.trim_anchor
 
 
-def refuse_if_in_ddp(ddp: nn.Module | None, ours: Iterable[nn.Parameter]) -> None:
-    """Raise `ModelError` where DDP's reducer holds parameters whose shapes will change."""
+# -- what cannot work -----------------------------------------------------------------------------------------
+
+
+def refuse_engines(model: nn.Module, ours: Iterable[nn.Parameter], *optimizers: Any) -> None:
+    """Raise `ModelError` where something holds the adapters that cannot follow a cut or a freeze."""
+    for module in model.modules():
+        names = {cls.__name__ for cls in type(module).__mro__}
+        if "DeepSpeedEngine" in names:
+            raise ModelError(f"model: it is in a DeepSpeedEngine; {NO_DEEPSPEED}")
+        if isinstance(module, nn.DataParallel):
+            raise ModelError(f"model: it is in {REPLICAS}")
+        if "FullyShardedDataParallel" in names:
+            raise ModelError("model: it is in FSDP1, which flattens adapters into its shards; use FSDP2 (fully_shard)")
+    if any(type(one).__module__.split(".")[0] == "deepspeed" for one in optimizers) or any(
+        hasattr(p, "ds_id") for p in model.parameters()
+    ):
+        raise ModelError(f"model: its parameters are DeepSpeed's; {NO_DEEPSPEED}")
+    if any(is_dtensor(p) for p in ours):
+        if is_sharded(model):
+            raise ModelError(
+                "model: FSDP2 shards the adapters with the base, and a shard cannot be cut: make the Controller before "
+                "accelerator.prepare (with a Trainer: pass TrimCallback in callbacks=[...]); with fully_shard pass "
+                "ignored_params=trimtab.whole_parameters(model)"
+            )
+        raise ModelError(
+            "model: its adapters are DTensors, as tensor parallelism makes them, and a shard cannot be cut; shard the "
+            "base by FSDP2 instead, or drop rank and freeze"
+        )
+    _refuse_if_in_ddp(model, ours)
+
+
+def _refuse_if_in_ddp(ddp: nn.Module, ours: Iterable[nn.Parameter]) -> None:
     if not isinstance(ddp, DistributedDataParallel):
         return
     ids = {id(p) for p in ours}
@@ -46,3 +187,76 @@ def refuse_if_in_ddp(ddp: nn.Module | None, ours: Iterable[nn.Parameter]) -> Non
             "a cut or a freeze: make the Controller before DistributedDataParallel or accelerator.prepare wraps the "
             "model (with a Trainer: pass TrimCallback in callbacks=[...])"
         )
+
+
+def refuse_other_sites(sites: dict[str, tuple[int, ...]]) -> None:
+    """Raise `ModelError`, on every process, where another one holds other sites (the stages of a pipeline)."""
+    theirs: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(theirs, sites)
+    for process, other in enumerate(theirs):
+        if other != theirs[0]:
+            differing = sorted(key for key in {*other, *theirs[0]} if other.get(key) != theirs[0].get(key))
+            raise ModelError(
+                f"model: process {process} holds other adapters than process 0 ({len(differing)} differ, first "
+                f"{differing[0]!r}), as under pipeline parallelism or where each chose its own layers; give every "
+                "process the same adapter (DDP or FSDP2, and one `where` for all)"
+            )
+
+
+# -- gradients ------------------------------------------------------------------------------------------------
+
+
+def average(parameters: Iterable[nn.Parameter], bits: list[int] | None = None) -> bool:
+    """Replace gradients by their mean over processes, in one flat all-reduce a dtype.
+
+    What no process used keeps no gradient, as with one process: the optimizer leaves it alone.
+
+    Args:
+        parameters: the same ones on every process, in the same order.
+        bits: zeros and ones that ought to be the same on every process.
+    Returns:
+        Whether they are; True as well where they could not be compared.
+    """
+    world, bits, agreed = torch.distributed.get_world_size(), bits or [], True
+    by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
+    for p in parameters:
+        by_dtype.setdefault(p.dtype, []).append(p)
+    for dtype, group in by_dtype.items():
+        if 2 / torch.finfo(dtype).eps < world:
+            bits = []  # bfloat16 cannot count that many processes
+        has_gradient = [p.grad is not None for p in group]
+        extra = torch.tensor([*has_gradient, *bits], dtype=dtype, device=group[0].device)
+        pieces = [(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in group]
+        flat = torch.cat([*pieces, extra])
+        torch.distributed.all_reduce(flat)
+        *pieces, counts, sums = flat.split([*(p.numel() for p in group), len(group), len(bits)])
+        agreed = agreed and not (bits and bool(((sums != 0) & (sums != world)).any()))
+        bits = []
+        for i, (p, piece) in enumerate(zip(group, pieces)):
+            if has_gradient[i] or bool(counts[i]):
+                p.grad = (piece / world).view_as(p)
+    return agreed
+
+
+class AverageAfterBackward:
+    """At the end of every backward pass that reaches one of these parameters, average all that then train.
+
+    For adapters that are finished and train on: whatever wrapped the model was told to leave them alone. Where DDP was
+    made anew, they are the same already, and stay so.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self.parameters = list(parameters)
+        self._last = -1
+        for p in self.parameters:
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(self._reached)
+
+    def _reached(self, parameter: Tensor) -> None:
+        this = torch._C._current_graph_task_id()  # a pass that failed in the middle must not stop the next one
+        if this != self._last and is_distributed():
+            self._last = this
+            torch.autograd.Variable._execution_engine.queue_callback(self._average)
+
+    def _average(self) -> None:
+        average(p for p in self.parameters if p.requires_grad and p.numel())

@@ -1,0 +1,199 @@
+"""Engines that cannot leave adapters alone are refused in one line, with what to use instead."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import distributed as dist
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+import tiny
+import trimtab
+from fakes import Halving
+from trimtab import AFLoRA, Controller, TrimCallback, TrimConfig
+from trimtab.errors import ConfigError, ModelError
+from trimtab.train import parallel
+
+
+def made(**options) -> peft.PeftModel:
+    base = tiny.build("bert")
+    options = options or {"rank": Halving()}
+    return peft.get_peft_model(base, TrimConfig(r=4, target_modules=["query"], **options))
+
+
+def trainer(model: nn.Module, folder, **settings) -> Trainer:
+    args = TrainingArguments(str(folder), report_to=[], use_cpu=True, **settings)
+    return Trainer(model, args, train_dataset=tiny.rows("bert"), callbacks=[TrimCallback()])
+
+
+@pytest.fixture
+def group(tmp_path):
+    """A process group of one process."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def accelerate_is_set_to(monkeypatch):
+    def to(kind: DistributedType, **plugins) -> None:
+        state = dict(distributed_type=kind, device=torch.device("cpu"), deepspeed_plugins=None) | plugins
+        monkeypatch.setattr(AcceleratorState, "_shared_state", state)
+
+    return to
+
+
+# -- DeepSpeed ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["deepspeed", "deepspeed_plugin"])
+def test_deepspeed_in_the_arguments_is_refused_before_anything_is_built(tmp_path, how):
+    args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    setattr(args, how, {"zero_optimization": {"stage": 2}})
+    with pytest.raises(ConfigError, match=r"deepspeed.*takes gradients away.*use DDP.*use FSDP2"):
+        TrimCallback().on_init_end(args, None, None, model=made())
+
+
+def test_deepspeed_from_the_environment_is_refused(tmp_path, monkeypatch):
+    args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ConfigError, match=r"deepspeed='from the environment'.*use DDP"):
+        TrimCallback().on_init_end(args, None, None, model=made())
+
+
+def test_accelerates_deepspeed_is_refused_in_a_bare_loop(accelerate_is_set_to):
+    accelerate_is_set_to(DistributedType.DEEPSPEED, deepspeed_plugins={"default": object()})
+    with pytest.raises(ConfigError, match=r"deepspeed.*use DDP"):
+        parallel.accelerates_fsdp()
+
+
+def test_a_deepspeed_engine_its_parameters_and_its_optimizer_are_refused():
+    class DeepSpeedEngine(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    with pytest.raises(ModelError, match=r"DeepSpeedEngine.*use DDP"):
+        Controller(DeepSpeedEngine(made()), None, 4)
+    model = made()
+    next(model.parameters()).ds_id = 0  # as ZeRO-3 marks what it holds
+    with pytest.raises(ModelError, match=r"parameters are DeepSpeed's.*use DDP"):
+        Controller(model, None, 4)
+    model = made()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    kind = type("DeepSpeedZeroOptimizer", (), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"})
+    wrapper = kind()
+    wrapper.optimizer = optimizer
+    with pytest.raises(ModelError, match=r"parameters are DeepSpeed's.*use DDP"):
+        Controller(model, wrapper, 4)
+
+
+def test_deepspeed_is_no_matter_for_an_adapter_that_decides_nothing(tmp_path, monkeypatch):
+    args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    plain = peft.get_peft_model(tiny.build("bert"), TrimConfig(r=4, target_modules=["query"]))
+    TrimCallback().on_init_end(args, None, None, model=plain)
+
+
+# -- nn.DataParallel ------------------------------------------------------------------------------------------
+
+
+def test_a_trainer_that_would_copy_the_model_to_several_gpus_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
+    with pytest.raises(ConfigError, match=r"n_gpu=2.*nn.DataParallel.*torchrun.*CUDA_VISIBLE_DEVICES=0"):
+        trainer(made(), tmp_path)
+
+
+@pytest.mark.parametrize("options", [{"rank": Halving()}, {"freeze": AFLoRA(warmup=1, final=2)}])
+def test_a_copy_of_a_layer_in_another_gpu_does_not_compute_something_else(options):
+    layer = next(iter(Controller(made(**options), None, 10).layers.values()))
+    x = torch.zeros(1, 32)
+    layer(x)
+    with pytest.raises(ModelError, match=r"nn.DataParallel.*torchrun"):
+        layer._replicate_for_data_parallel()(x)
+
+
+def test_a_model_in_data_parallel_is_refused_in_a_bare_loop():
+    with pytest.raises(ModelError, match=r"it is in nn.DataParallel.*torchrun"):
+        Controller(nn.DataParallel(made()), None, 4)
+
+
+# -- sharding that takes the adapters, too --------------------------------------------------------------------
+
+
+def test_adapters_that_are_dtensors_are_refused_by_what_made_them(group):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import distribute_tensor
+
+    model, mesh = made(), init_device_mesh("cpu", (1,))
+    for layer in model.modules():
+        if isinstance(layer, nn.ModuleDict) and "default" in layer and hasattr(layer["default"], "weight"):
+            layer["default"].weight = nn.Parameter(distribute_tensor(layer["default"].weight.data, mesh))
+    with pytest.raises(ModelError, match=r"as tensor parallelism makes them.*FSDP2 instead"):
+        Controller(model, None, 4)
+    with pytest.raises(ModelError, match=r"FSDP2 shards the adapters.*ignored_params=trimtab.whole_parameters"):
+        Controller(fully_shard(made()), None, 4)
+    model = made()
+    fully_shard(model, ignored_params=trimtab.whole_parameters(model))
+    Controller(model, None, 4)
+
+
+def test_fsdp1_is_refused_in_a_bare_loop(group):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = FullyShardedDataParallel(made(), device_id=torch.device("cpu"), use_orig_params=True)
+    with pytest.raises(ModelError, match=r"FSDP1.*use FSDP2"):
+        Controller(model, None, 4)
+
+
+PLUGINS = {
+    r"fsdp_config.version=1: .* use 2": dict(fsdp_version=1),
+    r"fsdp_config.cpu_ram_efficient_loading=True: .*set it to false": dict(cpu_ram_efficient_loading=True),
+    r"fsdp_config.ignored_modules='.*head': .*list of modules": dict(ignored_modules=".*head"),
+}
+
+
+@pytest.mark.parametrize("words", PLUGINS)
+def test_ways_of_accelerates_fsdp_that_take_the_adapters_are_refused(accelerate_is_set_to, tmp_path, words):
+    args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    plugin = FullyShardedDataParallelPlugin(**dict(fsdp_version=2, cpu_ram_efficient_loading=False) | PLUGINS[words])
+    accelerate_is_set_to(DistributedType.FSDP, fsdp_plugin=plugin)
+    with pytest.raises(ConfigError, match=words):
+        TrimCallback().on_init_end(args, None, None, model=made())
+
+
+@pytest.mark.parametrize(("package", "found"), [("torch", "2.6.0+cpu"), ("accelerate", "1.10.1")])
+def test_versions_whose_fsdp_cannot_leave_adapters_whole_are_refused(accelerate_is_set_to, monkeypatch, package, found):
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False)
+    accelerate_is_set_to(DistributedType.FSDP, fsdp_plugin=plugin)
+    monkeypatch.setattr(parallel, "version", lambda name: {package: found}.get(name, "9.0"))
+    with pytest.raises(ConfigError, match=rf"fsdp='{package} .*needs {package} .* or later.*or use DDP"):
+        parallel.accelerates_fsdp()
+
+
+def test_fsdp_on_a_cpu_is_refused_where_accelerate_would_build_ddp(accelerate_is_set_to, monkeypatch):
+    accelerate_is_set_to(DistributedType.MULTI_CPU)
+    parallel.accelerates_fsdp()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="accelerate shards on accelerators only, and builds DDP on a CPU"):
+        parallel.accelerates_fsdp()
+
+
+def test_megatron_is_refused(accelerate_is_set_to):
+    accelerate_is_set_to(DistributedType.MEGATRON_LM)
+    with pytest.raises(ConfigError, match=r"megatron_lm.*use DDP or FSDP2"):
+        parallel.accelerates_fsdp()
+
+
+def test_what_stays_whole_is_the_adapter_frozen_or_not_and_all_that_trains():
+    config = TrimConfig(r=4, target_modules=["query"], task_type="SEQ_CLS", rank=Halving())
+    model = peft.get_peft_model(tiny.build("bert"), config)
+    next(iter(Controller(model, None, 30).layers.values())).freeze("default", "lora_A")
+    whole = trimtab.whole_parameters(model)
+    named = {name for name, p in model.named_parameters() if p in whole}
+    assert named == {n for n, _ in model.named_parameters() if "lora_" in n or "modules_to_save" in n}
