@@ -307,25 +307,6 @@ def test_an_optimizer_with_groups_of_its_own_refuses_rates(tmp_path, monkeypatch
     assert "rates={'B': 4.0}: train.optim=galore_adamw makes its own groups; use adamw_torch" in " ".join(said.split())
 
 
-def test_ctrl_c_in_training_says_how_to_go_on(tmp_path, monkeypatch):
-    from trimtab import TrimCallback
-
-    recipe = write_recipe(tmp_path, where=None)
-    on_epoch_begin = TrimCallback.on_epoch_begin
-
-    def interrupted(self, args, state, control, **more):
-        if state.global_step == 8:  # the second epoch; the first one's checkpoint is there
-            raise KeyboardInterrupt
-        return on_epoch_begin(self, args, state, control, **more)
-
-    monkeypatch.setattr(TrimCallback, "on_epoch_begin", interrupted)
-    message = trimtab("run", recipe, code=130).stderr
-    assert f"trimtab run {tmp_path / 'run'} --resume" in message
-    monkeypatch.undo()
-    trimtab("run", tmp_path / "run", "--resume")
-    assert (tmp_path / "run" / "metrics.json").is_file()
-
-
 def test_resume_after_the_last_step_makes_what_is_still_missing(finished, copied):
     shutil.rmtree(copied / "adapter")
     (copied / "metrics.json").unlink()

@@ -1,6 +1,7 @@
 """The command line. Imports nothing heavy at load time, so that ``--help`` answers at once.
 
-Exit codes: 0 done, 1 failed, 2 bad input (one line on stderr, no traceback), 130 stopped by Ctrl-C.
+Exit codes: 0 done, 1 failed, 2 bad input (one line on stderr, no traceback), 130 stopped by Ctrl-C, 143 by
+SIGTERM.
 Results go to stdout (a table, or JSON with ``--json``), everything else to stderr.
 """
 
@@ -24,6 +25,7 @@ import click
 from .. import __version__
 from ..errors import ConfigError, TrimtabError, did_you_mean, missing_extra
 from .malloc import keep_freed_memory
+from .stopping import Stopped, listening
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -51,7 +53,10 @@ class _Commands(click.Group):
         # PEFT imports it wherever it is installed, and it warns of kernels that only quantised models use.
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         try:
-            sys.exit(super().main(*args, **{**extra, "standalone_mode": False}) or 0)
+            with listening():
+                sys.exit(super().main(*args, **{**extra, "standalone_mode": False}) or 0)
+        except Stopped as stopped:
+            _fail(str(stopped), code=stopped.code)
         except (click.Abort, KeyboardInterrupt):
             _fail("stopped", code=130)
         except click.exceptions.NoArgsIsHelpError as error:  # bare `trimtab` asks for help

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import ConfigError, DataError, did_you_mean
 from ..plans import Plan, SitePlan, Where
-from . import card, judging, loading, model_facts, models, runfolder, trainer_settings
+from . import card, judging, loading, model_facts, models, runfolder, stopping, trainer_settings
 from . import recipe as recipes
 from .peft_config import adapter_config, choose_own, choose_without_data, reads_rows
 from .planning import horizon_of, load_rows, model_spec, plan_of_run, plan_recipe, with_layer_ratio
@@ -229,25 +229,21 @@ def train(job: Job, where: Where | None, folder: RunFolder, screen: Screen, *, r
             screen.note(note)
     set_seed(recipe.seed)
     callback = trimtab.TrimCallback(history=folder.history)
-    with screen.stage("train") as stage:
+    with screen.stage("train") as stage, stopping.saving_first() as save_and_stop:
         model = peft.get_peft_model(job.model, config)
         checkpoint = runfolder.checkpoint_to_resume(folder) if resume else None
         callbacks = [
+            _let_go_of_previous(folder),
+            save_and_stop,
             callback,
             progress_on(stage, callback),
             _save_at_end(),
             *_early_stopping(job),
-            _let_go_of_previous(folder),
         ]
         trainer = make_trainer(job, model, folder, callbacks, recipe.rates, is_tracked=True)
         _reset_peak_memory()
         began = time.monotonic()
-        try:
-            trainer.train(resume_from_checkpoint=checkpoint, ignore_keys_for_eval=model_facts.unread_outputs(model))
-        except KeyboardInterrupt:
-            if trimtab.last_checkpoint(folder.checkpoints):
-                screen.note(f"the last checkpoint is kept: `trimtab run {folder.path} --resume` goes on from it")
-            raise
+        trainer.train(resume_from_checkpoint=checkpoint, ignore_keys_for_eval=model_facts.unread_outputs(model))
         seconds = _seconds(folder, time.monotonic() - began)
         params = read(folder.path).measured_params(trainer.state.global_step) if runfolder.is_main() else {}
         if callback.controller is not None:

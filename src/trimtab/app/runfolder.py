@@ -28,6 +28,7 @@ from ..train.checkpoint import checkpoints, last_checkpoint, read_facts, what_is
 from . import about
 from . import recipe as recipes
 from .recipe import Recipe
+from .stopping import Stopped
 
 logger = logging.getLogger("trimtab")
 
@@ -323,10 +324,21 @@ def session(recipe: Recipe, path: Path, *, overwrite: bool = False, resume: bool
             _refuse_to_lose_a_run(folder)
         try:
             yield made
-        except BaseException:
-            folder.put_back()
+        except BaseException as error:
+            is_back = folder.put_back()
+            if isinstance(error, Stopped):
+                raise Stopped(error.number, f"{error}: {_how_to_go_on(folder, is_back)}") from None
             raise
         folder.let_go()
+
+
+def _how_to_go_on(folder: RunFolder, is_back: bool) -> str:
+    if is_back:
+        return "the run that --overwrite was to replace is back"
+    kept = last_checkpoint(folder.checkpoints)
+    if kept is None:
+        return "nothing was trained yet, so that the same command starts again"
+    return f"{Path(kept).name} is whole, and `trimtab run {folder.path} --resume` goes on from it"
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ from .lookup import parse_yaml
 from .recipe import Recipe
 from .runfolder import RunFolder, alone, same_recipe, write_recipe, write_text
 from .screen import Screen
+from .stopping import Stopped
 
 HELD_OUT = 0.2
 # In these trials would be scored on other rows, or by another measure.
@@ -371,7 +372,7 @@ def _run_all(search: Search, screen: Screen, jobs: int, lock: IO[str] | None) ->
                     live.update(tune_table(search), refresh=True)
                     drawn = time.monotonic()
                 time.sleep(0.1)
-        except KeyboardInterrupt:
+        except Stopped:
             screen.note("finished trials are kept: the same command goes on with the others")
             raise
         finally:
