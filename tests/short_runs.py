@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft
+import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import tiny
-from trimtab import AdaLoRA, AFLoRA, GradES, SalientLoRA, SoRA, TrimCallback, TrimConfig
+from trimtab import AdaLoRA, AFLoRA, FreezeAt, GradES, SalientLoRA, SoRA, TrimCallback, TrimConfig
 
 STEPS = 40
 
@@ -18,19 +20,34 @@ STEPS = 40
 METHODS: dict[str, dict[str, Any]] = {
     "salientlora": {"rank": SalientLoRA(target_r=2, warmup=4, allocation=24, initial_window=4, final_window=8)},
     "adalora": {"rank": AdaLoRA(target_r=2, warmup=4, final=14, interval_steps=5)},
-    "sora": {"rank": SoRA(prox_threshold=0.04, sticky_zeros=True, interval=12)},
+    "sora": {"rank": SoRA(prox_threshold=0.028, sticky_zeros=True, interval=12)},
     "aflora": {"freeze": AFLoRA(warmup=4, final=12, interval_steps=4)},
-    "grades": {"freeze": GradES(tau=0.9, alpha=10, interval_steps=4)},
+    "grades": {"freeze": GradES(tau=2.0, alpha=10, interval_steps=4)},
     "salientlora+aflora": {
         "rank": SalientLoRA(target_r=2, warmup=4, allocation=24, initial_window=4, final_window=8),
         "freeze": AFLoRA(warmup=4, final=12, interval_steps=4),
     },
-    "adalora, svd": {"rank": AdaLoRA(target_r=2, start="svd", warmup=4, final=14, interval_steps=5)},
+    "adalora+at, svd": {
+        "rank": AdaLoRA(target_r=2, start="svd", warmup=4, final=14, interval_steps=5),
+        "freeze": FreezeAt(at=32),
+    },
     "salientlora+aflora, svd": {
         "rank": SalientLoRA(target_r=2, start="svd", warmup=4, allocation=24, initial_window=4, final_window=8),
         "freeze": AFLoRA(start="svd", warmup=4, final=12, interval_steps=4),
     },
 }
+
+# Ranks and freezing from LoRA's start; ranks by gradients from the svd start. What does not depend on how a method
+# decides is tested with these two, and with all of them by `make test-all`.
+FEW = ("salientlora+aflora", "adalora+at, svd")
+each_method = pytest.mark.parametrize(
+    "method", [m if m in FEW else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
+)
+
+
+def config_for(method: str) -> Callable[..., TrimConfig]:
+    """The method's config, for what else a config takes."""
+    return lambda **more: TrimConfig(**(dict(r=4, lora_alpha=8) | METHODS[method] | more))
 
 
 def model_for(family: str, method: str, **options: Any) -> peft.PeftModel:
@@ -40,8 +57,8 @@ def model_for(family: str, method: str, **options: Any) -> peft.PeftModel:
     if options.pop("double", False):
         base = base.double()
     torch.manual_seed(0)
-    settings = dict(r=4, lora_alpha=8, target_modules=fam.target_modules, task_type=fam.task_type)
-    return peft.get_peft_model(base, TrimConfig(**(settings | METHODS[method] | options)))
+    options = dict(target_modules=fam.target_modules, task_type=fam.task_type) | options
+    return peft.get_peft_model(base, config_for(method)(**options))
 
 
 class _KeepLogits(TrainerCallback):

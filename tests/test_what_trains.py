@@ -18,8 +18,6 @@ from trimtab import AFLoRA, Controller, FreezeAt, TrimCallback
 from trimtab.errors import ModelError
 from trimtab.host.adapted import adapter_layers
 
-METHODS = list(runs.METHODS)
-
 
 def loop(model: nn.Module, steps: int = 40, **batch: torch.Tensor) -> Controller:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -135,7 +133,7 @@ class Pair(nn.Module):
         return self.encoders[0](input_ids=input_ids, labels=labels, **rest)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@runs.each_method
 @pytest.mark.parametrize("how", ["trainer", "bare loop"])
 def test_an_adapted_model_inside_another_module_is_decided_on_like_itself(tmp_path, method, how):
     results = []
@@ -161,7 +159,7 @@ def test_a_module_without_an_adapter_is_refused():
         loop(Pair(tiny.build("bert")))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@runs.each_method
 def test_a_trainer_that_makes_its_models_anew_decides_on_each(tmp_path, method):
     args = TrainingArguments(str(tmp_path), max_steps=40, per_device_train_batch_size=8, report_to=[], use_cpu=True,
                              learning_rate=1e-2, disable_tqdm=True, save_strategy="no")  # fmt: skip

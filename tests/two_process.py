@@ -1,4 +1,4 @@
-"""What `test_ddp.py` runs in two processes and in one: ``torchrun --nproc-per-node 2 two_process.py OUT``."""
+"""What two processes and one run: ``torchrun --nproc-per-node 2 two_process.py OUT``."""
 
 from __future__ import annotations
 

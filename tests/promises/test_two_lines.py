@@ -1,4 +1,4 @@
-"""What people do with a Trainer, on a run that adapts: right, or refused with the cure."""
+"""Two lines in the user's own script: what people do with a Trainer is right, or refused with the cure."""
 
 from __future__ import annotations
 

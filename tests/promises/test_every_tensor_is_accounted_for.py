@@ -1,4 +1,4 @@
-"""What an adapter holds is written exactly, or refused by name: PEFT's fields, kinds of layers, ways of saving."""
+"""Every tensor is accounted for, written exactly or refused by name: PEFT's fields, kinds of layers, ways of saving."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A `TrimConfig` is a value: training changes the model, never the config that somebody else may use as well."""
+"""A config is a value: training changes the model, never the config that somebody else may use as well."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from trimtab.errors import ConfigError, TrimtabError
 from trimtab.host.layers import hosted_layers
 from trimtab.where.controls import first, last
 
-METHODS = list(runs.METHODS)
 SITES = 16  # of tiny Llama
 
 
@@ -88,7 +87,7 @@ def saves_what_it_computes(model: peft.PeftModel, folder: Path, name: str = "def
     assert torch.allclose(stock_logits(folder, name), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@runs.each_method
 def test_training_leaves_the_config_as_it_was(method):
     config = config_for(method)
     before = copy.deepcopy(config)
@@ -97,7 +96,7 @@ def test_training_leaves_the_config_as_it_was(method):
     assert config.rank == before.rank and config.freeze == before.freeze
 
 
-@pytest.mark.parametrize("method", METHODS)
+@runs.each_method
 def test_one_config_serves_models_that_live_side_by_side(method, tmp_path):
     config = config_for(method)
     models = [model_with(config) for _ in range(2)]
@@ -145,7 +144,7 @@ def test_a_copied_config_is_equal_and_of_its_own(copied, tmp_path):
 
 
 @pytest.mark.parametrize("when", ["fresh", "at work", "finished"])
-@pytest.mark.parametrize("method", METHODS)
+@runs.each_method
 def test_a_model_is_copied_with_its_adapter(method, when, tmp_path):
     model = model_with(config_for(method))
     if when != "fresh":
@@ -279,7 +278,7 @@ def test_two_active_adaptive_adapters_are_refused():
         begin(model)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@runs.each_method
 def test_merging_in_mid_run_computes_the_same_and_comes_back(method):
     model = model_with(config_for(method))
     controller, optimizer = begin(model)

@@ -1,4 +1,4 @@
-"""A resume takes up the run it names, from any folder and in any loop, and no other; a finished run can go on."""
+"""Resume is exact: of the run it names and no other, from any folder and in any loop; a finished run can go on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from trimtab import Controller, TrimCallback
 from trimtab.errors import CheckpointError, TrimtabError
 from trimtab.host.adapted import adapter_layers
 
-METHODS = list(runs.METHODS)
 OFTEN = dict(save_steps=10, logging_steps=5)
 
 
@@ -46,7 +45,7 @@ def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@runs.each_method
 def test_a_checkpoint_of_another_run_with_the_same_settings_is_refused(unbroken, tmp_path, method):
     folder, _ = unbroken(method)
     runs.train(runs.model_for("bert", method), "bert", tmp_path, seed=1, max_steps=40, **OFTEN)
@@ -54,7 +53,7 @@ def test_a_checkpoint_of_another_run_with_the_same_settings_is_refused(unbroken,
         runs.train(runs.model_for("bert", method), "bert", tmp_path, resume=str(folder / "checkpoint-20"), **OFTEN)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@runs.each_method
 def test_state_beside_tensors_of_another_run_is_refused(unbroken, tmp_path, method):
     folder, _ = unbroken(method)
     runs.train(runs.model_for("bert", method), "bert", tmp_path / "other", seed=1, **OFTEN)
@@ -64,7 +63,7 @@ def test_state_beside_tensors_of_another_run_is_refused(unbroken, tmp_path, meth
         runs.train(runs.model_for("bert", method), "bert", tmp_path / "new", resume=resumed, trim=trim, **OFTEN)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@runs.each_method
 def test_a_checkpoint_that_was_moved_anywhere_is_resumed_exactly(unbroken, tmp_path, method):
     folder, model = unbroken(method)
     shutil.copytree(folder / "checkpoint-20", tmp_path / "kept" / "the good one")
@@ -73,7 +72,7 @@ def test_a_checkpoint_that_was_moved_anywhere_is_resumed_exactly(unbroken, tmp_p
     assert same(model, again)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@runs.each_method
 def test_callbacks_that_trainer_makes_anew_from_the_checkpoint_resume_exactly(unbroken, tmp_path, method):
     folder, model = unbroken(method)
     for step in (10, 20):
@@ -109,7 +108,7 @@ def check_extended(model: peft.PeftModel, folder: Path, decided: dict[str, int])
         assert torch.allclose(tiny.logits(loaded, "bert"), tiny.logits(model, "bert"), atol=1e-5) == is_same
 
 
-@pytest.mark.parametrize("method", METHODS)
+@runs.each_method
 def test_a_finished_run_can_be_extended_at_its_final_ranks(unbroken, tmp_path, method):
     folder, model = unbroken(method)
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
@@ -125,7 +124,7 @@ def test_a_finished_run_can_be_extended_at_its_final_ranks(unbroken, tmp_path, m
     assert same(other, again)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@runs.each_method
 def test_a_trainer_can_be_told_to_train_on(tmp_path, method):
     model = runs.model_for("bert", method)
     it = trainer(model, tmp_path, TrimCallback(), save_strategy="steps", save_steps=20)
@@ -154,7 +153,7 @@ def test_a_longer_horizon_in_mid_run_is_refused(unbroken, tmp_path):
 # -- loops of one's own ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+@runs.each_method
 def test_accelerate_keeps_and_restores_a_registered_controller(tmp_path, method):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
@@ -194,7 +193,7 @@ def test_accelerate_keeps_and_restores_a_registered_controller(tmp_path, method)
     assert same(whole[1], resumed[1])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@runs.each_method
 def test_a_bare_loop_resumes_from_the_pair_that_it_kept(tmp_path, method):
     batch = tiny.batch("bert")
 
@@ -262,7 +261,7 @@ def test_evaluation_in_a_process_of_its_own_is_right_and_leaves_the_history_alon
     before = history.read_text()
     script = (
         "import sys; sys.path[:0] = sys.argv[2:]; import torch, tiny, short_runs as runs, trimtab\n"
-        "from pathlib import Path; from test_resume_is_of_this_run import trainer\n"
+        "from pathlib import Path; from test_resume_is_exact import trainer\n"
         "here = Path(sys.argv[1]); model = runs.model_for('bert', 'salientlora+aflora')\n"
         "model.load_adapter(str(here / 'run' / 'adapter'), 'default')\n"
         "it = trainer(model, here / 'eval', trimtab.TrimCallback(history=here / 'history.jsonl')); it.evaluate()\n"

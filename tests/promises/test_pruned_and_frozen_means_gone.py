@@ -1,4 +1,4 @@
-"""A cut takes parameters, gradients and moments together, and training goes on as if it had always been that small."""
+"""Pruned and frozen means gone: parameters, gradients and moments, as if training had always been that small."""
 
 from __future__ import annotations
 

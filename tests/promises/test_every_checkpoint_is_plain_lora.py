@@ -1,8 +1,9 @@
-"""The hosted layer is a LoRA to everyone who looks at it from outside."""
+"""Every checkpoint is a plain LoRA: so is the hosted layer, to everyone who looks at it from outside."""
 
 from __future__ import annotations
 
 import copy
+import json
 from functools import partial
 
 import peft
@@ -10,7 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+import short_runs as runs
 import tiny
+import trimtab
 from fakes import Halving
 from trimtab import Controller, TrimConfig, Where
 from trimtab.errors import ConfigError, ModelError
@@ -160,6 +163,17 @@ def test_the_saved_config_names_live_ranks_and_leaves_out_rank_zero():
     assert fields["r"] == 3 and fields["lora_alpha"] == 6.0
     assert fields["target_modules"] == ["a.q", "b.q"]
     assert fields["rank_pattern"] == {r"b\.q": 1} and fields["alpha_pattern"] == {r"b\.q": 2.0}
+
+
+def test_modules_at_rank_zero_vanish_from_the_export(tmp_path):
+    model = runs.model_for("llama", "salientlora", rank=Halving(steps=(6, 12, 18, 24)))
+    callback, _ = runs.train(model, "llama", tmp_path)
+    alive = {name for name, r in callback.controller.ranks().items() if r}
+    assert 0 < len(alive) < len(callback.controller.ranks())
+    trimtab.export(model, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert set(config["target_modules"]) == alive
+    assert config["alpha_pattern"] == config["rank_pattern"] and config["lora_alpha"] == config["r"]
 
 
 def test_an_adapter_without_any_rank_is_refused():

@@ -1,4 +1,4 @@
-"""LoRA's start: until its first decision an adaptive run is the plain LoRA run, and ranks are judged by the factors."""
+"""A drop-in: until its first decision a run is the plain LoRA run, and ranks are judged by the factors."""
 
 from __future__ import annotations
 

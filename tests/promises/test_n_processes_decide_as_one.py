@@ -1,4 +1,4 @@
-"""Two processes decide and train as one process on the same global batch (torchrun, gloo, stock Trainer, DDP)."""
+"""N processes decide as one: two do, on the same global batch (torchrun, gloo, stock Trainer, DDP)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.two_process
 def launched(tmp_path_factory):
     """One launch for all cases, since most of its time is importing: folder, and what each process saw."""
     out = tmp_path_factory.mktemp("ddp")
-    here = Path(__file__).parent
+    here = Path(two_process.__file__).parent
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(here.parent / "src"), str(here), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
