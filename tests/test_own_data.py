@@ -1,8 +1,6 @@
 """A user's own file on the command line: what is said, shown, kept and loaded again without Trimtab."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -10,6 +8,7 @@ import yaml
 from click.testing import CliRunner
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+import fresh
 from tasks.stand_ins import byte_model, byte_tokenizer, write_jsonl
 from test_run import tiny_model
 from trimtab.app.cli import cli
@@ -101,7 +100,7 @@ model = peft.PeftModel.from_pretrained(base, {str(folder / "run/adapter")!r}).me
 tokenizer = transformers.AutoTokenizer.from_pretrained({str(folder / "run/adapter")!r})
 """
     for lines in (metrics["load"], adapter):
-        done = subprocess.run([sys.executable, "-I", "-c", lines + check], capture_output=True, text=True)
+        done = fresh.python("-c", lines + check)
         assert done.returncode == 0, done.stderr
         assert "[(0, 'bad'), (1, 'good'), (2, 'so so')]" in done.stdout
         assert done.stdout.split("] ")[1].strip() in ("bad", "good", "so so")
@@ -111,8 +110,8 @@ def test_the_printed_lines_load_a_run_that_answers(answered):
     folder, result = answered
     lines = json.loads((folder / "run/metrics.json").read_text())["load"]
     assert lines in result.stdout and "AutoModelForCausalLM" in lines and "labels" not in lines
-    done = subprocess.run([sys.executable, "-I", "-c", f"{lines}\nprint(type(model).__name__)"], capture_output=True)
-    assert done.stdout.strip() == b"PeftModelForCausalLM", done.stderr
+    done = fresh.python("-c", f"{lines}\nprint(type(model).__name__)")
+    assert done.stdout.strip() == "PeftModelForCausalLM", done.stderr
 
 
 def test_rows_are_shown_as_the_model_reads_them(classified, answered):

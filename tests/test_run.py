@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from transformers import AutoModel, Trainer
 
+import fresh
 from tasks.stand_ins import WORDS, encoder_tokenizer, tiny_config, write_jsonl
 from trimtab.app import run as runs
 from trimtab.app.cli import cli
@@ -148,7 +149,7 @@ def test_stock_peft_loads_the_adapter_without_trimtab_and_gives_the_run_s_logits
         """)
     out = tmp_path / "logits.pt"
     shutil.copy(finished.parent / "validation.jsonl", f"{out}.rows")
-    done = subprocess.run([sys.executable, "-c", code, str(finished), str(finished.parent / "model"), str(out)])
+    done = fresh.python("-c", code, finished, finished.parent / "model", out)
     assert done.returncode == 0
     logits, labels = torch.load(finished.parent / "logits.pt")
     assert torch.load(out).sub(logits).abs().max() < 1e-5

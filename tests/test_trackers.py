@@ -6,14 +6,13 @@ One offline run reports to all that are installed; each store is read by the tra
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
+import fresh
 import short_runs
 import trimtab
 from test_run import write_recipe
@@ -45,8 +44,7 @@ def tracked(tmp_path_factory):
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": os.pathsep.join([str(Path(trimtab.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
     }
-    command = [sys.executable, "-m", "trimtab", "run", str(recipe)]
-    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=300)
+    done = fresh.python("-m", "trimtab", "run", recipe, environment=env, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 

@@ -127,6 +127,7 @@ def command(recipe, out, *more):
     return [sys.executable, "-m", "trimtab", "tune", str(recipe), RATES, "--out", str(out), "--json", *more]
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_with_what_is_missing_whatever_validation_holds(tmp_path):
     """Killed while its second trial runs; then every validation label is turned around."""
     out, epochs, recipe = tmp_path / "out", "train.num_train_epochs=15", write_recipe(tmp_path / "recipe", where=None)

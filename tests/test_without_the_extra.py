@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+import fresh
 from trimtab.errors import APP
 
 ROOT = Path(__file__).parents[1]
@@ -33,12 +33,7 @@ IMPORTED_NAMES = {"scikit-learn": "sklearn", "pyyaml": "yaml"}
 
 def without_the_extra(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", BLOCKED.format(app=APP) + code, *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
+    return fresh.python("-c", BLOCKED.format(app=APP) + code, *arguments, environment=environment)
 
 
 def test_the_packages_of_the_extra_are_those_of_pyproject() -> None:
@@ -75,12 +70,8 @@ def test_the_command_names_the_extra_in_one_line(arguments: list[str]) -> None:
 def test_a_part_of_the_extra_that_is_missing_is_one_line_too() -> None:
     """Other packages bring click, and not the rest."""
     code = BLOCKED.format(app=("pydantic",)) + "from trimtab.__main__ import main\nmain()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "plan", str(ROOT / "recipes/quick_minilm_cola.yaml")],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
-    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = fresh.python("-c", code, "plan", ROOT / "recipes/quick_minilm_cola.yaml", environment=environment)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: this command needs the package pydantic: pip install 'trimtab[app]'\n"
 

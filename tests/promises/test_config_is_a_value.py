@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import io
 import pickle
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -16,6 +15,7 @@ import peft
 import pytest
 import torch
 
+import fresh
 import short_runs as runs
 import tiny
 import trimtab
@@ -188,7 +188,7 @@ def test_a_pickled_model_opens_in_another_process(tmp_path):
         "assert torch.equal(tiny.logits(model, 'llama'), torch.load(sys.argv[1] + '/logits.pt'))\n"
         "model.save_pretrained(sys.argv[1] + '/saved')\n"
     )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path), *sys.path], check=True, timeout=300)
+    fresh.python("-c", script, tmp_path, *sys.path).check_returncode()
     assert torch.allclose(stock_logits(tmp_path / "saved"), torch.load(tmp_path / "logits.pt"), atol=1e-5)
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +14,7 @@ import torch
 import transformers as tf
 from torch import nn
 
+import fresh
 import tiny
 import trimtab
 from trimtab import AdaLoRA, TrimConfig
@@ -512,7 +511,7 @@ def test_a_process_without_trimtab_reads_what_was_written(tmp_path):
             torch.save(dict(input_ids=IDS), folder / "inputs.pt")
             torch.save(function(model), folder / "logits.pt")
             folders.append(str(folder))
-    done = subprocess.run([sys.executable, "-c", STOCK, *folders], capture_output=True, text=True)
+    done = fresh.python("-c", STOCK, *folders)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

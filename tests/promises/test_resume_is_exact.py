@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
+import fresh
 import short_runs as runs
 import tiny
 import trimtab
@@ -267,7 +267,7 @@ def test_evaluation_in_a_process_of_its_own_is_right_and_leaves_the_history_alon
         "it = trainer(model, here / 'eval', trimtab.TrimCallback(history=here / 'history.jsonl')); it.evaluate()\n"
         "assert torch.allclose(tiny.logits(model, 'bert'), torch.load(here / 'logits.pt'), atol=1e-5)\n"
     )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path), *sys.path], check=True, timeout=300)
+    fresh.python("-c", script, tmp_path, *sys.path).check_returncode()
     assert history.read_text() == before
 
 
