@@ -7,7 +7,7 @@ PIP := python -m pip install --quiet --disable-pip-version-check
 EXTRAS := '.[app,gguf,summarize,vqa]'
 TESTING := pytest pytest-xdist hypothesis
 DEVELOPMENT := $(TESTING) ruff mypy types-PyYAML pandas bitsandbytes trl schedulefree build check-wheel-contents \
-	sphinx myst-parser furo tensorboard
+	sphinx myst-parser furo tensorboard jsonschema
 # Exact versions of all of it. pip takes the build of torch that its configuration points to; without a GPU, one for
 # CPUs is much smaller.
 LOCKED := requirements/locked.txt

@@ -60,6 +60,7 @@ def answered(tmp_path_factory):
         folder,
         model=str(folder / "model"),
         task={"name": "math", "generation": {"max_new_tokens": 4}},
+        base_rows=2,
         data={"train": write_jsonl(folder / "train.jsonl", rows), "test": write_jsonl(folder / "test.jsonl", rows[:3])},
         adapter={"r": 2, "target_modules": ["q_proj", "v_proj"]},
     )
@@ -104,6 +105,43 @@ tokenizer = transformers.AutoTokenizer.from_pretrained({str(folder / "run/adapte
         assert done.returncode == 0, done.stderr
         assert "[(0, 'bad'), (1, 'good'), (2, 'so so')]" in done.stdout
         assert done.stdout.split("] ")[1].strip() in ("bad", "good", "so so")
+
+
+def test_the_base_answers_the_first_rows_and_the_adapters_score_of_these_stands_beside(answered):
+    folder, _ = answered
+    run = folder / "run"
+    found = json.loads((run / "base.json").read_text())
+    assert found["first_rows"] == 2 and found["with_adapter"].keys() == found["metrics"].keys()
+    answers = [json.loads(line)["id"] for line in (run / "answers/base/test_answers.jsonl").read_text().splitlines()]
+    assert sorted(answers) == ["test/0", "test/1"]
+    assert len((run / "answers/test_scored.jsonl").read_text().splitlines()) == 3  # the run's own, of all rows
+    page = (run / "report.html").read_text()
+    assert "on the first 2 rows, where with it" in page and ">first 2 rows without adapter</th>" in page
+    assert "base model alone, first 2 rows" in (run / "adapter/README.md").read_text()
+
+
+def test_the_base_is_scored_as_it_is_by_itself(answered, tmp_path):
+    recipe = answered[0] / "recipe.yaml"
+    trimtab("run", recipe, "base_rows=all", f"output_dir={tmp_path / 'run'}")
+    taken = json.loads((tmp_path / "run/base.json").read_text())
+    assert "first_rows" not in taken
+    alone = json.loads(trimtab("eval", tmp_path / "run", "--base", "--json").stdout)
+    assert taken["metrics"] == pytest.approx(alone["metrics"], abs=1e-6)
+    trained = json.loads((tmp_path / "run/metrics.json").read_text())["metrics"]
+    assert trained["answer_loss"] != taken["metrics"]["answer_loss"]
+
+
+@pytest.mark.parametrize("override", ["base_rows=0", "adapter.init=pissa"])
+def test_no_base_is_scored_where_it_is_not_wanted_or_no_longer_there(answered, tmp_path, override):
+    trimtab("run", answered[0] / "recipe.yaml", override, f"output_dir={tmp_path / 'run'}", "train.max_steps=1")
+    assert not (tmp_path / "run/base.json").exists()
+
+
+def test_a_recipe_leaves_a_file_for_llama_cpp_beside_the_plain_adapter(answered, tmp_path):
+    pytest.importorskip("gguf")
+    trimtab("train", answered[0] / "recipe.yaml", "export=gguf", "train.max_steps=1", f"output_dir={tmp_path / 'run'}")
+    assert (tmp_path / "run/gguf/adapter.gguf").stat().st_size > 1000
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
 
 
 def test_the_printed_lines_load_a_run_that_answers(answered):

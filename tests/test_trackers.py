@@ -8,14 +8,17 @@ import json
 import os
 from pathlib import Path
 
+import peft
 import pytest
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
 import fresh
 import short_runs
+import tiny
 import trimtab
 from test_run import write_recipe
+from trimtab.plans import Where
 from trimtab.train.trackers import Figures
 
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
@@ -169,6 +172,31 @@ def test_two_lines_reach_a_tracker_and_no_other_callback(tmp_path, monkeypatch):
     told = {step: logs["total_rank"] for step, logs in tracker.rows if "total_rank" in logs}
     assert ranks.items() <= told.items()
     assert not any("total_rank" in logs for _, logs in other.rows)
+
+
+@pytest.mark.parametrize("kind", ["vera", "bottleneck"])
+def test_a_tracker_gets_the_layer_scores_of_every_kind_of_adapter(kind, tmp_path, monkeypatch):
+    class Tracker(TrainerCallback):
+        def __init__(self):
+            self.told = {}
+
+        def on_log(self, args, state, control, logs=None, **kw):
+            self.told |= logs
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "one of ours", Tracker)
+    base = tiny.build("bert")
+    where = Where(
+        "gradient", {"encoder.layer": "0101"}, {"stacks": {"encoder.layer": {"importance": [None, 0.5, 0, 1]}}}
+    )
+    config = {
+        "vera": lambda: trimtab.restrict(
+            peft.VeraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS"), where, base
+        ),
+        "bottleneck": lambda: trimtab.BottleneckConfig(bottleneck_size=2, where=where, task_type="SEQ_CLS"),
+    }[kind]()
+    tracker = Tracker()
+    short_runs.train(peft.get_peft_model(base, config), "bert", tmp_path, callbacks=(tracker,))
+    assert tracker.told["layer_score/encoder.layer.1"] == 0.5
 
 
 def test_ranks_that_are_masked_count_as_gone_until_they_return():

@@ -90,6 +90,11 @@ except trimtab.TrimtabError as error:
     assert done.stdout.endswith(": pip install 'trimtab[app]'\n")
 
 
+def test_all_other_public_names_come_with_a_star() -> None:
+    done = without_the_extra("from trimtab import *\nprint(TrimConfig.__name__, 'plan' in globals())")
+    assert done.stdout == "TrimConfig False\n", done.stderr
+
+
 def test_another_missing_module_is_not_blamed_on_the_extra() -> None:
     done = without_the_extra(
         "sys.modules['torch'] = None\nimport trimtab\ntry:\n    trimtab.Controller\n"

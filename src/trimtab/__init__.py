@@ -39,10 +39,11 @@ _PUBLIC = {
     "select_layers": "where.cka",
     "whole_parameters": "train.parallel",
 }
-__all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__all__":
+        return sorted(set(_PUBLIC) - _without_the_extra())
     if name in _PUBLIC:
         try:
             return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
@@ -53,5 +54,15 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def _without_the_extra() -> set[str]:
+    """Names that cannot be had here: `from trimtab import *` takes the others, and each says why when asked for."""
+    try:
+        import_module(f".{_PUBLIC['plan']}", __name__)
+    except ModuleNotFoundError as error:
+        if missing_extra("trimtab.plan", error) is not None:
+            return {"plan"}
+    return set()
+
+
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return [*globals(), *_PUBLIC]

@@ -16,7 +16,8 @@ pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="
 # Marks of one figure: bars, line segments, single points, heat map images.
 MARKS = """Object.fromEntries([...document.querySelectorAll('.plot')].map(plot => [plot.id, plot.querySelectorAll(
     '.bars .point path, .scatterlayer .js-line, .scatterlayer .point, .hm image').length]))"""
-FITS = "document.documentElement.scrollWidth <= window.innerWidth"
+FITS = """document.documentElement.scrollWidth <= window.innerWidth &&
+    [...document.querySelectorAll('.scroll')].every(table => table.scrollWidth <= table.clientWidth)"""
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +140,7 @@ def test_the_comparison_is_drawn_in_silence_and_fits_a_phone(browser: Page, tmp_
     ]
     compare(folders, out_html=tmp_path / "compare.html")
     page = shown(browser, tmp_path / "compare.html", width=360)
+    page.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
     marks = page.evaluate(MARKS)
     assert set(marks) == {
         "score",

@@ -318,3 +318,10 @@ def test_no_folder_and_the_same_folder_twice_are_refused(tmp_path: Path) -> None
         compare([])
     with pytest.raises(DataError, match="given twice"):
         compare([run, tmp_path / "." / "a"])
+
+
+def test_settings_that_do_the_same_are_all_on_the_front_and_none_is_called_highest(tmp_path: Path) -> None:
+    folders = [runs.full_run(tmp_path / name, layers=3, events=4, rank=name) for name in ("salientlora", "adalora")]
+    assert compare(folders).finding.startswith("All 2 settings have the same matthews_correlation")
+    compare(folders, tmp_path / "compare.html")
+    assert "give the best mean" in (tmp_path / "compare.html").read_text(encoding="utf-8")

@@ -63,7 +63,7 @@ def test_every_section_has_a_finding_and_its_numbers(page: str) -> None:
     assert len(parts) == 11
     for part in parts:
         assert re.search(r"<h2>[^<]*\d", part), part[:80]
-        assert "<table>" in part
+        assert "<table" in part
 
 
 def test_names_cannot_break_out_of_the_page(tmp_path: Path) -> None:

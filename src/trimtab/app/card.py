@@ -152,9 +152,15 @@ def _what(job: Job, plan: Plan | None, base: str | None) -> str:
 def _scores(job: Job, folder: RunFolder, metrics: Mapping[str, float]) -> str:
     if not metrics:
         return ""
-    base = folder.read(folder.base).get("metrics", {}) if folder.base.is_file() else {}
-    head = ["score", "adapter", *(["base model alone"] if base else [])]
-    rows = [[text(name), number(value), *([number(base.get(name))] if base else [])] for name, value in metrics.items()]
+    taken = folder.read(folder.base) if folder.base.is_file() else {}
+    few = f"first {taken['first_rows']} rows" if "first_rows" in taken else ""
+    beside = {few: taken.get("with_adapter", {}), f"base model alone{few and ', '}{few}": taken.get("metrics", {})}
+    beside = {name: scores for name, scores in beside.items() if scores}
+    head = ["score", "adapter", *beside]
+    rows = [
+        [text(name), number(value), *(number(scores.get(name)) for scores in beside.values())]
+        for name, value in metrics.items()
+    ]
     return "## Scores\n\n" + _table(head, rows)
 
 

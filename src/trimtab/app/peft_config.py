@@ -142,6 +142,8 @@ def adapter_config(
         values["modules_to_save"] = kept or None
     if adapter.type in WITHOUT_LORA_FORM:
         _refuse_what_needs_lora(recipe)
+    if recipe.export.format == "gguf":
+        _refuse_what_llama_cpp_has_not(model, kept)
     if adapter.type == "lora":
         from ..host.layers import TrimConfig
 
@@ -187,6 +189,15 @@ def _refuse_what_needs_lora(recipe: Recipe) -> None:
     if kind == "adaption_prompt" and recipe.model.dtype in ("bfloat16", "float16") and not recipe.model.quantization:
         cure = "adaption_prompt trains in the model's dtype, where its small steps round away; use float32"
         raise ConfigError("model.dtype", recipe.model.dtype, cure)
+
+
+def _refuse_what_llama_cpp_has_not(model: nn.Module, kept: list[str]) -> None:
+    from ..exporting.gguf import architecture
+
+    architecture(getattr(model, "config", None))
+    if kept:
+        cure = f"llama.cpp takes A and B alone, and {kept[0]} is saved with the adapter; use merged"
+        raise ConfigError("export.format", "gguf", cure)
 
 
 def _own_words(adapter: Adapter) -> dict[str, Any]:

@@ -237,8 +237,8 @@ class EarlyStopping(Section):
 
 class Export(Section):
     main_key: ClassVar[str] = "format"
-    format: Literal["peft", "merged", "padded"] = "peft"
-    """A rank for each module, a stand-alone model beside it, or one rank for all."""
+    format: Literal["peft", "merged", "padded", "gguf"] = "peft"
+    """A rank for each module; beside it a stand-alone model, or one file for llama.cpp; or one rank for all."""
     base_model: str | None = None
     """Hub id of the base model, for others to find it, where ``model.name_or_path`` is a folder."""
 
@@ -268,6 +268,9 @@ class Recipe(Section):
     """When to end before the last epoch."""
     rates: dict[str, Any] | None = None
     """Multiples of ``train.learning_rate`` by role: A, B, vectors, head."""
+    base_rows: Annotated[int, Field(ge=0)] | Literal["all"] = 32
+    """Rows that the model also answers without its adapter, to be read beside the score; 0 for none. Scores that need
+    no written answers are always of all rows."""
     export: Export = Export()
     """What is left at the end."""
     output_dir: str | None = None

@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shutil
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..errors import ConfigError, DataError, did_you_mean
+from ..errors import ConfigError, DataError, ExportError, did_you_mean
 from ..plans import Plan, SitePlan, Where
 from . import card, judging, loading, model_facts, models, runfolder, stopping, trainer_settings
 from . import recipe as recipes
@@ -517,7 +519,7 @@ def with_adapter(model: nn.Module, folder: RunFolder, screen: Screen) -> PeftMod
 
 
 def export_run(job: Job, model: nn.Module, folder: RunFolder, screen: Screen) -> None:
-    """adapter/ as stock PEFT reads it, and merged/ if the recipe asks for a merged model.
+    """adapter/ as stock PEFT reads it, and merged/ or gguf/ beside it if the recipe asks for one.
 
     An adapter that no weight can hold is saved as it is, and a remark says why.
     """
@@ -529,9 +531,10 @@ def export_run(job: Job, model: nn.Module, folder: RunFolder, screen: Screen) ->
         keep(job, model, folder, folder.adapter, screen)
         screen.note(reason.partition(". ")[0])
         return
-    export(job, model, folder, folder.adapter, "peft" if form == "merged" else form, screen)
-    if form == "merged":
-        export(job, model, folder, folder.merged, form, screen)
+    is_beside = form in ("merged", "gguf")
+    export(job, model, folder, folder.adapter, "peft" if is_beside else form, screen)
+    if is_beside:
+        export(job, model, folder, folder.path / form, form, screen)
 
 
 def keep(job: Job, model: nn.Module, folder: RunFolder, target: Path, screen: Screen) -> Path:
@@ -600,6 +603,8 @@ def evaluate(job: Job, trained: Trained, folder: RunFolder, screen: Screen) -> d
         "load": loading.lines(job, folder),
     }
     folder.write(folder.metrics, result)
+    if metrics and not folder.base.is_file():
+        _score_without_adapter(job, trained.model, folder, screen)
     if runfolder.is_main() and (folder.adapter / ADAPTER_CONFIG).is_file():  # now with the scores
         card.write(job, folder, folder.adapter, _name_base(job, folder.adapter))
     return result
@@ -619,20 +624,75 @@ def data_of(job: Job) -> dict[str, Any]:
 
 def evaluate_base(job: Job, folder: RunFolder, screen: Screen) -> dict[str, Any]:
     """Scores of the model as it is, without an adapter -> base.json, to be read beside those after training."""
-    metrics = score(job, job.model, folder, screen, folder.answers / "base")
-    result = {
-        "metrics": metrics,
+    result = _of_base(job, job.model, folder, screen)
+    folder.write(folder.base, result)
+    return result
+
+
+def _of_base(job: Job, model: nn.Module, folder: RunFolder, screen: Screen) -> dict[str, Any]:
+    return {
+        "metrics": score(job, model, folder, screen, folder.answers / "base", name="base"),
         "metric": job.task.metric,
         "task": job.task.name,
         "seed": job.recipe.seed,
         **runfolder.what_was_scored(job.recipe),
     }
-    folder.write(folder.base, result)
-    return result
+
+
+def _score_without_adapter(job: Job, model: PeftModel, folder: RunFolder, screen: Screen) -> None:
+    """Scores of the trained model with its adapter off -> base.json; no second model is loaded.
+
+    Where answers are written, which takes a base model long, the first ``base_rows`` of the headline split alone are
+    answered, and the adapter's scores of these stand beside them. A new head would be scored untrained: left out.
+    """
+    from ..exporting.formats import refuse_a_changed_base
+
+    most, split = job.recipe.base_rows, job.task.eval_splits(job.ready)[0]
+    rows = len(job.rows[split])
+    if most == 0 or job.modules_to_save:
+        return
+    try:
+        refuse_a_changed_base(model, model.active_adapter)
+    except ExportError:
+        screen.note("training changed the base itself, so that it is not scored beside; see trimtab eval --base")
+        return
+    few = job
+    if most != "all" and most < rows and _writes_answers(job.task, job.rows[split]):
+        few = replace(job, rows=_first(job.rows, split, most), ready=_first(job.ready, split, most))
+    with model.disable_adapter():
+        found = _of_base(few, model, folder, screen)
+    if few is not job:
+        with tempfile.TemporaryDirectory() as kept:  # the answers that are there already
+            if folder.answers.is_dir():
+                shutil.copytree(folder.answers, kept, dirs_exist_ok=True)
+            found |= {
+                "first_rows": most,
+                "with_adapter": score(few, model, folder, screen, Path(kept), name="same rows"),
+            }
+    folder.write(folder.base, found)
+
+
+def _writes_answers(task: Task, rows: Dataset) -> bool:
+    from .tasks import Task
+
+    asks = getattr(task, "needs_generation", None)
+    return asks(rows) if asks else getattr(type(task), "evaluate", Task.evaluate) is not Task.evaluate
+
+
+def _first(rows: DatasetDict, split: str, n: int) -> DatasetDict:
+    from datasets import DatasetDict
+
+    return DatasetDict({split: rows[split].select(range(min(n, len(rows[split]))))})
 
 
 def score(
-    job: Job, model: nn.Module, folder: RunFolder, screen: Screen, answers: Path, predictions: Path | None = None
+    job: Job,
+    model: nn.Module,
+    folder: RunFolder,
+    screen: Screen,
+    answers: Path,
+    predictions: Path | None = None,
+    name: str = "eval",
 ) -> dict[str, float]:
     """Every score of the task's labelled splits; the headline split's by their bare names.
 
@@ -643,7 +703,7 @@ def score(
     if not splits:
         screen.note(f"task {job.task.name!r}: no labelled split to evaluate on")
         return {}
-    with screen.stage("eval") as stage:
+    with screen.stage(name) as stage:
         trainer = make_trainer(job, model, folder, callbacks=[progress_on(stage)])
         trainer_settings.score_in_order(trainer.args)
         found: dict[str, float] = {}

@@ -48,6 +48,8 @@ _OURS = (
     "logs",
     "adapter",
     "merged",
+    "padded",
+    "gguf",
     "answers",
     "harness",
     "error.log",
@@ -56,7 +58,7 @@ _MADE_BY = {
     "where.json": "`trimtab select`",
     "metrics.json": "`trimtab eval`",
     "predictions.json": "`trimtab eval`",
-    "base.json": "`trimtab eval --base`",
+    "base.json": "`trimtab run`, or `trimtab eval --base`",
 }
 # By these a folder is known to be a run's, whatever else lies there; a recipe.yaml alone may be a user's own.
 _OF_A_RUN = ("where.json", "plan.json", "history.jsonl", "metrics.json", "base.json", "checkpoints")
@@ -67,7 +69,7 @@ _NOBODYS = (".DS_Store", "Thumbs.db", "desktop.ini", ".gitkeep", ".gitignore", "
 _HALF_ASIDE, _ASIDE = ".previous.half", ".previous"
 _LOCK = ".lock"
 # What may differ between the recipe that began a run and the one that goes on with it.
-_FREE = ("output_dir", "export")
+_FREE = ("base_rows", "output_dir", "export")
 
 
 @dataclass(frozen=True)
@@ -524,7 +526,9 @@ _STORAGE = tuple(
 
 def what_was_scored(recipe: Recipe) -> dict[str, Any]:
     """The parts of a recipe that scores without an adapter depend on, as base.json holds them."""
-    return {"model": recipe.model.name_or_path, "data": recipe.data.model_dump(mode="json", exclude_none=True)}
+    asked = recipe.task.model_dump(mode="json", exclude_none=True) if recipe.task else None
+    data = recipe.data.model_dump(mode="json", exclude_none=True)
+    return {"model": recipe.model.name_or_path, "data": data, "asked": asked}
 
 
 def check_base_matches(recipe: Recipe, folder: RunFolder) -> None:

@@ -233,7 +233,7 @@ def _laid_out(source: str, texts: Sequence[str], out: Path) -> Search:
         settings = {key: parse_yaml(value, key) for key, value in zip(grid, values) if key in varied}
         task = get_task(recipe.require_task().model_dump())
         name = _name(settings)
-        recipe = recipe.model_copy(update={"output_dir": str(out / "trials" / name)})
+        recipe = recipe.model_copy(update={"output_dir": str(out / "trials" / name), "base_rows": 0})
         trial = Trial(settings, recipe, RunFolder(out / "trials" / name))
         without_seed = {key: value for key, value in settings.items() if key != "seed"}
         candidates.setdefault(repr(without_seed), Candidate(without_seed, [], overrides)).trials.append(trial)

@@ -7,6 +7,7 @@ trained.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,19 @@ _ARCHITECTURES = {
 _TURNED_BY_PAIRS = {"llama": {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}}
 
 
+def architecture(config: Any) -> str:
+    """llama.cpp's name for a model of transformers' ``config``. Raises `ExportError` for one that is not written."""
+    if importlib.util.find_spec("gguf") is None:
+        raise ExportError("export.format='gguf': needs the gguf package: pip install 'trimtab[gguf]'")
+    kind = str(getattr(config, "model_type", None))
+    if kind not in _ARCHITECTURES:
+        raise ExportError(
+            f"export.format='gguf': {kind} models are not among {', '.join(_ARCHITECTURES)}; export 'padded' and take "
+            "llama.cpp's convert_lora_to_gguf.py"
+        )
+    return _ARCHITECTURES[kind]
+
+
 def write_gguf(config: Any, parts: Sequence[Part], rest: Mapping[str, Tensor], folder: Path) -> None:
     """Write ``parts`` to ``folder``/adapter.gguf for a base of transformers' ``config``.
 
@@ -40,19 +54,11 @@ def write_gguf(config: Any, parts: Sequence[Part], rest: Mapping[str, Tensor], f
         ExportError: another architecture, or a tensor that is no A or B of a linear layer (``rest`` holds those that
             lie beside the parts).
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise ExportError("export.format='gguf': needs the gguf package: pip install 'trimtab[gguf]'") from error
-    kind = str(getattr(config, "model_type", None))
-    if kind not in _ARCHITECTURES:
-        raise ExportError(
-            f"export.format='gguf': {kind} models are not among {', '.join(_ARCHITECTURES)}; export 'padded' and take "
-            "llama.cpp's convert_lora_to_gguf.py"
-        )
+    arch = architecture(config)
+    import gguf
+
     for key in rest:
         raise ExportError(f"export.format='gguf': {key} is no A or B, and llama.cpp takes nothing else; use 'merged'")
-    arch = _ARCHITECTURES[kind]
     names = gguf.get_tensor_name_map(
         next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), config.num_hidden_layers
     )

@@ -94,6 +94,8 @@ def restrict(config: PeftConfig, where: Where | str | Mapping[str, str], model: 
             f"{type(config).__name__}: PEFT would adapt other modules than the chosen layers' own; "
             "name target_modules more exactly"
         )
+    if not hasattr(out, "where"):  # no field of PEFT's, so never saved; the callback hands its scores to trackers
+        out.where = where
     return out
 
 

@@ -164,11 +164,13 @@ def pareto_front(points: Sequence[tuple[float, float]], lower_is_better: bool = 
 
     >>> pareto_front([(100, 0.8), (50, 0.7), (80, 0.6), (50, 0.65)])
     [1, 0]
+    >>> pareto_front([(50, 0.7), (50, 0.7)])
+    [0, 1]
     """
     sign = -1 if lower_is_better else 1
     front: list[int] = []
     for i in sorted(range(len(points)), key=lambda i: (points[i][0], -sign * points[i][1])):
-        if not front or sign * points[i][1] > sign * points[front[-1]][1]:
+        if not front or sign * points[i][1] > sign * points[front[-1]][1] or points[i] == points[front[-1]]:
             front.append(i)
     return front
 

@@ -26,6 +26,7 @@ from .runfolder import RunFolder, flatten, read
 from .words import NOTHING, byte_size, count, duration, finite, listing, number, plural, sentence, short_labels
 
 SAME_RUN = {
+    "base_rows",
     "output_dir",
     "seed",
     "train.seed",
@@ -424,6 +425,9 @@ def _finding(table: CompareTable, top: int | None) -> str:
         ]
         return told[0] if len(rows) == 1 and told else f"{plural(len(rows), 'setting')} side by side"
     first = rows[top]
+    alike = [row for row in rows if row.score == first.score]
+    if len(alike) == len(rows) and len({row.params["final"] for row in rows}) == 1:
+        return f"All {len(rows)} settings have the same {metric}, {first.score_text}, and as many final parameters"
     if table.best is not None:
         finding = f"`{first.name}` scored best: {metric} {first.score_text}"
     else:

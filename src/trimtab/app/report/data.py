@@ -112,7 +112,10 @@ class Report:
     settings: list[tuple[str, str]]
     metrics: list[tuple[str, float | None]]
     base_metrics: dict[str, float | None]
-    """The same of the model without an adapter; empty unless `trimtab eval --base` took them."""
+    """The same of the model without an adapter; empty where none were taken."""
+    same_metrics: dict[str, float | None]
+    """The adapter's of the ``first_rows`` that the model without it was scored on; empty where that was all rows."""
+    first_rows: int | None
     notes: list[str]
     """What must be known to read the page, the worst first."""
     remarks: list[str] = field(default_factory=list)
@@ -155,6 +158,8 @@ def load(folder: str | Path) -> Report:
         settings=[(key, "…" if key.endswith("hub_token") else _setting(value)) for key, value in flatten(run.recipe)],
         metrics=[(name, finite(value)) for name, value in scores_of(run).items()],
         base_metrics={name: finite(value) for name, value in (run.base.get("metrics") or {}).items()},
+        same_metrics={name: finite(value) for name, value in (run.base.get("with_adapter") or {}).items()},
+        first_rows=_count(run.base.get("first_rows")),
         notes=_notes(run, header),
         remarks=list(run.plan.notes) if run.plan else [],
         about=_about(run),

@@ -36,8 +36,15 @@ def write(run_folder: str | Path) -> Path:
     report = load(run_folder)
     path = Path(run_folder) / "report.html"
     metrics = [[name, _score(value)] for name, value in report.metrics]
-    if base := report.base_metrics:
-        metrics = [[*row, _score(base[row[0]]) if row[0] in base else words.NOTHING] for row in metrics]
+    columns = ["metric", "value"]
+    beside = {"without adapter": report.base_metrics}
+    if report.first_rows:
+        few = f"first {words.plural(report.first_rows, 'row')}"
+        beside = {few: report.same_metrics, f"{few} without adapter": report.base_metrics}
+    for column, scores in beside.items():
+        if scores:
+            columns.append(column)
+            metrics = [[*row, _score(scores[row[0]]) if row[0] in scores else words.NOTHING] for row in metrics]
     save(
         path,
         page(
@@ -47,7 +54,7 @@ def write(run_folder: str | Path) -> Path:
             report=report,
             subtitle=" · ".join(part for part in (report.header.model, report.header.task, *_when(report)) if part),
             tiles=tiles(report),
-            metric_columns=["metric", "value", *(["without adapter"] if base else [])],
+            metric_columns=columns,
             metric_rows=metrics,
         ),
     )
@@ -64,7 +71,11 @@ def _against(report: Report) -> list[str]:
     """What a score is to be read against."""
     header, base = report.header, report.base_metrics.get(report.header.metric or "")
     found = [report.judged.constant] if report.judged and report.judged.constant else []
-    if base is not None:
+    if base is not None and report.first_rows:
+        same = report.same_metrics.get(header.metric or "")
+        rows = words.plural(report.first_rows, "row")
+        found.append(f"without adapter: {words.number(base)} on the first {rows}, where with it: {words.number(same)}")
+    elif base is not None:
         found.append(f"without adapter: {words.number(base)}")
     elif header.is_finished and header.has_new_head:
         found.append("without adapter: none, the head is new")
