@@ -4,12 +4,17 @@ import bz2
 import gzip
 import io
 import json
+import lzma
 import zipfile
 from collections import Counter
+from datetime import date
+from decimal import Decimal
 
 import pytest
 
 from trimtab.app.tasks import get_task
+from trimtab.app.tasks.files import read_file
+from trimtab.app.tasks.guessing import guess
 from trimtab.errors import TrimtabError
 
 PAIRS = [(f"the film was {word} {i}", "good" if i % 2 else "bad") for i, word in enumerate(["dull", "warm"] * 10)]
@@ -31,10 +36,30 @@ def with_labels(*labels, times=8):
     return [(f"the film {i}", label) for i, label in enumerate(labels * times)]
 
 
-def zipped(name, data):
+def zipped(name, data, **others):
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
-        archive.writestr(name, data)
+        for file, content in {name: data, **others}.items():
+            archive.writestr(file, content)
+    return out.getvalue()
+
+
+def arrow(kind, rows=20, text=("string", False), label=("string", False), more=()):
+    """The pairs as Parquet or Feather. Of a column: its type, and whether it is a dictionary, or two values to take."""
+    import pyarrow
+    import pyarrow.feather
+    import pyarrow.parquet
+
+    def column(values, name, how):
+        kind = pyarrow.decimal128(5, 2) if name == "decimal128" else getattr(pyarrow, name)()
+        values = [how[i % 2] for i in range(rows)] if isinstance(how, list) else values[:rows]
+        made = pyarrow.array(values, kind)
+        return made.dictionary_encode() if how is True else made
+
+    columns = {"text": column([t for t, _ in PAIRS], *text), "label": column([la for _, la in PAIRS], *label)}
+    out = io.BytesIO()
+    table = pyarrow.table({**columns, **dict(more)})
+    (pyarrow.parquet.write_table if kind == "parquet" else pyarrow.feather.write_feather)(table, out)
     return out.getvalue()
 
 
@@ -110,6 +135,33 @@ READ = {
     "zstd": ("x.jsonl.zst", zstd(lines()), EVEN, ""),
     "zip": ("x.zip", zipped("x.csv", separated()), EVEN, ""),
     "zip of JSON lines": ("x.jsonl.zip", zipped("x.jsonl", lines()), EVEN, ""),
+    "UTF-32": ("x.csv", separated().encode("utf-32"), EVEN, ""),
+    "a mark written twice": ("x.csv", b"\xef\xbb\xbf\xef\xbb\xbf" + separated().encode(), EVEN, ""),
+    "JSON lines with a mark and Windows' ends": ("x.jsonl", b"\xef\xbb\xbf" + lines().replace("\n", "\r\n").encode(), EVEN, ""),
+    "JSON lines with commas at their ends": ("x.jsonl", lines().replace("}\n", "},\n"), EVEN, ""),
+    "a half of a pair of surrogates": ("x.jsonl", lines().replace("film", "\\ud83d film"), EVEN, ""),
+    "an infinite number beside": ("x.jsonl", lines().replace("}", ', "x": Infinity}'), EVEN, ""),
+    "blank lines at the top": ("x.csv", "\n\n" + separated(), EVEN, ""),
+    "a line of blanks at the end": ("x.csv", separated() + "\n   \n", EVEN, ""),
+    "quotes around the header": ("x.csv", separated(header=('"text"', '"label"')), EVEN, ""),
+    "hard blanks in the header": ("x.csv", separated(header=("text\u00a0", "\u00a0label")), EVEN, ""),
+    "line ends of Windows inside of cells": ("x.csv", separated(rows=[(f'"{t}\r\nmore"', la) for t, la in PAIRS]).replace("\n", "\r\n"), EVEN, ""),
+    "fastText": ("x.txt", "".join(f"__label__{la} {t}\n" for t, la in PAIRS), EVEN, ""),
+    "xz": ("x.csv.xz", lzma.compress(separated().encode()), EVEN, ""),
+    "zip of a Mac": ("x.zip", zipped("rows/x.csv", separated(), **{"__MACOSX/rows/._x.csv": "junk"}), EVEN, ""),
+    "Feather": ("x.feather", arrow("feather"), EVEN, ""),
+    "Feather called arrow": ("x.arrow", arrow("feather"), EVEN, ""),
+    "Parquet with long texts and a dictionary": ("x.parquet", arrow("parquet", text=("large_string", False), label=("string", True)), EVEN, ""),
+    "Parquet with decimals for labels": ("x.parquet", arrow("parquet", label=("decimal128", [Decimal("0.00"), Decimal("1.00")])), {"0": 10, "1": 10}, ""),
+    "Parquet with dates for labels": ("x.parquet", arrow("parquet", label=("date32", [date(2024, 1, 1), date(2024, 1, 2)])), {"2024-01-01": 10, "2024-01-02": 10}, ""),
+    "Parquet with truth for labels": ("x.parquet", arrow("parquet", label=("bool_", [False, True])), {"false": 10, "true": 10}, ""),
+    "Parquet with pandas' index and an empty column": ("x.parquet", arrow("parquet", more={"__index_level_0__": list(range(20)), "note": [None] * 20}), EVEN, ""),
+    "labels of many digits": ("x.jsonl", lines(with_labels(12345678901234567890, 12345678901234567891)), {"12345678901234567890": 8, "12345678901234567891": 8}, ""),
+    "labels of either type": ("x.jsonl", lines(with_labels("1", 1, "0", 0.0)), {"0": 16, "1": 16}, ""),
+    "numbers below zero": ("x.csv", separated(rows=with_labels(-1, 0, 1)), {"-1": 8, "0": 8, "1": 8}, ""),
+    "texts that are numbers": ("x.jsonl", lines([(i, la) for i, (_, la) in enumerate(PAIRS)]), EVEN, ""),
+    "a dash for a label": ("x.csv", separated(rows=with_labels("yes", "no", "-")), {"-": 8, "no": 8, "yes": 8}, "is '-' a class? If it stands for no label: data.missing=['-']"),
+    "a truth that is missing": ("x.jsonl", lines(with_labels(True, False, None)), {"false": 8, "true": 8}, "8 of 24 rows have no label"),
     "an NA label": ("x.csv", separated(rows=[*PAIRS, ("a", "NA"), ("b", "NA")]), EVEN, "2 of 22 rows have no label and were left out ('NA' 2"),
     "a nan label": ("x.csv", separated(rows=[*PAIRS, ("a", "nan")]), EVEN, "('nan' 1; task.labels or data.missing"),
     "an empty label": ("x.csv", separated(rows=[*PAIRS, ("a", "")]), EVEN, "1 of 21 rows have no label and were left out"),
@@ -189,6 +241,60 @@ def test_quotes_around_a_cell_are_undone_and_others_stay(tmp_path, name, content
     assert counts == EVEN
 
 
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+SAID = [{"question": f"What is {i}?", "answers": ["a", "b"]} for i in range(12)]
+GUESSED = {
+    "messages as Python prints them": ("x.csv", separated(rows=[(f'"{CHAT}"',)] * 12, header=("messages",)), "conversations (messages)"),
+    "messages as JSON in a cell": ("x.csv", separated(rows=[('"' + json.dumps(CHAT).replace('"', '""') + '"',)] * 12, header=("messages",)), "conversations (messages)"),
+    "other columns of messages": ("x.jsonl", json.dumps({"id": 1, "items": CHAT}) + "\n", "conversations (items)"),
+    "MBPP's columns": ("x.jsonl", json.dumps({"text": "Write f", "code": "f", "test_list": ["assert f"]}) + "\n", "programs with their tests"),
+    "HumanEval's columns": ("x.jsonl", json.dumps({"prompt": "def f", "canonical_solution": "f", "test": "t", "entry_point": "f"}) + "\n", "programs with their tests"),
+    "whole numbers of both types": ("x.jsonl", lines(with_labels(0, 1.0, 1, 0.0)), "a text (text) and one of 2 classes (label)"),
+    "columns in another writing": ("x.tsv", separated("\t", header=("文本", "标签")), "a text (文本) and one of 2 classes (标签)"),
+    "columns in German": ("x.csv", separated(header=("Rezension", "Bewertung")), "a text (Rezension) and one of 2 classes (Bewertung)"),
+    "a text and nothing else": ("x.jsonl", "".join(json.dumps({"text": t}) + "\n" for t, _ in PAIRS), "plain text (text)"),
+}  # fmt: skip
+NOT_GUESSED = {
+    "answers to prefer one of": ("x.jsonl", json.dumps({"prompt": "Hi", "chosen": "Yo", "rejected": "No"}) + "\n", "task.name=instruct task.prompt=prompt task.answer=chosen"),
+    "conversations to prefer one of": ("x.jsonl", json.dumps({"chosen": CHAT, "rejected": CHAT}) + "\n", "task.name=instruct 'task.columns={messages: chosen}'"),
+    "several labels a row": ("x.jsonl", lines([(t, [la]) for t, la in PAIRS]), "column 'label' holds lists, and one label a row is learned"),
+    "labels that are objects": ("x.jsonl", lines([(t, {"name": la}) for t, la in PAIRS]), "column 'label' holds dicts"),
+    "labels that are not there": ("x.jsonl", lines([(t, None) for t, _ in PAIRS]), "column 'label' has nothing in any row"),
+    "lists of answers": ("x.jsonl", "".join(json.dumps(row) + "\n" for row in SAID), "answers hold lists; say what is learned"),
+    "texts within": ("x.jsonl", (json.dumps({"data": {"text": "a"}, "meta": {"label": "b"}}) + "\n") * 2, "no column of text; its columns are data, meta"),
+    "texts in pieces": ("x.jsonl", lines([(t.split(), la) for t, la in PAIRS]), "no column of text beside the label 'label'"),
+}  # fmt: skip
+
+
+def guessed(tmp_path, name, content):
+    file = tmp_path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return guess(read_file("data.train", file), name, {})
+
+
+@pytest.mark.parametrize("kind", GUESSED)
+def test_what_a_file_is_for_is_told_from_its_columns(tmp_path, kind):
+    name, content, told = GUESSED[kind]
+    assert guessed(tmp_path, name, content).told == told
+
+
+@pytest.mark.parametrize("kind", NOT_GUESSED)
+def test_another_job_is_never_taken_for_one_that_is_done_here(tmp_path, kind):
+    name, content, words = NOT_GUESSED[kind]
+    with pytest.raises(TrimtabError) as error:
+        guessed(tmp_path, name, content)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_answers_that_are_marked_as_bad_are_not_learned(tmp_path):
+    rows = [{"prompt": "Hi", "completion": "Yo", "label": i % 2 == 0} for i in range(8)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(
+        TrimtabError, match=r"column 'label' says which answers are good.*keep the rows where it is true"
+    ):
+        get_task({"name": "instruct"}).load_data({"train": str(tmp_path / "t.jsonl")})
+
+
 REFUSED = {
     "no text at all": ("x.csv", separated(rows=[(" ", la) for _, la in PAIRS]), {}, ["no row has a text in column 'text'"]),
     "one class, the other missing": ("x.csv", separated(rows=with_labels("NA", "ok")), {}, ["every row has label 'ok'", "('NA' 8; task.labels"]),
@@ -207,6 +313,19 @@ REFUSED = {
     "gzip cut short": ("x.csv.gz", gzip.compress(separated().encode())[:-12], {}, ["packed as gzip"]),
     "zstd cut short": ("x.csv.zst", zstd(separated())[:-4], {}, ["packed as zstd"]),
     "a zip of two": ("x.zip", zipped("a.md", "b"), {}, ["must hold one file of rows", "a.md"]),
+    "a pointer of Git LFS": ("x.parquet", "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", {}, ["Git LFS pointer", "git lfs pull"]),
+    "a web page": ("x.csv", "<!DOCTYPE html><html><body>Log in</body></html>", {}, ["is a web page, not rows"]),
+    "a web page called jsonl": ("x.jsonl", "\n<html><head></head></html>", {}, ["is a web page, not rows"]),
+    "a title above the header": ("x.csv", "Reviews of 2024\n" + separated(), {}, ["the first line has 1, which must name the columns"]),
+    "a header alone": ("x.csv", separated(rows=[]), {}, ["holds no rows below the first line"]),
+    "no list": ("x.json", "null", {}, ["holds a NoneType; expected is a list of objects"]),
+    "Python's quotes": ("x.json", str(objects()), {}, ["not valid JSON"]),
+    "zip of two files": ("x.zip", zipped("a.csv", separated(), **{"b.csv": separated()}), {}, ["must hold one file of rows", "a.csv, b.csv"]),
+    "Parquet cut short": ("x.parquet", arrow("parquet")[:-20], {}, ["not a Parquet file"]),
+    "Parquet without rows": ("x.parquet", arrow("parquet", rows=0), {}, ["holds no rows"]),
+    "a name for two columns": ("x.csv", separated(header=("text", "text")), {}, ["column 'text' appears twice"]),
+    "a number of its own in each row": ("x.csv", separated(";", [(t, f"{i},5") for i, (t, _) in enumerate(PAIRS)]), {}, ["column 'label' has 20 different values in 20 rows", "task.regression=true"]),
+    "an archive of archives": ("x.tar.gz", b"x", {}, ["cannot tell its format"]),
     "a workbook": ("x.xlsx", b"PK", {}, ["cannot tell its format"]),
     "an empty file": ("x.csv", "", {}, ["holds no rows"]),
     "an unclosed quote": ("x.csv", 'text,label\n"a,b\n', {}, ["not valid CSV", "data.quotes=false"]),

@@ -143,6 +143,8 @@ def _height(model: Any, batch: int, tokens: int, device: str) -> int | None:
 
 
 def _writes(model: Any) -> bool:
+    if model.peft_config["default"].task_type is None:  # a recipe without a task
+        return bool(getattr(model.get_base_model(), "can_generate", bool)())
     return str(getattr(model.peft_config["default"].task_type, "value", model.peft_config["default"].task_type)) in (
         "CAUSAL_LM", "SEQ_2_SEQ_LM",
     )  # fmt: skip

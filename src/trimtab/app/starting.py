@@ -119,7 +119,8 @@ def _beside(data: Path, files: Sequence[Path]) -> dict[str, str]:
 def _understood(places: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[Table, Guess]:
     source = f"data.train={places['train']!r}"
     usual = {key: value for key, value in places.items() if key not in SPLITS[1:]}
-    if not str(places["train"]).lower().endswith(".txt"):
+    files = existing_files("data.train", places["train"], "train")
+    if not all(file.suffix.lower() == ".txt" for file in files):
         table = DataSpec.read(usual, SPLITS).table("train")
         return table, guess(table, source, given)
     try:  # `.txt` may be separated text, or text

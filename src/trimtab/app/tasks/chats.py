@@ -7,6 +7,8 @@ learned. The first may have ``tools`` (JSON). A row that makes none is a text in
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -126,6 +128,11 @@ class Reader:
                 for prompt, instances, where in zip(table["instruction"], table["instances"], wheres)
                 for conversation in self._instances(prompt, instances, where)
             ]
+        if {str(value).lower() for value in table.get("label", ())} in ({"true", "false"}, {"false"}):
+            raise DataError(
+                f"{source}: column 'label' says which answers are good, and learning apart from the bad ones (KTO) "
+                "is not done here; keep the rows where it is true"
+            )
         prompt, answer, about = PAIRS.get(form, PAIRS["alpaca"])
         answers = table.get(answer, [None] * len(wheres))
         return self.pairs(table, table[prompt], answers, table.get(about or "", [None] * len(wheres)), wheres)
@@ -173,7 +180,7 @@ class Reader:
         return out
 
     def _turn(self, prompt: Any, answer: Any, about: Any, where: str) -> Conversation:
-        prompt, answer = (read if is_chat(read := _loads(value)) else value for value in (prompt, answer))
+        prompt, answer = (read if is_chat(read := loads(value)) else value for value in (prompt, answer))
         if self.asking:
             said: list[Message] = []
         elif isinstance(answer, list):
@@ -235,7 +242,7 @@ class Reader:
         if isinstance(old := _from_json(turn.get("function_call"), "function_call", where), dict):
             calls = [{"type": "function", "function": old}]
         if str(called).lower() == "function_call":
-            read = _loads(content)
+            read = loads(content)
             each = read if isinstance(read, list) else [read]
             if all(isinstance(call, dict) and "name" in call for call in each):
                 calls, content = [{"type": "function", "function": call} for call in each], ""
@@ -303,17 +310,22 @@ def _content(value: Any, where: str) -> str:
     for part in value:
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
         if kind != "text":
-            raise DataError(f"{where} has a message with {kind}; this task reads text alone (vqa reads images)")
+            raise DataError(
+                f"{where} has a message with {kind}; this task reads text alone"
+                + (" (vqa reads images)" if "image" in str(kind) else "")
+            )
         texts.append(_text(part.get("text") if isinstance(part, dict) else part, "message", where))
     return "\n".join(texts)
 
 
-def _loads(value: Any) -> Any:
-    """What a text says as JSON; None for one that says nothing so."""
-    try:
-        return json.loads(value) if isinstance(value, str) and value.strip()[:1] in ("[", "{") else None
-    except ValueError:
+def loads(value: Any) -> Any:
+    """The list or object that a text is, in JSON or as Python prints it (pandas' to_csv); None for any other."""
+    if not isinstance(value, str) or value.strip()[:1] not in ("[", "{"):
         return None
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return read(value)
+    return None
 
 
 def _from_json(value: Any, what: str, where: str) -> Any:
@@ -321,8 +333,10 @@ def _from_json(value: Any, what: str, where: str) -> Any:
     if is_missing(value):
         return None
     if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
+        if (read := loads(value)) is not None:
+            return read
         try:
-            return json.loads(value)
+            json.loads(value)
         except ValueError as error:
             raise DataError(f"{where}: its {what} is not valid JSON: {error}") from error
     return value

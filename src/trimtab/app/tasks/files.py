@@ -16,6 +16,8 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date, time
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,8 @@ SEPARATORS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
 _OWN_SEPARATOR = {".tsv": "\t", ".tab": "\t", ".psv": "|"}
 _JSON = (".jsonl", ".ndjson", ".json")
 _SEPARATED = (".csv", ".tsv", ".tab", ".psv", ".txt")
-SUFFIXES = (*_JSON, *_SEPARATED, ".parquet", ".arrow")
+_ARROW = (".arrow", ".feather")
+SUFFIXES = (*_JSON, *_SEPARATED, ".parquet", *_ARROW)
 _PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd", ".zip": "zip"}
 _PACKED_BYTES = {
     b"\x1f\x8b": "gzip",
@@ -61,7 +64,9 @@ _MARKS = (  # longest first: a UTF-32 mark begins like a UTF-16 one
     (b"\xff\xfe", "utf-16"),
     (b"\xfe\xff", "utf-16"),
 )
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # as JSON escapes it
 _QUOTED = re.compile(r'"(?:[^"]|"")*"')
+_FASTTEXT = re.compile(r"(?:__label__\S+[ \t]+(?!__label__)\S.*\n|\s*\n)+(?:__label__\S+[ \t]+(?!__label__)\S.*)?")
 _SHAPES = "a list of objects, one object a line, or an object that holds one list of objects"
 
 
@@ -192,18 +197,25 @@ def read_file(key: str, file: Path, reading: Reading = AS_FOUND) -> Table:
         data = _unpacked(where, file.read_bytes())
     except OSError as error:
         raise DataError(f"{where}: cannot be read: {error.strerror or error}") from error
-    if suffix in (".parquet", ".arrow") or data[:4] == b"PAR1":
+    if data.startswith(b"version https://git-lfs."):
+        raise DataError(f"{where}: is a Git LFS pointer to the rows, not the rows; fetch them: git lfs pull")
+    if re.match(rb"\s*<(!doctype html|html)\b", data[:200], re.IGNORECASE):
+        raise DataError(f"{where}: is a web page, not rows; was it saved from a link that asks to log in?")
+    if suffix in (".parquet", *_ARROW) or data[:4] == b"PAR1":
         table = _read_arrow(where, data, suffix)
     else:
         text = _decoded(where, data, reading.encoding)
         if reading.lines and suffix == ".txt":
             table = Table({"text": parts_of(text, reading.lines)})
+        elif suffix == ".txt" and _FASTTEXT.fullmatch(text):
+            rows = [line.split(maxsplit=1) for line in text.split("\n") if line.strip()]
+            table = Table({"text": [row[1].strip() for row in rows], "label": [row[0][9:] for row in rows]})
         elif suffix in _JSON or re.match(r"\s*(\[\s*)?\{\s*\"", text):
             table = Table(_read_json(where, text, key.rpartition(".")[2]))
         else:
             table = _read_separated(where, text, suffix, reading)
     if not table or not _length(table):
-        raise DataError(f"{where}: holds no rows")
+        raise DataError(f"{where}: holds no rows" + (" below the first line, which names the columns" if table else ""))
     return table
 
 
@@ -278,6 +290,8 @@ def _read_json(where: str, text: str, split: str) -> Columns:
         if isinstance(rows, dict):
             return rows
         numbered, unit = list(enumerate(rows, 1)), "entry"
+    if _HALF.search(text):
+        numbered = [(number, _without_halves(row)) for number, row in numbered]
     table: Columns = {}
     for n, (number, row) in enumerate(numbered):
         if not isinstance(row, dict):
@@ -290,6 +304,15 @@ def _read_json(where: str, text: str, split: str) -> Columns:
             if len(values) <= n:
                 values.append(None)
     return table
+
+
+def _without_halves(value: Any) -> Any:
+    """Half of a pair of surrogates, as texts have it that were cut in mid-emoji, is no character: U+FFFD instead."""
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [_without_halves(inner) for inner in value]
+    return {_without_halves(k): _without_halves(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def _is_rows(value: Any) -> bool:
@@ -380,12 +403,15 @@ def _read_separated(where: str, text: str, suffix: str, reading: Reading) -> Tab
             raise DataError(f"{where}: column {name!r} appears twice in the first line")
     table = Table()
     for number, row in rows:
+        if n > 1 and len(row) == 1 and not row[0].strip():
+            continue
         if len(row) > n and not any(cell.strip() for cell in row[n:]):
             row = row[:n]
         elif len(row) < n and not any(names[len(row) :]):
             row = row + [""] * (n - len(row))
         if len(row) != n:
             other = "" if reading.separator else "; data.separator says what stands between them"
+            other = f", which must name the columns{other}"
             raise DataError(
                 f"{where}: line {number} has {len(row)} fields, the first line has {n}" + (other if n == 1 else "")
             )
@@ -505,10 +531,10 @@ def _read_arrow(where: str, data: bytes, suffix: str) -> Table:
     import pyarrow
     import pyarrow.parquet
 
-    kind = "Arrow" if suffix == ".arrow" else "Parquet"
+    kind = "Arrow" if suffix in _ARROW else "Parquet"
     try:
         source = pyarrow.BufferReader(data)
-        if suffix != ".arrow":
+        if suffix not in _ARROW:
             read = pyarrow.parquet.read_table(source)
         elif data[:6] == b"ARROW1":
             read = pyarrow.ipc.open_file(source).read_all()
@@ -516,7 +542,18 @@ def _read_arrow(where: str, data: bytes, suffix: str) -> Table:
             read = pyarrow.ipc.open_stream(source).read_all()
     except (pyarrow.ArrowException, ValueError, OSError) as error:
         raise DataError(f"{where}: not a {kind} file: {str(error).splitlines()[0]}") from error
-    return Table(_named_classes(read.to_pydict(), _features(read.schema)))
+    return Table(_as_written(_named_classes(read.to_pydict(), _features(read.schema))))
+
+
+def _as_written(table: Columns) -> Columns:
+    """Decimals as numbers and dates as text, which is how they stand in a CSV."""
+    for name, values in table.items():
+        first = next((value for value in values if value is not None), None)
+        if isinstance(first, Decimal):
+            table[name] = [None if v is None else int(v) if v == v.to_integral_value() else float(v) for v in values]
+        elif isinstance(first, (date, time)):  # a datetime is a date
+            table[name] = [None if v is None else v.isoformat() for v in values]
+    return table
 
 
 def _features(schema: Any) -> dict[str, Any]:
@@ -561,4 +598,5 @@ def from_dataset(part: Any) -> Table:
     for column, feature in part.features.items():
         if isinstance(feature, Image):
             part = part.cast_column(column, Image(decode=False))
-    return Table(_named_classes({name: part[name][:] for name in part.column_names}, dict(part.features)))
+    named = _named_classes({name: part[name][:] for name in part.column_names}, dict(part.features))
+    return Table(_as_written(named))

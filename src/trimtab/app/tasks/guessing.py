@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import ConfigError, DataError
-from .chats import BESIDE, CHATS, FORMS, PAIRS
+from .chats import BESIDE, CHATS, FORMS, PAIRS, loads
 from .data import is_missing
 from .files import Columns, is_chat
 from .math import gold_of
@@ -78,7 +78,7 @@ class _Column:
 
     @property
     def n_different(self) -> int:
-        return len({str(value) for value in self.values})
+        return len({re.sub(r"\.0+$", "", str(value).strip()) for value in self.values})  # 1.0 is 1
 
     @property
     def is_scale(self) -> bool:
@@ -123,6 +123,8 @@ def guess(table: Columns, source: str, given: Mapping[str, Any]) -> Guess:
         wanted = "instruct"
     if wanted is None and {"text_pair", "label"} & given.keys():
         wanted = "text_classification"
+    if wanted is None and not given:
+        _refuse_what_is_not_learned(table, columns, source)
     found = None
     if wanted in (None, "instruct", "math", "code", "summarize", "vqa"):
         found = _written(columns, wanted)
@@ -145,10 +147,36 @@ def guess(table: Columns, source: str, given: Mapping[str, Any]) -> Guess:
     return Guess(found.task, settings, found.told, unread if found.task in ("text_classification", "text") else ())
 
 
+def _refuse_what_is_not_learned(table: Columns, columns: Mapping[str, _Column], source: str) -> None:
+    """Columns that say what the rows are for, and that no task here reads: leaving them out would be another job."""
+    if {"chosen", "rejected"} <= table.keys():
+        chats = any(map(is_chat, columns["chosen"].values)) if "chosen" in columns else False
+        asked = next((name for name in ("prompt", "question", "instruction", "input") if name in table), "PROMPT")
+        how = "'task.columns={messages: chosen}'" if chats else f"task.prompt={asked} task.answer=chosen"
+        raise DataError(
+            f"{source}: 'chosen' and 'rejected' are answers to prefer one of, which is not learned here; "
+            f"to learn the chosen ones: task.name=instruct {how}"
+        )
+    for name in LABELS[:4]:
+        values = columns[name].values if name in columns else []
+        if any(isinstance(value, (list, dict)) for value in values):
+            raise DataError(
+                f"{source}: column {name!r} holds {type(values[0]).__name__}s, and one label a row is learned; "
+                "make it one, or learn the text alone: task.name=text"
+            )
+        if name in table and not values and not set(CHATS) & columns.keys():
+            raise DataError(
+                f"{source}: column {name!r} has nothing in any row; to learn the text alone: task.name=text"
+            )
+
+
 def _written(columns: Mapping[str, _Column], wanted: str | None) -> Guess | None:
     """Answers that the model is to write."""
-    chats = [name for name in CHATS if name in columns and any(map(is_chat, columns[name].values))]
-    others = [name for name, column in columns.items() if any(map(is_chat, column.values)) and name not in BESIDE]
+    held = [
+        name for name, c in columns.items() if any(is_chat(v if isinstance(v, list) else loads(v)) for v in c.values)
+    ]
+    chats = [name for name in CHATS if name in held]
+    others = [name for name in held if name not in BESIDE]
     if wanted == "vqa" or (wanted is None and {"image", "png_base64", "image_id"} & columns.keys()):
         return Guess("vqa", {}, "questions about images")
     kinds = [kind.columns for kind in KINDS.values() if set(kind.columns) <= columns.keys()]
@@ -158,6 +186,8 @@ def _written(columns: Mapping[str, _Column], wanted: str | None) -> Guess | None
         return Guess(
             "summarize", named, f"documents ({kinds[0][0]}) and their summaries ({kinds[0][1]})" if kinds else ""
         )
+    if wanted is None and ({"test_list", "code"} <= columns.keys() or {"canonical_solution", "test"} <= columns.keys()):
+        return Guess("code", {}, "programs with their tests")
     if wanted in ("math", "code"):
         return Guess(wanted)
     if chats:
@@ -267,4 +297,10 @@ def _whole(columns: Mapping[str, _Column], source: str, given: Mapping[str, Any]
     chosen = texts if len(texts) == 1 else named if len(named) == 1 else []
     if not chosen:
         return None
+    lists = [name for name, column in columns.items() if any(isinstance(v, (list, dict)) for v in column.values)]
+    if lists and not given:
+        raise DataError(
+            f"{source}: columns {', '.join(columns)}, of which {', '.join(lists)} hold lists; say what is learned: "
+            f"task.name=text task.text={chosen[0].name} for that column alone, or task.prompt=… task.answer=…"
+        )
     return Guess("text", {"text": chosen[0].name}, f"plain text ({chosen[0].name})")

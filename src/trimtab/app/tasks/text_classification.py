@@ -242,6 +242,8 @@ class TextClassification(SequenceClassification):
             self.notes.append(
                 f"classes that differ in blanks or case only: {some(near)}; task.fold_labels=true makes them one"
             )
+        if unclear := [key for key in ("-", "?", "unknown") if key in spelt and len(spelt) > 2]:
+            self.notes.append(f"is {unclear[0]!r} a class? If it stands for no label: data.missing=['{unclear[0]}']")
         names = [min(counts, key=lambda name: (-counts[name], name)) for counts in spelt.values()]
         try:
             return sorted(names, key=lambda name: (int(name), name))
