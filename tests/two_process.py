@@ -1,10 +1,11 @@
-"""What two processes and one run: ``torchrun --nproc-per-node 2 two_process.py OUT``."""
+"""What two processes and one run: ``torchrun --nproc-per-node 2 two_process.py OUT CASE …``."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ CASES: dict[str, tuple[str, str, bool, torch.dtype]] = {
     "salientlora, float32": ("bert", "salientlora", True, torch.float32),
     "aflora, float32": ("bert", "aflora", True, torch.float32),
 }
+# Both axes at once, another order of the two, a model without a head of its own, and float32.
+FEW = ("salientlora+aflora, with head", "adalora, no head", "salientlora, llama", "salientlora, float32")
 # Cases whose roles have learning rates of their own.
 RATES = {"salientlora+aflora, with head": {"B": 2, "head": 3}}
 
@@ -177,10 +180,10 @@ def _trained_on(folder: Path) -> dict[str, torch.Tensor]:
     return {n: t.clone() for n, t in model.state_dict().items() if "lora_" in n}
 
 
-def main(out: Path) -> None:
+def main(out: Path, cases: Iterable[str]) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     results: dict[str, Any] = {}
-    for case in CASES:
+    for case in cases:
         results[case] = run(case, out / "runs" / case, processes=2)
     case, folder = "salientlora+aflora, with head", out / "runs" / "resumed"
     saving = dict(save_strategy="steps", save_steps=5, logging_steps=3)
@@ -206,4 +209,4 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

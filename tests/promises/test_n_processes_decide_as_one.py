@@ -16,20 +16,28 @@ pytestmark = pytest.mark.two_process
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory):
+def launched(request, tmp_path_factory):
     """One launch for all cases, since most of its time is importing: folder, and what each process saw."""
     out = tmp_path_factory.mktemp("ddp")
     here = Path(two_process.__file__).parent
+    cases = two_process.FEW if "not slow" in request.config.getoption("markexpr") else two_process.CASES
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(here.parent / "src"), str(here), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, str(here / "two_process.py"), str(out)], env=environment, capture_output=True, text=True, timeout=900
-    )
+        [*command, str(here / "two_process.py"), str(out), *cases],
+        env=environment, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-6000:]
     return out, [torch.load(out / f"process-{i}.pt", weights_only=False) for i in (0, 1)]
+
+
+def each_case(dtype):
+    marks = {name: () if name in two_process.FEW else pytest.mark.slow for name in two_process.CASES}
+    names = [pytest.param(name, marks=marks[name]) for name, case in two_process.CASES.items() if case[3] == dtype]
+    return pytest.mark.parametrize("case", names)
 
 
 def decisions(events: list[dict]) -> list[dict]:
@@ -47,7 +55,7 @@ def numbers(events: list[dict]) -> torch.Tensor:
     return torch.tensor(found, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("case", [name for name, case in two_process.CASES.items() if case[3] == torch.float64])
+@each_case(torch.float64)
 def test_two_processes_equal_one(launched, tmp_path, case):
     _, (first, second) = launched
     one = two_process.run(case, tmp_path, processes=1)
@@ -66,7 +74,7 @@ def test_two_processes_equal_one(launched, tmp_path, case):
             assert torch.allclose(two["weights"][name], weight, rtol=0, atol=1e-9), name
 
 
-@pytest.mark.parametrize("case", [name for name, case in two_process.CASES.items() if case[3] == torch.float32])
+@each_case(torch.float32)
 def test_two_processes_decide_as_one_in_float32(launched, tmp_path, case):
     one = two_process.run(case, tmp_path, processes=1)
     for two in launched[1]:
@@ -75,7 +83,7 @@ def test_two_processes_decide_as_one_in_float32(launched, tmp_path, case):
 
 def test_both_processes_hold_the_same_weights_to_the_bit(launched):
     first, second = launched[1]
-    for case in two_process.CASES:
+    for case in (name for name in two_process.CASES if name in first):
         weights = second[case]["weights"]
         assert all(torch.equal(w, weights[n]) for n, w in first[case]["weights"].items()), case
 
