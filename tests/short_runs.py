@@ -12,6 +12,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import tiny
+from marks import slow
 from trimtab import AdaLoRA, AFLoRA, FreezeAt, GradES, SalientLoRA, SoRA, TrimCallback, TrimConfig
 
 STEPS = 40
@@ -40,9 +41,7 @@ METHODS: dict[str, dict[str, Any]] = {
 # Ranks and freezing from LoRA's start; ranks by gradients from the svd start. What does not depend on how a method
 # decides is tested with these two, and with all of them by `make test-all`.
 FEW = ("salientlora+aflora", "adalora+at, svd")
-each_method = pytest.mark.parametrize(
-    "method", [m if m in FEW else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
-)
+each_method = pytest.mark.parametrize("method", [m if m in FEW else slow(m) for m in METHODS])
 
 
 def config_for(method: str) -> Callable[..., TrimConfig]:

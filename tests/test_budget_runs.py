@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 import short_runs as runs
+from marks import slow
 from trimtab import AdaLoRA, AFLoRA, Budget, SalientLoRA
 from trimtab.errors import BudgetError, ConfigError
 
@@ -16,9 +17,9 @@ AFLORA = AFLoRA(warmup=4, final=12, interval_steps=2, rule="tensor_rank")
     ("budget", "methods"),
     [
         (Budget(final_params=9000), {"rank": SALIENT}),
-        (Budget(final_params=9000), {"rank": AdaLoRA(target_r=1, warmup=4, final=14, interval_steps=5)}),
-        (Budget(average_params=7000), {"freeze": AFLORA}),
-        (Budget(average_params=9500), {"rank": SALIENT}),
+        slow(Budget(final_params=9000), {"rank": AdaLoRA(target_r=1, warmup=4, final=14, interval_steps=5)}),
+        slow(Budget(average_params=7000), {"freeze": AFLORA}),
+        slow(Budget(average_params=9500), {"rank": SALIENT}),
         (Budget(average_params=6000), {"rank": SALIENT, "freeze": AFLORA}),
     ],
 )

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from transformers import AutoModelForSequenceClassification
 
 import trimtab
+from marks import slow
 from tasks.stand_ins import byte_model, byte_tokenizer, encoder_tokenizer, tiny_config
 from trimtab.app.cli import cli
 
@@ -66,7 +67,7 @@ def run_command(words: list[str]) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", [slow(page) if page == "several_gpus" else page for page in PAGES])
 def test_every_block_of_a_page_runs_in_its_order(
     name: str, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
 import trimtab
+from marks import slow
 from trimtab.adapters import dropout, fused
 from trimtab.adapters.fused import Route, lowrank_linear
 from trimtab.adapters.lowrank import lowrank_delta
@@ -465,7 +466,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("family", "case"), [*(("bert", case) for case in CASES), ("llama", "plain LoRA")])
+@pytest.mark.parametrize(
+    ("family", "case"),
+    [
+        ("bert", "SalientLoRA and AFLoRA"),
+        ("llama", "plain LoRA"),
+        *(slow("bert", name) for name in CASES if " and " not in name),
+    ],
+)
 def test_fifty_steps_of_training_equal_those_of_the_plain_formula(case, family, monkeypatch):
     calls = fused_calls(monkeypatch)
     model = hosted(family, **copy.deepcopy(CASES[case]))

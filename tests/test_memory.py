@@ -9,6 +9,7 @@ import transformers as tf
 from click.testing import CliRunner
 from torch.profiler import ProfilerActivity, profile
 
+from marks import slow
 from tasks.stand_ins import write_jsonl
 from test_run import tiny_model
 from trimtab.app import memory
@@ -50,7 +51,7 @@ def allocated(kind, batch, tokens, is_checkpointing):
 
 
 @pytest.mark.parametrize("is_checkpointing", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("batch, tokens", [(4, 64), (16, 128)])
+@pytest.mark.parametrize("batch, tokens", [(4, 64), slow(16, 128)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_forecast_is_what_the_allocator_counts(kind, batch, tokens, is_checkpointing):
     cls, config, task_type, targets = KINDS[kind]

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 import short_runs as runs
 import tiny
 import trimtab
+from marks import slow
 from trimtab import AdaLoRA, AFLoRA, Controller, SoRA, TrimConfig
 from trimtab.errors import ConfigError
 
@@ -238,7 +239,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("method", ["salientlora+aflora", "sora", "adalora"])
+@pytest.mark.parametrize("method", ["salientlora+aflora", slow("sora"), slow("adalora")])
 def test_a_rate_of_one_for_every_role_is_the_run_without_rates(method, tmp_path):
     plain, _ = fit(method, tmp_path / "plain", None)
     for i, rates in enumerate(({}, {"A": 1, "B": 1.0, "head": 1})):
@@ -248,7 +249,7 @@ def test_a_rate_of_one_for_every_role_is_the_run_without_rates(method, tmp_path)
         assert histories[0] == histories[1]
 
 
-@pytest.mark.parametrize("method", ["salientlora+aflora", "sora"])
+@pytest.mark.parametrize("method", ["salientlora+aflora", slow("sora")])
 def test_a_run_with_rates_resumes_exactly_across_prunes_and_freezes(method, tmp_path):
     unbroken, trim = fit(method, tmp_path, RATES)
     history = (tmp_path / "history.jsonl").read_text()

@@ -11,6 +11,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import tiny
+from marks import slow
 from rank.allocator_host import IN, OUT
 from trimtab import AdaLoRA, AFLoRA, Controller, SalientLoRA, SoRA, TrimCallback, TrimConfig
 from trimtab.adapters.lowrank import delta_weight
@@ -94,7 +95,7 @@ def test_until_the_first_decision_a_bare_loop_is_that_of_plain_lora_bit_for_bit(
     assert not same(plain[1:], plain[:-1])
 
 
-@every_family
+@pytest.mark.parametrize("family", ["bert", slow("llama")])
 def test_until_the_first_decision_stock_trainer_does_what_it_does_with_plain_lora(family, tmp_path):
     plain = trained(family, tmp_path)
     for method, options in METHODS.items():

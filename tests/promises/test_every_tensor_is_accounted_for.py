@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import peft
@@ -17,6 +18,7 @@ from torch import nn
 import fresh
 import tiny
 import trimtab
+from marks import slow
 from trimtab import AdaLoRA, TrimConfig
 from trimtab.errors import ConfigError, ExportError
 from trimtab.host.sites import base_of
@@ -313,8 +315,15 @@ def written(model: peft.PeftModel, form: str, folder: Any, name: str | None = No
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's, on tied weights and on bases without a folder
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", CASES)
+def each_form(names: Iterable[str]) -> Iterator[Any]:
+    """Every case in every form. Cases of a selection or a rank method take one form each, and the others when all
+    tests run: their tensors are those of the case without."""
+    for i, (name, form) in enumerate(product(names, FORMS)):
+        is_first = ": " not in name or i % len(FORMS) == i // len(FORMS) % len(FORMS)
+        yield (name, form) if is_first else slow(name, form)
+
+
+@pytest.mark.parametrize(("name", "form"), each_form(CASES))
 def test_an_adapter_is_written_exactly_or_refused_by_name(name, form, tmp_path):
     case = CASES[name]
     model, plain = adapter(case), function(case.build())
@@ -342,10 +351,9 @@ def switched(model: peft.PeftModel) -> trimtab.AdapterSwitch:
     return switch
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", ADAPTIVE)
+@pytest.mark.parametrize(("name", "form"), each_form(f"adaptive: {name}" for name in ADAPTIVE))
 def test_so_is_one_whose_ranks_are_final(name, form, tmp_path):
-    case = CASES[f"adaptive: {name}"]
+    case = CASES[name]
     model = adapter(case)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     controller = trimtab.Controller(model, optimizer, total_steps=12)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import two_process
+from marks import slow
 
 pytestmark = pytest.mark.two_process
 
@@ -35,9 +36,8 @@ def launched(request, tmp_path_factory):
 
 
 def each_case(dtype):
-    marks = {name: () if name in two_process.FEW else pytest.mark.slow for name in two_process.CASES}
-    names = [pytest.param(name, marks=marks[name]) for name, case in two_process.CASES.items() if case[3] == dtype]
-    return pytest.mark.parametrize("case", names)
+    names = [name for name, case in two_process.CASES.items() if case[3] == dtype]
+    return pytest.mark.parametrize("case", [name if name in two_process.FEW else slow(name) for name in names])
 
 
 def decisions(events: list[dict]) -> list[dict]:

@@ -19,6 +19,7 @@ import short_runs as runs
 import tiny
 import trimtab
 from fakes import Halving
+from marks import slow
 from trimtab import AdaLoRA, AFLoRA, Controller, FreezeAt, SalientLoRA, SoRA, TrimCallback, TrimConfig
 from trimtab.errors import ConfigError, StaleAdapterError
 from trimtab.host.adapted import adapter_layers
@@ -336,7 +337,7 @@ def test_the_penalty_reaches_the_gradient_once_a_step_and_before_clipping(tmp_pa
         assert torch.allclose(gradient, mine[name], rtol=1e-12, atol=1e-14), name
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [m if m in ("sora", "salientlora+aflora") else slow(m) for m in METHODS])
 def test_a_bare_loop_equals_the_trainer_step_by_step(tmp_path, method):
     model = salient_model(**({"rank": None} | METHODS[method]))
     twin = copy.deepcopy(model)

@@ -348,3 +348,9 @@ def test_outside_matches_every_name_but_those_in_the_chosen_blocks(family):
     for name, _ in model.named_modules():
         is_inside = name.startswith(tuple(f"{c}." for c in chosen)) or name in chosen
         assert bool(re.fullmatch(where.outside, name)) != is_inside
+
+
+def test_layer_10_is_outside_where_layer_1_is_chosen():
+    outside = from_mask({"layers": 12}, "010000000000").outside
+    assert not re.fullmatch(outside, "model.layers.1.q_proj")
+    assert all(re.fullmatch(outside, f"model.layers.{i}.q_proj") for i in (0, 10, 11))
