@@ -22,7 +22,7 @@ from trimtab import AdaLoRA, AFLoRA, Controller, TrimCallback, TrimConfig
 from trimtab.errors import ConfigError, ModelError, StaleAdapterError
 from trimtab.train.steps import NOT_FINITE_LIMIT
 
-ADALORA = AdaLoRA(target_r=2, warmup=2, final=6, interval_steps=1)
+ADALORA = AdaLoRA(target_r=2, start="svd", warmup=2, final=6, interval_steps=1)  # adds a penalty
 
 
 def made(optimizer: Any = torch.optim.AdamW, steps: int = 12, **options: Any):
@@ -175,6 +175,22 @@ def test_a_closure_that_makes_the_gradients_anew_is_refused():
 
 
 # -- overflow -------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_scale_changes_nothing():
+    trained = []
+    for is_scaled in (True, False):
+        model, optimizer, controller, _ = made(torch.optim.SGD)
+        scaler = GradScaler("cpu", init_scale=8.0, enabled=is_scaled)
+        for step in range(12):
+            scaler.scale(model(**tiny.batch("bert", seed=step)).loss).backward()
+            controller.before_step(scaler.get_scale())
+            scaler.step(optimizer)
+            scaler.update()
+            controller.after_step()
+            optimizer.zero_grad()
+        trained.append(weights(model))
+    assert same(*trained)
 
 
 @pytest.mark.parametrize("method", ["adalora", "aflora"])
@@ -349,7 +365,7 @@ def test_adapters_in_half_precision_are_widened_in_a_bare_loop(dtype):
 
 def test_numpys_integers_are_integers():
     i = np.int64
-    rank = AdaLoRA(target_r=i(2), warmup=i(2), final=i(6), interval_steps=i(1))
+    rank = AdaLoRA(target_r=i(2), start="svd", warmup=i(2), final=i(6), interval_steps=i(1))
     assert rank == ADALORA and repr(rank) == repr(ADALORA)
     assert repr(AFLoRA(interval_steps=i(2))) == repr(AFLoRA(interval_steps=2))
     config = TrimConfig(r=i(4), target_modules=["query"], rank=rank)
