@@ -1,4 +1,4 @@
-"""Writes recipe_reference.md: every key of a recipe, from the classes that read it.
+"""Writes recipe_reference.md, every key of a recipe from the classes that read it, and the settings in methods/*.md.
 
     python docs/recipe_reference.py
 
@@ -19,7 +19,7 @@ from pydantic import BaseModel, TypeAdapter
 from pydantic.fields import FieldInfo
 from sphinx.pycode import ModuleAnalyzer
 
-from trimtab import freeze, rank
+from trimtab import BottleneckConfig, freeze, rank
 from trimtab.app import recipe
 from trimtab.app.catalogue import catalogue
 from trimtab.app.tasks import TASKS
@@ -27,6 +27,8 @@ from trimtab.app.tasks.answering import Answering
 from trimtab.registry import imported
 
 PAGE = Path(__file__).with_name("recipe_reference.md")
+METHODS = sorted(Path(__file__).with_name("methods").glob("*.md"))
+SETTINGS = re.compile(r"(<!-- settings: (\w+) (\w+) -->\n).*?(<!-- end of settings -->)", re.DOTALL)
 HEAD = """\
 # Every key
 
@@ -168,6 +170,28 @@ def adapter_words() -> str:
     return "\n".join(lines) + "\n\nAny other field of that config goes by its own name.\n"
 
 
+def method_page(text: str) -> str:
+    """A page of a method, with the tables between its marks made anew."""
+    return SETTINGS.sub(lambda found: f"{found[1]}\n{method_settings(found[2], found[3])}\n{found[4]}", text)
+
+
+def method_settings(axis: str, name: str) -> str:
+    if axis in ("rank", "freeze"):
+        return table(setting_rows({"rank": rank, "freeze": freeze}[axis].load(name)))
+    if axis == "where":
+        keys = ["ratio", "count", *next(e for e in catalogue() if (e.axis, e.name) == (axis, name)).defaults, "seed"]
+        return table(line for line in section_rows(recipe.Where) if line.split("`")[1] in keys)
+    if name == "lora":
+        return table(line for line in section_rows(recipe.Adapter) if line.split("`")[1] != "type")
+    hints = typing.get_type_hints(BottleneckConfig)
+    own = [f for f in dataclasses.fields(BottleneckConfig) if f.name in vars(BottleneckConfig)["__annotations__"]]
+    keys = [f for f in own if f.name not in ("target_modules", "exclude_modules", "layers_to_transform", "where")]
+    schemas = {f.name: TypeAdapter(hints[f.name]).json_schema() for f in keys}
+    return table(row(f.name, schemas[f.name], f.default, f"{f.metadata['help']}.") for f in keys)
+
+
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    for one in METHODS:
+        one.write_text(method_page(one.read_text("utf-8")), encoding="utf-8")
     sys.stdout.write(f"{PAGE}\n")

@@ -121,6 +121,48 @@ def test_the_page_of_keys_is_what_the_code_says(reference) -> None:
     assert reference.PAGE.read_text("utf-8") == reference.page(), "python docs/recipe_reference.py"
 
 
+def test_every_method_has_a_page_with_its_equation_its_settings_and_what_is_followed(reference) -> None:
+    from trimtab.app.catalogue import catalogue
+
+    pages = {path.stem: path.read_text("utf-8") for path in reference.METHODS}
+    controls = set(re.findall(r"^\| `(\w+)` \|", pages.pop("controls").partition("<!--")[0], re.MULTILINE))
+    entries = [
+        e for e in catalogue() if e.axis in ("adapter", "where", "rank", "freeze") and "from " not in e.summary[:5]
+    ]
+    assert {entry.name for entry in entries} == {*pages, *controls}
+    for entry in entries:
+        if entry.name in controls:
+            continue
+        page = pages[entry.name]
+        assert page.startswith(f"# {entry.name}\n") and re.search(r"^    \S", page, re.MULTILINE), entry.name
+        assert "\n## What is followed\n" in page
+        assert all(number in page for number in re.findall(r"\d{4}\.\d{5}", entry.paper)), entry.name
+        for key in [*entry.defaults, *entry.needed]:
+            assert f"| `{key}` |" in page or f"`{key}" in page, (entry.name, key)
+
+
+def test_the_settings_on_the_pages_of_methods_are_what_the_code_says(reference) -> None:
+    for path in reference.METHODS:
+        text = path.read_text("utf-8")
+        assert text == reference.method_page(text), f"{path.name}: python docs/recipe_reference.py"
+
+
+@pytest.mark.parametrize(("page", "config"), [("vera", "VeraConfig"), ("adaption_prompt", "AdaptionPromptConfig")])
+def test_the_pages_of_pefts_own_methods_name_keys_that_peft_has(page: str, config: str) -> None:
+    import dataclasses
+
+    import peft
+
+    known = {field.name: field.default for field in dataclasses.fields(getattr(peft, config))}
+    words = {"dropout": "vera_dropout", "init": "init_weights"}  # ours -> PEFT's
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", (ROOT / f"docs/methods/{page}.md").read_text("utf-8"), re.MULTILINE)
+    assert len(rows) > 1
+    for key, said in rows:
+        default = known[words.get(key, key)]
+        if key not in ("r", "target_modules") and said != "needed":  # where a recipe's own default counts
+            assert said.strip("`") == str(default).lower(), key
+
+
 def test_every_key_says_what_it_means(reference) -> None:
     rows = re.findall(r"^\| (`\w+`) \|.*\| (.*) \|$", reference.PAGE.read_text("utf-8"), re.MULTILINE)
     assert len(rows) > 150

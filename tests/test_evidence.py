@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
-from benchmarks.evidence import RESULTS
+from benchmarks.evidence import RESULTS, chooser
 from benchmarks.evidence.__main__ import go_on, main, options_of
 from benchmarks.evidence.matrix import FIRST, RATES, ROWS, TASKS, TUNING_SEEDS, UNTUNED, Run, plan
 from benchmarks.evidence.page import PAGE, figures, filled
@@ -98,3 +99,17 @@ def test_rows_that_a_user_would_swap_are_run_at_one_rate_before_anything_is_tune
     first = [run for run, _ in zip(plan(["sst2"], list(ROWS), (0, 1, 2), {}), range(15))]
     assert all(run.rate == UNTUNED and not run.tuning for run in first)
     assert {run.row.name for run in first} == set(FIRST)
+
+
+def test_the_page_that_helps_to_choose_says_what_the_records_say(results, monkeypatch):
+    page = chooser.PAGE.read_text()
+    forecast = re.search(r"<!-- memory -->\n(.*?)\n<!-- end -->", page, re.DOTALL)[1]
+    monkeypatch.setitem(chooser.BLOCKS, "memory", lambda _: forecast)
+    assert page == chooser.filled(page, results), "run: python -m benchmarks.evidence --page"
+    assert set(re.findall(r"^<!-- (\w+) -->$", page, re.MULTILINE)) == {*chooser.BLOCKS, "end"}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_page_that_helps_to_choose_says_what_a_plan_forecasts(results):
+    assert chooser.memory(results) in chooser.PAGE.read_text(), "run: python -m benchmarks.evidence --page"

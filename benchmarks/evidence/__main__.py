@@ -29,9 +29,10 @@ from .single import PRELOAD, in_own_process
 def main(arguments: Sequence[str] | None = None) -> int:
     options = options_of(arguments)
     if options.page:
-        from .page import write
+        from . import chooser, page
 
-        write(options.results)
+        page.write(options.results)
+        chooser.write(options.results)
     elif options.list:
         show(options)
     else:

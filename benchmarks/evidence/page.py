@@ -6,7 +6,7 @@ The text around them is written by hand. A block stands between ``<!-- NAME -->`
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,12 @@ def write(folder: Path) -> None:
 
 
 def filled(page: str, results: Results) -> str:
-    return _BLOCK.sub(lambda found: found[1] + BLOCKS[found[2]](results) + "\n" + found[3], page)
+    return filled_with(page, {name: lambda name=name: BLOCKS[name](results) for name in BLOCKS})
+
+
+def filled_with(page: str, blocks: Mapping[str, Callable[[], str]]) -> str:
+    """A page with what stands between its marks made anew."""
+    return _BLOCK.sub(lambda found: found[1] + blocks[found[2]]() + "\n" + found[3], page)
 
 
 # -- words ---------------------------------------------------------------------------------------------
