@@ -76,6 +76,7 @@ def train(
     callbacks: tuple = (),
     trim: TrimCallback | None = None,
     options: dict[str, Any] | None = None,
+    rows: Any = None,
     **more: Any,
 ) -> tuple[TrimCallback, dict[int, torch.Tensor]]:
     """Train 40 steps, saving every 5; returns the callback and the logits at every save."""
@@ -85,8 +86,8 @@ def train(
     ) | more  # fmt: skip
     trim, keep = trim or TrimCallback(history=folder / "history.jsonl"), _KeepLogits(family)
     trainer = Trainer(
-        model, TrainingArguments(**args), train_dataset=tiny.rows(family), eval_dataset=tiny.rows(family, 16, seed=5),
-        callbacks=[trim, keep, *callbacks], **(options or {}),
+        model, TrainingArguments(**args), train_dataset=rows or tiny.rows(family),
+        eval_dataset=tiny.rows(family, 16, seed=5), callbacks=[trim, keep, *callbacks], **(options or {}),
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume)
     return trim, keep.logits

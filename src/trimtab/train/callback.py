@@ -7,6 +7,7 @@ the synchronising micro-batch only. `after_step` sits at `on_optimizer_step`.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -72,6 +73,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         self._args: TrainingArguments | None = None
         self._hook: Any = None
         self._is_queued = False
+        self._loss: Tensor | None = None  # of the step's micro-batches so far, where backward went through it
         self._was_reached = False
         self._has_loop = False  # Trainer's own loop runs; an exception or Ctrl-C ends it without an event
         self._is_training = False
@@ -114,6 +116,7 @@ class TrimCallback(TrainerCallback, ExportableState):
             )
         self.events, self._penalties, self._run = [], [], ""
         self._figures = Figures()
+        self._loss = None
         self._is_queued = self._was_reached = False  # a first attempt may have run out of memory in mid-backward
         if self._hook is not None:
             self._hook.remove()
@@ -203,6 +206,8 @@ class TrimCallback(TrainerCallback, ExportableState):
             self._tell_trackers(args, state, control, kw.get("model"))
         if not logs or "loss" not in logs:
             return
+        if not math.isfinite(logs["loss"]) and isinstance(running := getattr(_trainer(), "_tr_loss", None), Tensor):
+            running.zero_()  # Trainer takes it from itself, which a NaN survives: every later row would be lost, too
         row: Event = {"event": "log", "step": state.global_step, "epoch": state.epoch}
         row.update({k: v for k, v in logs.items() if k != "epoch" and not any(c in k for c in _CLOCK)})
         if self._penalties:
@@ -326,6 +331,8 @@ class TrimCallback(TrainerCallback, ExportableState):
         for tensor in _tensors(output):
             if tensor.requires_grad:
                 tensor.register_hook(self._on_backward)
+                if tensor.dim() == 0:  # a loss
+                    tensor.register_hook(functools.partial(self._take_loss, tensor.detach()))
 
     def _on_backward(self, gradient: Tensor) -> None:
         # Runs at the start of the outermost backward, also under gradient checkpointing.
@@ -334,10 +341,14 @@ class TrimCallback(TrainerCallback, ExportableState):
         self._is_queued = True
         torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
 
+    def _take_loss(self, loss: Tensor, gradient: Tensor) -> None:
+        self._loss = loss if self._loss is None else self._loss + loss
+
     def _after_backward(self) -> None:
         self._is_queued = False
         assert self.controller is not None
-        self.controller.before_step()
+        loss, self._loss = self._loss, None
+        self.controller.before_step(loss=loss)
         self._was_reached = True
 
     def _finish(self, args: TrainingArguments, state: TrainerState) -> None:

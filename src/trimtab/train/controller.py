@@ -126,7 +126,6 @@ class Controller:
         self.is_finished = False
         self._finished: dict[str, Any] | None = None  # state of the finished run that trains on
         self._is_ready = False
-        self._norms: list[Tensor] = []  # of the adapters' gradients, as before_step saw them
         self._seen: tuple[nn.Parameter, Tensor] | None = None  # a gradient that the penalty was added to
         self._not_finite = 0  # steps in a row without finite gradients
         self._gradients: dict[str, Tensor] = {}
@@ -167,7 +166,7 @@ class Controller:
 
     # -- the protocol -------------------------------------------------------------------------------
 
-    def before_step(self, loss_scale: float | None = None) -> None:
+    def before_step(self, loss_scale: float | None = None, loss: Tensor | None = None) -> None:
         """After the step's last backward and before clipping.
 
         While accelerate accumulates, it does nothing. Called again in the same step (a second loss), it takes in what
@@ -176,6 +175,8 @@ class Controller:
         Args:
             loss_scale: factor that the gradients still carry (a bare fp16 scaler's ``get_scale()``); None asks
                 accelerate's optimizer, and is 1 without one.
+            loss: of this process, shape (). Gradients tell of one that is not finite, but for a mean over no labels,
+                whose gradients are 0: given here, that step is left out as well.
         """
         if is_accumulating():
             return
@@ -189,6 +190,8 @@ class Controller:
         if loss_scale is None:
             loss_scale = self._watch.loss_scale()
         has_penalty = self._is_ready and not self._was_zeroed()
+        if loss is not None:
+            self._take_in(loss.detach())
         self._average_gradients()  # what was averaged before is the same everywhere, so that it stays as it is
         self._silence_dead_columns()
         if not has_penalty:
@@ -196,7 +199,7 @@ class Controller:
         with_gradient = [p for p in self._adapted() if p.grad is not None]
         gradients = [p.grad for p in with_gradient if p.grad is not None]
         self._seen = (with_gradient[0], gradients[0]) if gradients else None
-        self._norms = list(torch._foreach_norm(gradients)) if gradients else []
+        self._watch.norms = list(torch._foreach_norm(gradients)) if gradients else []
         if self.freezer is not None and self.freezer.reads_gradients:
             self._gradients = {
                 name: p.grad.detach() / loss_scale if loss_scale != 1.0 else p.grad.detach().clone()
@@ -210,7 +213,8 @@ class Controller:
     def after_step(self, skipped: bool = False) -> None:
         """After `optimizer.step`, while gradients are still there. While accelerate accumulates, it does nothing.
 
-        A step without finite gradients counts, but scores nothing.
+        A step without finite gradients counts, but scores nothing; where no scaler does so, the optimizer is kept from
+        taking it.
 
         Args:
             skipped: the optimizer was not stepped, for a reason that cannot be seen from here.
@@ -222,7 +226,7 @@ class Controller:
                 "after_step: call before_step first, after backward and before clipping"
                 + (" (accelerate says that gradients are still accumulating)" if is_accumulating() else "")
             )
-        skipped = self._tell_not_finite() or skipped
+        skipped = skipped or not self._watch.was_finite()
         if not skipped:
             self._refuse_lost_gradients()
             if self.step == 0:
@@ -250,7 +254,7 @@ class Controller:
         if self.freezer is not None and (not skipped or self._has_purse()):
             is_due = self.freezer.is_due(self.step - 1)
             self._freeze(self.freezer.decide(self.step - 1, self._allowance()), is_due)
-        self._gradients, self._e_before, self._norms, self._seen = {}, {}, [], None
+        self._gradients, self._e_before, self._watch.norms, self._seen = {}, {}, [], None
 
     def finish(self) -> None:
         """Cut to the target, fold the diagonals, leave plain LoRA factors. Safe to call twice."""
@@ -635,29 +639,24 @@ class Controller:
         p, gradient = self._seen
         return p.grad is not gradient and (p.grad is None or p.grad.grad_fn is None)
 
-    def _tell_not_finite(self) -> bool:
-        """Whether the step must not be scored: its gradients overflowed or are NaN, or a scaler left it out."""
-        watch, found = self._watch, self._watch.found_inf
-        if watch.can_tell and watch.has_scaler and not watch.has_stepped:
-            return True
-        if not self._norms:
-            return found is not None and bool(found)
-        total = torch.stack([n.float() for n in self._norms]).sum()
-        if found is not None:
-            total = torch.where(found.to(total.device).bool().reshape(()), torch.inf, total)
-        return not bool(torch.isfinite(total))
-
     def _refuse_lost_gradients(self) -> None:
-        if self.allocator is None or not self._norms:
+        norms = self._watch.norms
+        if self.allocator is None or not norms:
             return
         left = [p.grad for p in self._adapted() if p.grad is not None]
         # A loop has the same order in all its steps, so that a look at the values is needed in the first ones only.
-        if len(left) < len(self._norms) or (
-            self.step < 3 and bool(torch.stack(self._norms).any()) and not any(bool(g.any()) for g in left)
+        if len(left) < len(norms) or (
+            self.step < 3 and bool(torch.stack(norms).any()) and not any(bool(g.any()) for g in left)
         ):
             raise StaleAdapterError(
                 "after_step: the gradients that scores need are gone; call optimizer.zero_grad after after_step"
             )
+
+    def _take_in(self, loss: Tensor) -> None:
+        # By way of the gradients every process learns of it: 0 times what is not finite is NaN.
+        gradient = next((p.grad for p in self._adapted() if p.grad is not None), None)
+        if gradient is not None:
+            gradient.detach()[(0,) * gradient.dim()].add_(0 * loss.to(gradient))
 
     def _average_gradients(self) -> None:
         if not is_distributed() or not self.layers:

@@ -18,6 +18,7 @@ from accelerate.state import GradientState
 from torch import Tensor
 
 from ..errors import ConfigError, StaleAdapterError
+from .parallel import is_dtensor
 
 NOT_FINITE_LIMIT = 50
 """Steps in a row without finite gradients that end a run. A scaler that starts at 65536 needs at most 16 to find its
@@ -55,6 +56,8 @@ class StepWatch:
         self.given, self.optimizer = given, optimizer
         self.is_ready = False
         """The gradients are complete: a closure that makes them anew would undo what was done to them."""
+        self.norms: list[Tensor] = []
+        """Of the adapters' gradients, the same on every process, before they are clipped."""
         self.scaler: Any = None
         self._looks = 2  # a profiler or a warm-up may have the first step
         self._hooks: list[Any] = []
@@ -73,6 +76,15 @@ class StepWatch:
     def forget(self) -> None:
         self.has_stepped = False
         self.found_inf: Tensor | None = None
+        self._are_finite: bool | None = None
+
+    def was_finite(self) -> bool:
+        """Whether the step that is over had gradients of numbers only, and was taken."""
+        if self.can_tell and self.has_scaler and not self.has_stepped:
+            return False
+        if self.found_inf is not None and bool(self.found_inf):
+            return False
+        return _all_finite(self.norms) if self._are_finite is None else self._are_finite
 
     def close(self) -> None:
         for hook in self._hooks:
@@ -106,12 +118,27 @@ class StepWatch:
         if self._looks and self.scaler is None:
             self._looks -= 1
             self.scaler = _scaler_above()
+        if self.is_ready and not self.has_scaler:
+            held = [p for group in optimizer.param_groups for p in group["params"]]
+            # Heads as well, whose gradients are complete only now. What is sharded is FSDP's.
+            others = [p.grad for p in held if p.grad is not None and not is_dtensor(p.grad) and not p.grad.is_sparse]
+            self._are_finite = _all_finite([*self.norms, *torch._foreach_norm(others)] if others else self.norms)
+            if not self._are_finite:
+                # As a scaler does: Adam would keep a NaN for good, in its moments and in the weights.
+                for p in held:
+                    p.grad = None
 
     def _ended(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
         self.has_stepped = True
         found = getattr(optimizer, "found_inf", None)  # a fused optimizer is stepped, and leaves the step out itself
         if isinstance(found, Tensor):
             self.found_inf = found
+
+
+def _all_finite(norms: list[Tensor]) -> bool:
+    if not norms:
+        return True
+    return bool(torch.isfinite(torch.stack([n.float().to(norms[0].device) for n in norms])).all())
 
 
 def callers() -> Iterator[FrameType]:
