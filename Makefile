@@ -23,18 +23,21 @@ CONTRACT := tests/promises/test_contract.py tests/promises/test_every_checkpoint
 # A worker that has nothing left takes over half of what another one still has to do.
 PYTEST := python -m pytest -n 2 --dist worksteal
 
-.PHONY: help setup demo test test-all test-mutations test-oldest test-newest package docs lock lint bench clean
+.PHONY: help setup demo test test-all test-mutations test-faults soak licences test-oldest test-newest package docs lock lint bench clean
 
 help:
 	@echo "make demo   the main job on a small real model and real text, offline once set up"
 	@echo "make test   the tests, in at most five minutes on two idle cores"
 	@echo "make test-all  these, and the slow ones: every method in every family, repeated kills, the demo"
 	@echo "make test-mutations  faults put into the core one by one: the tests must see each"
+	@echo "make test-faults  full disks, damage, signals, kills, lost memory and numbers, as a table"
+	@echo "make soak   2 000 steps under 50 kills beside a run that is left alone; not part of CI"
 	@echo "make test-oldest  what must hold on every version, on the oldest that pyproject.toml admits"
 	@echo "make test-newest  the same on the newest that there is"
 	@echo "make package  wheel and sdist, checked: the wheel runs alone and with its extra in a fresh environment"
 	@echo "make docs   the documentation as a site, under build/docs; a warning is a failure"
 	@echo "make lock   refreshes $(LOCKED) with the newest versions"
+	@echo "make licences  of every package that is needed"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  the benchmarks, short form"
 	@echo "make setup  .venv alone; the others do it when it is missing"
@@ -65,6 +68,12 @@ test-all: $(STAMP)
 
 test-mutations: $(STAMP)
 	$(BIN)/python tests/mutations.py
+
+test-faults: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST) -m fault
+
+soak: $(STAMP)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -u tests/soak.py
 
 # Python 3.10 where there is one, since that is the oldest, too.
 test-oldest:
@@ -99,6 +108,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
+
+licences: $(STAMP)
+	@$(BIN)/python requirements/licences.py
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks

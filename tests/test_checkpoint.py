@@ -18,6 +18,8 @@ from trimtab import AFLoRA, SalientLoRA
 from trimtab.errors import CheckpointError
 from trimtab.train.checkpoint import checkpoints, read_state, what_is_wrong, write_state
 
+pytestmark = pytest.mark.fault
+
 METHOD = "salientlora+aflora"
 
 

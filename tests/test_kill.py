@@ -38,6 +38,7 @@ def kill_and_resume(tmp_path, method: str, bombs, kills: int, **options) -> None
     assert len(list(folder.glob("checkpoint-*"))) == 1
 
 
+@pytest.mark.fault
 def test_three_kills_leave_no_trace(tmp_path):
     def bombs(seconds):
         yield ("time", 0.4 * seconds)
@@ -65,6 +66,7 @@ def test_a_kill_at_every_write_of_a_checkpoint_leaves_no_trace(tmp_path):
     kill_and_resume(tmp_path, "salientlora+aflora", bombs, kills=27, save_steps=4)
 
 
+@pytest.mark.fault
 def test_a_killed_run_that_never_saved_starts_afresh(tmp_path):
     began = time.time()
     assert not lives.live(tmp_path / "killed", "sora", ("write", 1))

@@ -90,6 +90,7 @@ def one_of_two(rank: int, folder: str, method: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["salientlora", "adalora", "aflora"])
 def test_one_process_s_nan_is_every_process_s(tmp_path, method):
     server = multiprocessing.get_context("forkserver")

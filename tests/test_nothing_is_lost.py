@@ -17,6 +17,8 @@ from trimtab.app import runfolder
 from trimtab.app.runfolder import RunFolder
 from trimtab.errors import DataError
 
+pytestmark = pytest.mark.fault
+
 
 def contents(folder):
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}

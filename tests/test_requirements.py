@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,3 +65,10 @@ def test_the_readme_names_the_versions_that_are_tested(name, where):
     assert len(versions) == 4
     assert {canonicalize_name(n): v for n, v in versions.items()} == {
         canonicalize_name(n): pinned(name)[canonicalize_name(n)] for n in versions}  # fmt: skip
+
+
+def test_every_package_that_is_needed_has_a_licence_that_binds_nobody():
+    done = subprocess.run([sys.executable, ROOT / "requirements" / "licences.py"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    names = {line.split()[0] for line in done.stdout.splitlines()}
+    assert {"torch", "transformers", "peft", "datasets", "numpy"} <= names

@@ -56,15 +56,17 @@ def assert_same_end(folder, unbroken):
 
 
 STEP = "trimtab:TrimCallback.on_pre_optimizer_step"
+BREADTH = pytest.mark.slow
 IN_TRAINING = [
     (STEP, 5, 5, SIGTERM),
-    (STEP, 8, 8, SIGINT),  # the last step of an epoch: its evaluation comes first
-    ("transformers:Trainer.evaluate", 1, 8, SIGTERM),
-    ("transformers:Trainer._save_checkpoint", 1, 8, SIGINT),
-    ("trimtab.train.callback:write_state", 1, 8, SIGTERM),
+    pytest.param(STEP, 8, 8, SIGINT, marks=BREADTH),  # the last step of an epoch: its evaluation comes first
+    pytest.param("transformers:Trainer.evaluate", 1, 8, SIGTERM, marks=BREADTH),
+    pytest.param("transformers:Trainer._save_checkpoint", 1, 8, SIGINT, marks=BREADTH),
+    pytest.param("trimtab.train.callback:write_state", 1, 8, SIGTERM, marks=BREADTH),
 ]
 
 
+@BREADTH
 @pytest.mark.parametrize("target, n, step, signal", IN_TRAINING)
 def test_a_signal_in_training_saves_and_the_run_goes_on_exactly(unbroken, tmp_path, target, n, step, signal):
     code, said = stopped(unbroken, tmp_path, (target, n), signal)
@@ -88,6 +90,7 @@ def test_a_signal_in_the_last_step_takes_training_to_its_end(unbroken, tmp_path)
     assert_same_end(tmp_path / "run", unbroken)
 
 
+@BREADTH
 @pytest.mark.parametrize("target", ["trimtab.app.run:_name_base", "trimtab.app.run:score", "trimtab.app.report:write"])
 def test_a_signal_after_training_leaves_nothing_half_written(unbroken, tmp_path, target):
     code, said = stopped(unbroken, tmp_path, (target, 1), SIGTERM)
@@ -97,6 +100,8 @@ def test_a_signal_after_training_leaves_nothing_half_written(unbroken, tmp_path,
     assert_same_end(tmp_path / "run", unbroken)
 
 
+@BREADTH
+@BREADTH
 @pytest.mark.parametrize("target", ["trimtab.app.models:load_model", "trimtab.app.run:_choose"])
 def test_a_signal_before_training_stops_at_once_and_the_same_command_starts_again(unbroken, tmp_path, target):
     code, said = stopped(unbroken, tmp_path, (target, 1), SIGINT)
@@ -114,6 +119,7 @@ def test_a_run_that_was_to_be_replaced_is_back_after_a_signal(unbroken, tmp_path
     assert_same_end(tmp_path / "run", unbroken)
 
 
+@BREADTH
 @pytest.mark.parametrize("target, n", [(STEP, 12), ("transformers:Trainer._save_checkpoint", 2)])
 def test_a_second_signal_leaves_at_once_and_the_last_checkpoint_counts(unbroken, tmp_path, target, n):
     code, _ = stopped(unbroken, tmp_path, (target, n), SIGTERM, SIGINT)
@@ -127,6 +133,7 @@ def interrupt_all():
     os.killpg(0, SIGINT)
 
 
+@BREADTH
 def in_a_terminal():
     os.setpgid(0, 0)
     AtCall(STEP, 5, interrupt_all)()

@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from .screen import Screen
 
 DEBUG = "TRIMTAB_DEBUG"
+_SMALLER = (
+    "halve train.per_device_train_batch_size and double train.gradient_accumulation_steps, which is the same run, "
+    "shorten task.max_length, or set train.gradient_checkpointing=true"
+)
 
 
 class _Commands(click.Group):
@@ -83,6 +87,8 @@ class _Commands(click.Group):
             if fault := storage_fault(error):
                 _fail(fault, code=2)
             text = " ".join(str(error).split()) or type(error).__name__
+            if "out of memory" in text.lower():
+                _fail(f"{text[:200]}: {_SMALLER}", code=1)
             _fail(f"{type(error).__name__}: {text[:300]} (traceback: {_write_log()}, or run with --debug)", code=1)
 
 

@@ -65,6 +65,8 @@ def adapter_lines(job: Job, base: str | None, adapter: str) -> str:
         return ""
     reader = "AutoProcessor" if job.task.tokenizer_class == "AutoProcessor" else "AutoTokenizer"
     source, kwargs = _source(model_spec(job.recipe))
+    if not settings.trust_remote_code:
+        del kwargs["trust_remote_code"]
     if settings.dtype:
         kwargs["dtype"] = settings.dtype
     given = [repr(base or source), *(f"{key}={value!r}" for key, value in kwargs.items())]

@@ -51,6 +51,8 @@ class ModelSpec:
     nothing is fetched. Without one: overrides of the checkpoint's config (``{attention_dropout: 0}``)."""
     quantization: dict[str, Any] | None = None
     """Arguments of transformers' `BitsAndBytesConfig` (``{load_in_4bit: true}``)."""
+    trust_remote_code: bool = False
+    """Whether Python that the repository or folder brings is run; transformers would ask on the terminal."""
 
     def __post_init__(self) -> None:
         if self.name_or_path is None and self.config is None:
@@ -115,7 +117,9 @@ def _gguf_config(file: str, changed: int) -> PretrainedConfig:
     return AutoConfig.from_pretrained(str(Path(file).parent), gguf_file=Path(file).name)
 
 
-def meta_model(config: PretrainedConfig, auto_class: str = "AutoModelForCausalLM") -> PreTrainedModel:
+def meta_model(
+    config: PretrainedConfig, auto_class: str = "AutoModelForCausalLM", trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The model's modules and shapes, without weights, on the meta device (a second for 7B).
 
     Raises:
@@ -129,7 +133,7 @@ def meta_model(config: PretrainedConfig, auto_class: str = "AutoModelForCausalLM
     import torch
 
     with torch.device("meta"):
-        return _from_config(config, auto_class)
+        return _from_config(config, auto_class, trust_remote_code)
 
 
 def load_tokenizer(spec: ModelSpec, task: Task | None = None) -> Any:
@@ -144,7 +148,7 @@ def load_tokenizer(spec: ModelSpec, task: Task | None = None) -> Any:
     if spec.tokenizer is not None:
         key = "model.tokenizer"
         source = _local(spec.tokenizer, key)
-        kwargs: dict[str, Any] = {}
+        kwargs: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
     else:
         key = "model.name_or_path"
         source, kwargs = _source(spec)
@@ -296,7 +300,9 @@ def _source(spec: ModelSpec) -> tuple[str, dict[str, Any]]:
     name = spec.name_or_path
     if name is None:
         raise ConfigError("model.name_or_path", None, "model.config alone is enough for plan, but not here")
-    kwargs: dict[str, Any] = {"revision": spec.revision} if spec.revision is not None else {}
+    kwargs: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
+    if spec.revision is not None:
+        kwargs["revision"] = spec.revision
     if name.lower().endswith(".gguf"):
         file = Path(name).expanduser()
         if not file.is_file():
@@ -359,6 +365,8 @@ def _one_line(spec: ModelSpec, key: str = "model.name_or_path") -> Iterator[None
                 "no such folder, and not in the hub's local cache; the hub cannot be reached from here "
                 "(name a local folder or *.gguf file, or go online)"
             )
+        elif "trust_remote_code" in str(error):
+            text = "brings Python of its own, which is run only with model.trust_remote_code=true; read it first"
         elif isinstance(error, ImportError) and "gguf" in text.lower():
             text = "reading GGUF files needs the gguf package: pip install 'trimtab[gguf]'"
         raise ModelError(f"{key}={value!r}: {text}") from error
@@ -487,11 +495,11 @@ def _config_of(whole: dict[str, Any], origin: Any, labels: dict[str, Any]) -> Pr
         raise ConfigError("model.config", origin, _flat(error)) from error
 
 
-def _from_config(config: PretrainedConfig, auto_class: str) -> PreTrainedModel:
+def _from_config(config: PretrainedConfig, auto_class: str, trust_remote_code: bool = False) -> PreTrainedModel:
     import transformers
 
     try:
-        return getattr(transformers, auto_class).from_config(config)
+        return getattr(transformers, auto_class).from_config(config, trust_remote_code=trust_remote_code)
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):
             raise ModelError(f"model.config: {_flat(error)}") from error
@@ -514,7 +522,7 @@ def _quantization(spec: ModelSpec, task: Task) -> Any:
     if not (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
         raise ConfigError("model.quantization", spec.quantization, "set load_in_4bit or load_in_8bit to true")
     if "llm_int8_skip_modules" not in settings:
-        head = _head(meta_model(load_config(spec, task), task.auto_class))
+        head = _head(meta_model(load_config(spec, task), task.auto_class, spec.trust_remote_code))
         settings["llm_int8_skip_modules"] = list(head)
     try:
         return BitsAndBytesConfig(**settings)

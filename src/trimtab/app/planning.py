@@ -96,7 +96,8 @@ def plan_recipe(
             "(give data.train, or train.max_steps)"
         )
     model_config = models.load_config(model_spec(recipe), task)
-    model = models.meta_model(model_config, task.auto_class if task else auto_class_of(model_config))
+    auto_class = task.auto_class if task else auto_class_of(model_config)
+    model = models.meta_model(model_config, auto_class, recipe.model.trust_remote_code)
     task_type = task.task_type if task else None
     # A pretrained language model has no head for these tasks: without its weights, all outside the backbone is new.
     head = _outside_backbone(model) if task_type in HEADS else ()

@@ -56,6 +56,8 @@ class Model(Section):
     overrides of the checkpoint's config (``{attention_dropout: 0}``)."""
     quantization: dict[str, Any] | None = None
     """Arguments of transformers' `BitsAndBytesConfig` (``{load_in_4bit: true}``)."""
+    trust_remote_code: bool = False
+    """Run the Python that the model's repository or folder brings; read it first. Otherwise such a model is refused."""
 
 
 class Task(Section):

@@ -68,6 +68,8 @@ _NOBODYS = (".DS_Store", "Thumbs.db", "desktop.ini", ".gitkeep", ".gitignore", "
 # The run that --overwrite replaces, while it is moved and until the new one has something to go on from.
 _HALF_ASIDE, _ASIDE = ".previous.half", ".previous"
 _LOCK = ".lock"
+# Of an adapter, and of a model.
+_CONFIGS = ("adapter_config.json", "config.json")
 # What may differ between the recipe that began a run and the one that goes on with it.
 _FREE = ("base_rows", "output_dir", "export")
 
@@ -234,7 +236,8 @@ def write_text(path: Path, text: str) -> None:
 @contextlib.contextmanager
 def whole(target: Path) -> Iterator[Path]:
     """A folder to write into that becomes ``target`` when all is written. What lies in ``target`` is replaced file by
-    file, so that a user's own files there stay, and what failed half-way replaces nothing."""
+    file, so that a user's own files there stay, and what failed half-way replaces nothing. The config, without which
+    nothing is loaded, goes first and comes last: a kill in between leaves no mixture that could be taken for whole."""
     half = target.with_name(f".{target.name}.half")
     _remove([half])
     half.mkdir(parents=True)
@@ -243,7 +246,9 @@ def whole(target: Path) -> Iterator[Path]:
         if not os.path.lexists(target):
             os.rename(half, target)
             return
-        for path in sorted(half.rglob("*")):
+        for name in _CONFIGS:
+            (target / name).unlink(missing_ok=True)
+        for path in sorted(half.rglob("*"), key=lambda path: (path.name in _CONFIGS, path)):
             if path.is_file():
                 (target / path.relative_to(half)).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, target / path.relative_to(half))
@@ -330,6 +335,9 @@ def session(recipe: Recipe, path: Path, *, overwrite: bool = False, resume: bool
             is_back = folder.put_back()
             if isinstance(error, Stopped):
                 raise Stopped(error.number, f"{error}: {_how_to_go_on(folder, is_back)}") from None
+            kept = None if is_back or isinstance(error, TrimtabError) else last_checkpoint(folder.checkpoints)
+            if kept:
+                logger.warning(f"{Path(kept).name} is whole: `trimtab run {path} --resume` goes on from it")
             raise
         folder.let_go()
 
@@ -362,6 +370,8 @@ def at_work(path: Path) -> Iterator[None]:
 
 
 def _refuse_what_is_no_run_folder(path: Path) -> None:
+    if not str(path).isprintable():
+        raise ConfigError("output_dir", str(path), "holds a character that cannot be seen; name another folder")
     absolute = path.resolve()
     if absolute in (Path(absolute.anchor), Path.home().resolve()):
         raise ConfigError("output_dir", str(path), "is not for a run; name a folder of its own, such as runs/NAME")

@@ -47,7 +47,9 @@ def examples(recipe: Recipe, n: int) -> tuple[list[Example], list[str]]:
     config = models.load_config(spec, task)
     tokenizer = models.load_tokenizer(spec, task)
     part = rows["train"].select(range(min(n, len(rows["train"]))))
-    ready = task.prepare(DatasetDict({"train": part}), tokenizer, models.meta_model(config, task.auto_class))
+    ready = task.prepare(
+        DatasetDict({"train": part}), tokenizer, models.meta_model(config, task.auto_class, spec.trust_remote_code)
+    )
     return [_example(i, row, task, tokenizer) for i, row in enumerate(ready["train"], 1)], task.notes
 
 

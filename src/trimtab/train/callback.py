@@ -27,7 +27,16 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from ..errors import CheckpointError, ConfigError, StaleAdapterError
 from ..host.adapted import adapter_config, peft_model_of
 from ..host.layers import REPLICAS, TrimConfig, hosted_layers
-from .checkpoint import COMPLETE, checkpoints, last_checkpoint, read_facts, read_state, what_is_wrong, write_state
+from .checkpoint import (
+    COMPLETE,
+    checkpoints,
+    last_checkpoint,
+    make_newest,
+    read_facts,
+    read_state,
+    what_is_wrong,
+    write_state,
+)
 from .controller import Controller, Event, what_differs
 from .parallel import (
     NO_DEEPSPEED,
@@ -111,8 +120,8 @@ class TrimCallback(TrainerCallback, ExportableState):
         if last is not None and last.model is model and last.step > 0 and last.layers and not last.is_finished:
             raise StaleAdapterError(
                 "training begins again on an adapter that has already adapted (auto_find_batch_size "
-                "after its first steps, or a second train()); build the model anew, or load it "
-                "with PeftModel.from_pretrained(checkpoint, is_trainable=True)"
+                "after its first steps, or a second train()); build the model anew (with a per_device_train_batch_size "
+                "that fits), or load it with PeftModel.from_pretrained(checkpoint, is_trainable=True)"
             )
         self.events, self._penalties, self._run = [], [], ""
         self._figures = Figures()
@@ -252,6 +261,7 @@ class TrimCallback(TrainerCallback, ExportableState):
                 if self._penalties:  # the mean that the next log row will show must not lose its first part
                     facts["penalties"] = [float(p) for p in self._penalties]
                 write_state(folder, tensors, facts)
+                make_newest(folder)
         # What restore_callback_states_from_checkpoint makes the callback anew from; the folder is found again then.
         history = None if self.history is None else str(self.history)
         return {"args": {"history": history, "adapter_name": self.adapter_name}, "attributes": {}}

@@ -82,6 +82,8 @@ def what_is_wrong(folder: str | Path) -> str | None:
     if facts.get("facts") != _checksum_of_facts(facts):
         return f"{STATE_FACTS} does not have the checksum it was saved with"
     for name, checksum in expected.items():
+        if Path(name).name != name:
+            return f"{STATE_FACTS} names a file of another folder: {name!r}"
         path = folder / name
         if not path.exists():
             return f"{name} is missing"
@@ -115,6 +117,19 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
     """Checkpoint folders of a Trainer's ``output_dir``, complete or not, newest first."""
     found = [p for p in Path(output_dir).glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
     return sorted(found, key=lambda p: -int(p.name.removeprefix("checkpoint-")))
+
+
+def make_newest(folder: Path) -> None:
+    """Let a checkpoint be the newest by time beside the others: Trainer deletes by time, and where the clock went back
+    (or the folder was copied) that would be the one that it has just written."""
+    step = int(folder.name.rpartition("-")[2])
+    steps = {p: int(p.name.rpartition("-")[2]) for p in checkpoints(folder.parent) if p.name != folder.name}
+    now = folder.stat().st_mtime
+    if not any(p.stat().st_mtime >= now for p in steps):
+        return
+    # Those of later steps are what is left of a run that is trained again from an earlier one.
+    for age, other in enumerate(sorted(steps, key=lambda p: (steps[p] < step, steps[p]), reverse=True), start=2):
+        os.utime(other, (now - age, now - age))
 
 
 def _offer(folder: Path) -> str:
