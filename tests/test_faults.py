@@ -277,7 +277,6 @@ LOSS = "transformers:Trainer.compute_loss"
 
 
 @BREADTH
-@BREADTH
 @pytest.mark.parametrize("n", [1, 3])
 def test_memory_that_runs_out_is_one_line_with_what_to_do(unbroken, tmp_path, n):
     code, said = run(unbroken, tmp_path, before=AtCall(LOSS, n, no_memory))

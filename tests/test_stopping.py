@@ -101,7 +101,6 @@ def test_a_signal_after_training_leaves_nothing_half_written(unbroken, tmp_path,
 
 
 @BREADTH
-@BREADTH
 @pytest.mark.parametrize("target", ["trimtab.app.models:load_model", "trimtab.app.run:_choose"])
 def test_a_signal_before_training_stops_at_once_and_the_same_command_starts_again(unbroken, tmp_path, target):
     code, said = stopped(unbroken, tmp_path, (target, 1), SIGINT)
