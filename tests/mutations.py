@@ -198,7 +198,12 @@ FAULTS = [
         "_, self._last_observed = meta",
         "promises/test_contract.py",
     ),
-    Fault("rank/salientlora.py", 'self.last = tensors.get("last")', "self.last = None", "rank/test_allocators.py"),
+    Fault(
+        "rank/salientlora.py",
+        'self.series[: self.filled] = tensors["series"]',
+        "self.series.fill_(1)",
+        "rank/test_allocators.py",
+    ),
     Fault("train/checkpoint.py", "if _checksum(path) != checksum:", "if False:", "test_checkpoint.py"),
     Fault("train/checkpoint.py", "key=lambda p: -int(", "key=lambda p: int(", "test_checkpoint.py"),
     Fault(
@@ -247,7 +252,7 @@ FAULTS = [
     Fault(
         "budget.py", "self.total - spent - diagonals * steps_left", "self.total - spent - diagonals", "test_budget.py"
     ),
-    Fault("budget.py", "middle = (low + high + 1) // 2", "middle = (low + high + 2) // 2", "test_budget.py"),
+    Fault("budget.py", "else (low, middle - 1)", "else (low, middle - 2)", "test_budget.py"),
     Fault(
         "budget.py",
         "key=lambda place: (-cost[place], place[1])",

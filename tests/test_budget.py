@@ -143,6 +143,12 @@ def test_ranks_give_way_before_layers_do():
     assert choice.rank_params == 20_000
 
 
+def test_where_layers_differ_in_cost_the_dearest_are_counted():
+    sites = [Site(f"layers.{i}.up", 8, width, "layers", i) for i, width in enumerate((8, 8, 40, 40))]
+    choice = solve(Budget(final_params=250), sites, 4, ratio=(0.25, 1), total_steps=10)  # two may cost 2 · 4 · 48
+    assert choice.layers == {"layers": 1}
+
+
 def test_ratio_keeps_within_its_limits():
     choice = solve(Budget(final_params=10**9), encoder(), 8, ratio=(0.25, 0.5), total_steps=100)
     assert choice.layers == {"encoder.layer": 6} and choice.ratio == 0.5
