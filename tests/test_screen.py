@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -112,3 +113,14 @@ def test_training_shows_epoch_loss_speed_rank_and_what_is_frozen(tmp_path):
 )
 def test_an_epoch_is_counted_from_one_and_ends_before_the_next(epoch, of, begins, says):
     assert progress.epoch_of(SimpleNamespace(epoch=epoch, num_train_epochs=of), begins) == says
+
+
+def test_a_librarys_remark_of_no_use_is_no_note(capsys):
+    screen = Screen()
+    with screen.hush():
+        warnings.warn(
+            "Could not find a config file in /x - will assume that the vocabulary was not modified.", stacklevel=1
+        )
+        warnings.warn("weights are of another kind", stacklevel=1)
+    said = capsys.readouterr().err
+    assert "vocabulary" not in said and "weights are of another kind" in said

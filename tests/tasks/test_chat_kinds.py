@@ -6,6 +6,7 @@ import pytest
 
 from tasks.stand_ins import byte_model, byte_tokenizer, tiny_config, write_jsonl
 from trimtab.app.tasks import get_task
+from trimtab.app.tasks.data import DataSpec
 from trimtab.errors import TrimtabError
 
 
@@ -207,6 +208,15 @@ def test_what_cannot_be_a_conversation_is_refused_in_one_line(tmp_path, row, set
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+def test_a_file_of_questions_with_a_column_of_another_name_is_told_how_to_say_so(tmp_path):
+    (tmp_path / "f.csv").write_text("Frage,Nr\nWann?,1\n")
+    spec = DataSpec.read({"test": str(tmp_path / "f.csv")}, ("test",))
+    with pytest.raises(TrimtabError, match=r"say which it is: 'task\.columns=\{instruction: Frage\}'"):
+        get_task({"name": "instruct"}).ask(spec)
+    n, rows, _ = get_task({"name": "instruct", "columns": {"instruction": "Frage"}}).ask(spec)
+    assert n == 1 and rows["messages"][0][0]["content"] == "Wann?"
 
 
 def test_files_of_different_forms_are_refused_together(tmp_path):

@@ -83,6 +83,7 @@ class Screen:
             "DATASETS_VERBOSITY": "error",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+            "TQDM_DISABLE": "1",  # of transformers while it unpacks a GGUF file
             "TOKENIZERS_PARALLELISM": "false",
         }.items():
             os.environ.setdefault(name, value)
@@ -95,7 +96,8 @@ class Screen:
             datasets.disable_progress_bars()
 
         def show(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
-            self.note(str(message))
+            if not str(message).startswith(_OF_NO_USE):
+                self.note(str(message))
 
         ours, handler = logging.getLogger("trimtab"), _Notes(self)
         ours.addHandler(handler)
@@ -107,6 +109,10 @@ class Screen:
                 yield
         finally:
             ours.removeHandler(handler)
+
+
+_OF_NO_USE = ("Could not find a config file in",)
+"""What PEFT says on saving, of a base that is a GGUF file: there is none, and nothing follows from it."""
 
 
 class _Notes(logging.Handler):

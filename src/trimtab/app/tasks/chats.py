@@ -94,6 +94,12 @@ class Reader:
                         )
                 return form
         forms = "; ".join(" and ".join(names) for names in FORMS.values())
+        if self.asking:
+            known = ", ".join(dict.fromkeys(names[0] for names in FORMS.values()))
+            raise DataError(
+                f"{source}: no column among {', '.join(table)} is called as prompts are ({known}); "
+                f"say which it is: 'task.columns={{instruction: {next(iter(table))}}}'"
+            )
         raise DataError(
             f"{source}: its columns {', '.join(table)} are in none of the forms known ({forms}); "
             "name two of them in task.prompt and task.answer, or say in task.columns what ours are called"
