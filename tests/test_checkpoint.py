@@ -8,8 +8,10 @@ import os
 import shutil
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import Trainer
 
 import short_runs as runs
@@ -231,3 +233,16 @@ def test_a_finished_run_resumes_to_the_same_end(folder):
     runs.train(again, "bert", folder, resume=str(folder / "checkpoint-20"), save_steps=20)
     assert model.state_dict().keys() == again.state_dict().keys()
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+
+
+def test_a_finished_run_that_is_resumed_in_mid_epoch_takes_no_step(tmp_path):
+    settings = dict(save_steps=15, max_steps=30, eval_strategy="steps", eval_steps=15)
+    runs.train(runs.model_for("bert", METHOD), "bert", tmp_path, **settings)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    again = runs.model_for("bert", METHOD)
+    trim, _ = runs.train(again, "bert", tmp_path, resume=str(tmp_path / "checkpoint-30"), **settings)
+    assert trim.controller.step == 30 and not (tmp_path / "checkpoint-31").exists()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    saved = load_file(tmp_path / "checkpoint-30" / "adapter_model.safetensors")
+    held = peft.get_peft_model_state_dict(again)
+    assert held.keys() == saved.keys() and all(torch.equal(held[key], saved[key]) for key in saved)

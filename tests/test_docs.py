@@ -53,7 +53,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"google-bert/bert-base-uncased": str(bert), "HuggingFaceTB/SmolLM2-135M-Instruct": str(llama)}
 
 
-def run_command(words: list[str]) -> None:
+def run_command(words: list[str], shards: bool = False) -> None:
     if words[0] == "pip":  # what there is to install is tested where packages are built
         return
     if words[0] == "trimtab":
@@ -61,8 +61,14 @@ def run_command(words: list[str]) -> None:
         assert result.exit_code == 0, (words, result.output)
         return
     assert words[0] == "torchrun"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")]),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "1",
+    }
+    on_a_cpu = [str(ROOT / "tests/sharded_process.py"), "run"] if shards else []
+    command = [sys.executable, "-m", "torch.distributed.run", *words[1:-1], *on_a_cpu, words[-1]]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -86,9 +92,9 @@ def test_every_block_of_a_page_runs_in_its_order(
         elif language == "python":
             exec(compile(text, f"{name}.md", "exec"), namespace)
         else:
-            assert language == "bash", (language, text)
-            for line in text.splitlines():
-                run_command(shlex.split(line, comments=True))
+            assert language in ("bash", "text"), (language, text)
+            for line in text.splitlines() if language == "bash" else ():
+                run_command(shlex.split(line, comments=True), shards=name == "sharded")
 
 
 def test_the_tutorial_says_the_number_that_its_plan_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

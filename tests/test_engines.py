@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import peft
 import pytest
 import torch
@@ -197,3 +199,41 @@ def test_what_stays_whole_is_the_adapter_frozen_or_not_and_all_that_trains():
     whole = trimtab.whole_parameters(model)
     named = {name for name, p in model.named_parameters() if p in whole}
     assert named == {n for n, _ in model.named_parameters() if "lora_" in n or "modules_to_save" in n}
+
+
+# -- the table ------------------------------------------------------------------------------------------------
+
+COLUMNS = ("salientlora", "adalora", "sora", "aflora", "salientlora+aflora")
+
+
+def engine_table() -> dict[str, tuple[tuple[str, ...], str]]:
+    """Engine -> its cells, and the test that holds them."""
+    page = (Path(__file__).parent.parent / "docs/howto/sharded.md").read_text("utf-8")
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in page.splitlines() if row.startswith("|")][2:]
+    return {row[0].strip("`"): (tuple(row[1:-1]), row[-1].strip("`")) for row in rows}
+
+
+def compared(engine: str) -> set[str]:
+    """The methods of which two processes are compared with one under an engine."""
+    from test_fsdp import sharded, two_process
+
+    cases = {
+        "DDP, Trainer": two_process.CASES,
+        "DDP, bare loop": [m for kind, _, m in two_process.BARE if kind == "ddp"],
+        "FSDP2, Trainer": sharded.TRAINER,
+        "FSDP2, bare loop": [m for kind, _, m in sharded.BARE if kind == "fsdp2"],
+        "FSDP2, sharded at load": sharded.AT_LOAD,
+    }[engine]
+    return {case.partition(",")[0] for case in cases}
+
+
+@pytest.mark.parametrize("engine", engine_table())
+def test_every_cell_of_the_engine_table_is_held_by_a_test(engine):
+    cells, test = engine_table()[engine]
+    assert len(cells) == len(COLUMNS)
+    sources = [path.read_text("utf-8") for path in Path(__file__).parent.glob("test_*.py")]
+    assert sum(f"def {test}(" in source for source in sources) == 1
+    if set(cells) == {"refused"}:
+        assert "refuse" in test
+    else:
+        assert set(cells) == {"yes"} and set(COLUMNS) <= compared(engine)

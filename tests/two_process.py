@@ -12,7 +12,9 @@ from typing import Any
 import peft
 import torch
 from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import distributed as dist
+from torch.distributed.fsdp import fully_shard
 from transformers import Trainer, TrainingArguments
 
 import tiny
@@ -20,6 +22,7 @@ import trimtab
 from fakes import Halving
 from trimtab import AdaLoRA, AFLoRA, Controller, GradES, SalientLoRA, SoRA, TrimCallback, TrimConfig
 from trimtab.errors import DisagreementError, ModelError
+from trimtab.host.sharding import is_sharded
 from trimtab.rank.base import Decision
 
 STEPS = 20
@@ -37,23 +40,37 @@ METHODS: dict[str, dict[str, Any]] = {
 CASES: dict[str, tuple[str, str, bool, torch.dtype]] = {
     **{f"{m}, {'with' if h else 'no'} head": ("bert", m, h, torch.float64) for m in METHODS for h in (True, False)},
     "salientlora, llama": ("llama", "salientlora", False, torch.float64),
+    "salientlora, llama, float32": ("llama", "salientlora", False, torch.float32),
     "salientlora, float32": ("bert", "salientlora", True, torch.float32),
     "aflora, float32": ("bert", "aflora", True, torch.float32),
 }
 # Both axes at once, another order of the two, a model without a head of its own, and float32.
 FEW = ("salientlora+aflora, with head", "adalora, no head", "salientlora, llama", "salientlora, float32")
+BARE = [
+    *(("ddp", True, method) for method in METHODS),
+    ("ddp", False, "adalora"), ("accelerate", True, "salientlora+aflora"), ("accelerate", False, "adalora"),
+]  # fmt: skip
 # Cases whose roles have learning rates of their own.
 RATES = {"salientlora+aflora, with head": {"B": 2, "head": 3}}
 
 
-def run(case: str, folder: Path, processes: int, resume: str | None = None, **more: Any) -> dict[str, Any]:
-    """Train one case on a global batch of 8 rows, two micro-batches a step; what came out of it."""
+def run(
+    case: str, folder: Path, processes: int, resume: str | None = None, base: Any = None, again: int = 0, **more: Any
+) -> dict[str, Any]:
+    """Train one case on a global batch of 8 rows, two micro-batches a step; what came out of it.
+
+    Args:
+        base: the model, if it is not to be the family's tiny one.
+        again: steps to train on after the end, with the same Trainer.
+    """
     family, method, has_head, dtype = CASES[case]
     fam = tiny.FAMILIES[family]
-    base = tiny.build(family).to(dtype)
+    base = tiny.build(family).to(dtype) if base is None else base
     torch.manual_seed(0)
     options = dict(r=4, lora_alpha=8, target_modules=fam.target_modules, task_type=fam.task_type if has_head else None)
-    model = peft.get_peft_model(base, TrimConfig(**(options | METHODS[method]))).to(dtype)
+    model = peft.get_peft_model(base, TrimConfig(**(options | METHODS[method])))
+    if not is_sharded(model):
+        model = model.to(dtype)
     trim = TrimCallback(history=folder / "history.jsonl")
     settings = dict(
         output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=4 // processes, learning_rate=1e-2,
@@ -64,20 +81,37 @@ def run(case: str, folder: Path, processes: int, resume: str | None = None, **mo
         average_tokens_across_devices=fam.task_type != "SEQ_CLS",
     ) | more  # fmt: skip
     optimizer = None
-    if case in RATES:
-        optimizer = torch.optim.AdamW(trimtab.parameter_groups(model, settings["learning_rate"], RATES[case]))
+    if case in RATES:  # not as an optimizer, which a Trainer that shards does not take
+        groups = trimtab.parameter_groups(model, settings["learning_rate"], RATES[case])
+        optimizer = torch.optim.AdamW, {"params": groups}
     trainer = Trainer(
         model, TrainingArguments(**settings), train_dataset=tiny.rows(family, 96), callbacks=[trim],
-        optimizers=(optimizer, None),
+        eval_dataset=tiny.rows(family, 8, seed=5),
+        optimizer_cls_and_kwargs=optimizer,
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume)
+    events = list(trim.events)
+    if again:
+        trainer.args.max_steps += again
+        trainer.train()
     weights = {n: t.clone() for n, t in model.state_dict().items() if "lora_" in n or "modules_to_save" in n}
     traces = [name for name in ("trim_anchor", "_ddp_params_and_buffers_to_ignore") if hasattr(model, name)]
     return {
         "weights": weights,
-        "events": trim.events,
+        "events": events,
         "wrapped": type(trainer.model_wrapped).__name__,
         "traces": traces,
+        "kinds": kinds(model),
+        "model": model,
+    }
+
+
+def kinds(model: Any) -> dict[str, set[str]]:
+    """Types of the tensors that are adapted, and of those that train."""
+    named = list(model.named_parameters())
+    return {
+        "base": {type(p).__name__ for n, p in named if n.endswith("base_layer.weight")},
+        "trains": {type(p).__name__ for n, p in named if p.requires_grad or "lora_" in n},
     }
 
 
@@ -134,32 +168,61 @@ def _unused() -> list[bool]:
     return [first.grad is not None and bool((first.grad == 0.5).all()), second.grad is not None]
 
 
-def bare_loop(kind: str, has_head: bool) -> dict[str, Any]:
-    """A loop without Trainer over half a batch each ("ddp", "accelerate"), or over the whole one ("one")."""
+def bare_loop(kind: str, has_head: bool, method: str = "adalora") -> dict[str, Any]:
+    """A loop without Trainer over half a batch each, or over the whole one ("one"); two micro-batches a step, clipped.
+
+    Args:
+        kind: "one", "ddp", "accelerate" (DDP by its own `prepare`), "fsdp2" (`fully_shard` after PEFT), "fsdp2 first"
+            (before PEFT), "accelerate fsdp2".
+    """
     base = tiny.build("bert").double()
-    torch.manual_seed(0 if kind == "one" else dist.get_rank())  # DDP starts all from process 0
-    options = METHODS["adalora"] | dict(r=4, target_modules=["query"], task_type="SEQ_CLS" if has_head else None)
-    model = peft.get_peft_model(base, TrimConfig(**options)).double()
+    if kind == "fsdp2 first":
+        shard(base)
+    torch.manual_seed(0 if kind == "one" else dist.get_rank())  # all start from process 0
+    options = METHODS[method] | dict(r=4, target_modules=["query"], task_type="SEQ_CLS" if has_head else None)
+    model = peft.get_peft_model(base, TrimConfig(**options))
+    if kind == "fsdp2":
+        shard(model.double(), trimtab.whole_parameters(model.double()))
+    elif kind != "fsdp2 first":
+        model = model.double()
     wrapped: Any = model
     optimizer: Any = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, transformer_cls_names_to_wrap=["BertLayer"], auto_wrap_policy="transformer_based_wrap",
+        cpu_ram_efficient_loading=False,
+    ) if kind == "accelerate fsdp2" else None  # fmt: skip
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin) if kind.startswith("accelerate") else None
     controller = Controller(model, optimizer, total_steps=STEPS)
-    if kind == "accelerate":
-        wrapped, optimizer = Accelerator(cpu=True).prepare(model, optimizer)
+    if accelerator is not None:
+        wrapped, optimizer = accelerator.prepare(model, optimizer)
     elif kind == "ddp":
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
     for step in range(STEPS):
-        batch = tiny.batch("bert", seed=step)
-        if kind != "one":
-            batch = {key: value.chunk(2)[dist.get_rank()] for key, value in batch.items()}
-        wrapped(**batch).loss.backward()
+        for part in range(2):
+            batch = {key: value.chunk(2)[part] for key, value in tiny.batch("bert", seed=step).items()}
+            if kind != "one":
+                batch = {key: value.chunk(2)[dist.get_rank()] for key, value in batch.items()}
+            (wrapped(**batch).loss / 2).backward()
         controller.before_step()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
         controller.after_step()
         optimizer.zero_grad()
+    frozen = controller.frozen()
     controller.finish()
     weights = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n or "modules_to_save" in n}
     traces = [name for name in ("trim_anchor", "_ddp_params_and_buffers_to_ignore") if hasattr(model, name)]
-    return {"weights": weights, "ranks": controller.ranks(), "traces": traces}
+    return {
+        "weights": weights, "ranks": controller.ranks(), "frozen": frozen, "traces": traces,
+        "kinds": kinds(model), "model": model,
+    }  # fmt: skip
+
+
+def shard(model: torch.nn.Module, whole: set[torch.nn.Parameter] | None = None) -> None:
+    """FSDP2 over every block, and over the rest."""
+    for block in next(m for n, m in model.named_modules() if n.endswith("encoder.layer")):
+        fully_shard(block, ignored_params=whole)
+    fully_shard(model, ignored_params=whole)
 
 
 def _wrapped_too_early() -> str:
@@ -178,6 +241,37 @@ def _trained_on(folder: Path) -> dict[str, torch.Tensor]:
         settings = TrainingArguments(str(folder), max_steps=steps, report_to=[], use_cpu=True, disable_tqdm=True)
         Trainer(model, settings, train_dataset=tiny.rows("bert"), callbacks=[TrimCallback()]).train()
     return {n: t.clone() for n, t in model.state_dict().items() if "lora_" in n}
+
+
+def _finished(folder: Path) -> dict[str, Any]:
+    """Resume at the end of a run that left modules without ranks, in the middle of an epoch, and train two steps on."""
+    found = []
+    for steps, resume in ((20, False), (20, True), (22, True)):
+        model = _fake_model(rank=Halving(steps=(5, 10, 15)))
+        settings = TrainingArguments(
+            str(folder), max_steps=steps, report_to=[], use_cpu=True, disable_tqdm=True, save_steps=10, seed=0,
+            per_device_train_batch_size=2,
+        )  # fmt: skip
+        trim = TrimCallback(history=folder / "history.jsonl")
+        trainer = Trainer(model, settings, train_dataset=tiny.rows("bert", 96), callbacks=[trim])
+        trainer.train(resume_from_checkpoint=trimtab.last_checkpoint(folder) if resume else None)
+        dist.barrier()
+        found.append({
+            "weights": {n: t.clone() for n, t in model.state_dict().items() if "lora_" in n},
+            "history": (folder / "history.jsonl").read_text(),
+        })  # fmt: skip
+    return {"runs": found}
+
+
+def _other_sites() -> str:
+    """Two stages of a pipeline: each process adapts modules of its own."""
+    base = tiny.build("bert")
+    config = TrimConfig(r=4, target_modules=["query" if dist.get_rank() else "key"], rank=Halving())
+    try:
+        Controller(peft.get_peft_model(base, config), None, total_steps=30)
+    except ModelError as error:
+        return str(error)
+    return "nothing was said"
 
 
 def main(out: Path, cases: Iterable[str]) -> None:
@@ -199,11 +293,16 @@ def main(out: Path, cases: Iterable[str]) -> None:
     for kind in ("prune", "mask", "freeze"):
         results[f"disagree: {kind}"] = _disagree(kind)
     results["unused"] = _unused()
-    for kind in ("ddp", "accelerate"):
-        for has_head in (True, False):
-            results[f"{kind}, {has_head}"] = bare_loop(kind, has_head)
+    for kind, has_head, method in BARE:
+        results[f"{kind}, {has_head}, {method}"] = bare_loop(kind, has_head, method)
     results["wrapped too early"] = _wrapped_too_early()
     results["trained on"] = _trained_on(out / "runs" / "again")
+    results["same trainer"] = run("salientlora, llama", out / "runs" / "same", processes=2, again=4)
+    results["finished"] = _finished(out / "runs" / "finished")
+    results["other sites"] = _other_sites()
+    for result in results.values():
+        if isinstance(result, dict):
+            result.pop("model", None)
     torch.save(results, out / f"process-{dist.get_rank()}.pt")
     dist.destroy_process_group()
 

@@ -120,13 +120,33 @@ def test_what_no_process_used_gets_no_gradient(launched):
     assert [process["unused"] for process in launched[1]] == [[True, False], [True, False]]
 
 
-@pytest.mark.parametrize("has_head", [True, False])
-@pytest.mark.parametrize("kind", ["ddp", "accelerate"])
-def test_a_bare_loop_in_two_processes_equals_one(launched, kind, has_head):
-    one = two_process.bare_loop("one", has_head)
-    assert sum(one["ranks"].values()) == 2 * len(one["ranks"])
-    for two in (process[f"{kind}, {has_head}"] for process in launched[1]):
-        assert two["ranks"] == one["ranks"] and two["traces"] == []
+def test_the_same_trainer_trains_on_with_what_is_finished(launched):
+    first, second = (process["same trainer"] for process in launched[1])
+    assert all(torch.equal(w, second["weights"][n]) for n, w in first["weights"].items())
+
+
+def test_a_finished_run_is_resumed_by_two_processes(launched):
+    first, second = (process["finished"]["runs"] for process in launched[1])
+    made, again, longer = first
+    assert 0 < len(made["weights"]) < 2 * 4  # some of the four modules have no rank left
+    assert again["history"] == made["history"] != longer["history"]
+    for one, other in ((made, again), *zip(first, second)):
+        assert one["weights"].keys() == other["weights"].keys()
+        assert all(torch.equal(weight, other["weights"][n]) for n, weight in one["weights"].items())
+
+
+def test_processes_that_hold_other_adapters_are_refused(launched):
+    said = [process["other sites"] for process in launched[1]]
+    assert said[0] == said[1] and "process 1 holds other adapters than process 0" in said[0] and "pipeline" in said[0]
+
+
+@pytest.mark.parametrize(("kind", "has_head", "method"), two_process.BARE)
+def test_a_bare_loop_in_two_processes_equals_one(launched, kind, has_head, method):
+    one = two_process.bare_loop("one", has_head, method)
+    if "rank" in two_process.METHODS[method]:
+        assert sum(one["ranks"].values()) < 4 * len(one["ranks"])
+    for two in (process[f"{kind}, {has_head}, {method}"] for process in launched[1]):
+        assert two["ranks"] == one["ranks"] and two["frozen"] == one["frozen"] and two["traces"] == []
         assert two["weights"].keys() == one["weights"].keys()
         assert all(torch.allclose(two["weights"][n], w, rtol=0, atol=1e-9) for n, w in one["weights"].items())
 

@@ -539,7 +539,10 @@ def export_run(job: Job, model: nn.Module, folder: RunFolder, screen: Screen) ->
 
 def keep(job: Job, model: nn.Module, folder: RunFolder, target: Path, screen: Screen) -> Path:
     """The adapter in its own form, with the tokenizer beside it."""
+    from ..host.sharding import reshard
+
     save = cast(Any, model).save_pretrained
+    reshard(model)  # on every process; on the one that writes, saving does so
     return _write(job, folder, target, job.recipe.adapter.type, screen, lambda half: save(str(half)))
 
 
@@ -547,6 +550,10 @@ def export(job: Job, model: nn.Module, folder: RunFolder, target: Path, form: st
     """The adapter in one form (peft, padded, gguf or merged), with the tokenizer beside it."""
     import trimtab
 
+    from ..host.sharding import is_sharded
+
+    if is_sharded(model) and not runfolder.is_main():
+        trimtab.export(model, target, format=form)  # takes part, and writes nothing
     return _write(job, folder, target, form, screen, lambda half: trimtab.export(model, half, format=form))
 
 
@@ -699,6 +706,8 @@ def score(
     Generated answers are kept in ``answers``, so that an evaluation that was cut off goes on from them. What came
     out for each row goes into ``predictions``.
     """
+    from ..host.sharding import is_sharded
+
     splits = job.task.eval_splits(job.ready)
     if not splits:
         screen.note(f"task {job.task.name!r}: no labelled split to evaluate on")
@@ -706,6 +715,8 @@ def score(
     with screen.stage(name) as stage:
         trainer = make_trainer(job, model, folder, callbacks=[progress_on(stage)])
         trainer_settings.score_in_order(trainer.args)
+        if is_sharded(model):
+            trainer.is_fsdp_enabled = False  # there is nothing left to shard, and no optimizer to shard it with
         found: dict[str, float] = {}
         kept: dict[str, Any] = {}
         for i, split in enumerate(splits):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ExportError, did_you_mean
+from ..host.sharding import gathered, is_sharded
 from .basemodel import name_base
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ def export(
         The folder.
     Raises:
         ExportError: the method cannot take that form; the message says why.
+
+    Where the base is sharded every process calls it, and process 0 writes; ``"merged"`` then gathers weight by weight.
 
     A start that changed the base weight (PiSSA and relatives) is exported as rank 2r against the original
     base: ``A' = [A; A0]``, ``B' = [B, -B0]``.
@@ -124,7 +127,9 @@ def _write_adapter(peft_model: PeftModel, name: str, folder: Path, form: str) ->
                 f"export.format={form!r}: {key} makes the update more than a LoRA; "
                 "model.save_pretrained keeps it in PEFT's own form"
             )
-    tensors = dict(get_peft_model_state_dict(peft_model, adapter_name=name))
+    tensors = {k: gathered(v) for k, v in get_peft_model_state_dict(peft_model, adapter_name=name).items()}
+    if is_sharded(peft_model) and torch.distributed.get_rank():  # the adapter is whole on every process
+        return
     _add_the_head_of_a_saved_embedding(peft_model.get_base_model(), tensors)
     parts = list((_vera_parts if kind == "VERA" else _lora_parts)(peft_model, name, tensors, form))
     if not any(part.r for part in parts):
@@ -290,6 +295,8 @@ def _export_merged(peft_model: PeftModel, names: list[str], folder: Path) -> Pat
             "or merge_and_unload() and torch.save"
         )
     refuse_what_cannot_merge(peft_model, names, "export.format='merged'")
+    if is_sharded(peft_model):
+        return _merge_shards(peft_model, names, folder)
     for layer in peft_model.modules():
         if isinstance(spent := getattr(layer, "kwargs", None), dict):
             spent.pop("tied_adapter", None)  # views of the embedding's factors, of which torch makes no copy
@@ -301,8 +308,47 @@ def _export_merged(peft_model: PeftModel, names: list[str], folder: Path) -> Pat
         merged = cast(Any, alone).merge_and_unload(safe_merge=True)  # each layer's own active adapters
     except (NotImplementedError, RuntimeError, ValueError) as error:
         raise ExportError(f"export.format='merged': adapter {', '.join(names)}: {error}; use format 'peft'") from error
-    _check_ties(merged)
+    _check_ties(merged, dict(merged.named_parameters(remove_duplicate=False)))
     merged.save_pretrained(str(folder))
+    return folder
+
+
+@torch.no_grad()
+def _merge_shards(peft_model: PeftModel, names: list[str], folder: Path) -> Path:
+    """Merge a sharded model weight by weight: one at a time is whole on every process, and process 0 keeps it.
+
+    Every process must call it; process 0 writes.
+    """
+    from ..host.adapted import adapter_layers
+
+    base: Any = peft_model.get_base_model()
+    layers: dict[str, Any] = {path: layer for name in names for path, layer in adapter_layers(peft_model, name)}
+    for path, layer in layers.items():
+        if any(n in layer.lora_variant or getattr(layer, "lora_bias", {}).get(n) for n in names):
+            raise ExportError(
+                f"export.format='merged': {path} is more than a LoRA, and the base is sharded; load base and adapter "
+                "in one process, and merge there"
+            )
+    is_writer = torch.distributed.get_rank() == 0
+    tensors: dict[str, Tensor] = {}
+    for key, shard in base.state_dict().items():
+        if ".lora_" in key or ".original_module." in key:
+            continue
+        path, is_base, rest = key.rpartition(".base_layer.")
+        weight = gathered(shard)
+        if is_writer:
+            if is_base and rest == "weight" and path in layers:
+                layer = layers[path]
+                for name in (n for n in names if n in layer.scaling and layer.r[n]):
+                    weight = weight + layer.get_delta_weight(name).to(weight)
+            key = key.replace(".base_layer.", ".").replace(f".modules_to_save.{names[0]}.", ".")
+            tensors[key] = weight.to("cpu", copy=True)
+        del weight
+    if is_writer:
+        with torch.device("meta"):
+            empty = type(base)(type(base.config).from_dict(base.config.to_dict()))
+        _check_ties(base, tensors)
+        empty.save_pretrained(str(folder), state_dict=tensors)
     return folder
 
 
@@ -359,18 +405,17 @@ def untie(peft_model: PeftModel) -> None:
                     setattr(module, key, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
 
 
-def _check_ties(merged: Any) -> None:
+def _check_ties(merged: Any, parameters: dict[str, Any]) -> None:
     """What a reload ties together must be the same here, or one of the two would be lost."""
     config = type(merged.config).from_dict(merged.config.to_dict())
     with torch.device("meta"):
         twin = type(merged)(config)
     twin.tie_weights()
-    parameters = dict(merged.named_parameters(remove_duplicate=False))
     first: dict[int, str] = {}
     for name, parameter in twin.named_parameters(remove_duplicate=False):
         other = first.setdefault(id(parameter), name)
         if name in parameters and other in parameters and not torch.equal(parameters[name], parameters[other]):
             raise ExportError(
-                f"export.format='merged': {name} is tied to {other} in a {type(merged).__name__}, and "
+                f"export.format='merged': {name} is tied to {other} in a {type(twin).__name__}, and "
                 "only one of them is adapted; use format 'peft'"
             )

@@ -39,6 +39,7 @@ from ..errors import ConfigError, ModelError
 from ..plans import Budget, Where
 from ..schedule import plain_numbers
 from .adapted import peft_model_of
+from .sharding import is_dtensor
 
 PROJECTIONS = ("lora_A", "lora_B")
 DIAGONALS = ("lora_e", "lora_b")
@@ -394,7 +395,7 @@ class TrimLayer(_Mixed):
     def _become_adaptive(self, adapter_name: str, r: int, alpha: float, config: TrimConfig) -> None:
         A, B = self.factors(adapter_name)
         base: Any = self.get_base_layer()
-        if _is_dtensor(base) and (A.shape[1], B.shape[0]) != (base.in_features, base.out_features):
+        if is_dtensor(base.weight) and (A.shape[1], B.shape[0]) != (base.in_features, base.out_features):
             raise ModelError(
                 f"{self.site_name}: its weight lies on a mesh of dimensions {base.weight.device_mesh.mesh_dim_names}, "
                 "which PEFT takes for tensor parallelism: its factors are no whole ones, and rank and freeze methods "
@@ -797,7 +798,8 @@ def host(target: nn.Module, adapter_name: str, config: TrimConfig, **kwargs: Any
         return ParamWrapper(target, adapter_name, config=config, **kwargs)
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     kind: type[nn.Module] = type(base)
-    plain_weight = type(getattr(base, "weight", None)) in (nn.Parameter, Tensor) or _is_dtensor(base)
+    weight = getattr(base, "weight", None)
+    plain_weight = type(weight) in (nn.Parameter, Tensor) or (isinstance(weight, Tensor) and is_dtensor(weight))
     if isinstance(base, nn.Linear) and plain_weight and kind.__module__.split(".")[0] not in ("bitsandbytes",):
         if config.fan_in_fan_out and kwargs.get("parameter_name") is None:
             config.fan_in_fan_out = False
@@ -838,10 +840,6 @@ def _bnb_layer(
             quant_type=base.weight.quant_type,
         )
     return cls(target, adapter_name, config=config, **extra)
-
-
-def _is_dtensor(module: nn.Module) -> bool:
-    return type(getattr(module, "weight", None)).__name__ == "DTensor"
 
 
 def hosted_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, TrimLayer]:

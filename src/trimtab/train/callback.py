@@ -27,6 +27,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from ..errors import CheckpointError, ConfigError, StaleAdapterError
 from ..host.adapted import adapter_config, peft_model_of
 from ..host.layers import REPLICAS, TrimConfig, hosted_layers
+from ..host.sharding import is_sharded, reshard
 from .checkpoint import (
     COMPLETE,
     checkpoints,
@@ -43,8 +44,8 @@ from .parallel import (
     accelerates_fsdp,
     give_back_to_ddp,
     is_distributed,
-    is_sharded,
     keep_whole,
+    refuse_sharded_heads,
     whole_parameters,
 )
 from .steps import Weakly, callers, is_accumulating
@@ -91,6 +92,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         self._began = 0.0
         self._aside = 0.0  # seconds since then spent on evaluating and saving
         self._step_ended = 0.0
+        self._over: Any = None  # the Trainer, where it resumes a run that is at its end
         self._run = ""  # tells this run's checkpoints from another run's
 
     # -- Trainer's events, in their order ----------------------------------------------------------
@@ -126,6 +128,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         self.events, self._penalties, self._run = [], [], ""
         self._figures = Figures()
         self._loss = None
+        self._take_steps_again()  # after a run that was interrupted
         self._is_queued = self._was_reached = False  # a first attempt may have run out of memory in mid-backward
         if self._hook is not None:
             self._hook.remove()
@@ -147,6 +150,8 @@ class TrimCallback(TrainerCallback, ExportableState):
         if not self._run:
             self._run = uuid.uuid4().hex
         self._is_training = True
+        if state.global_step >= state.max_steps:
+            self._take_no_step(_trainer())
         config = adapter_config(model, self.controller.adapter_name)
         is_plain = config.peft_type == "LORA" and not isinstance(config, TrimConfig)
         if not self.controller.layers and is_plain:
@@ -156,6 +161,10 @@ class TrimCallback(TrainerCallback, ExportableState):
         self._tell_trackers(args, state, control, model, **layer_scores(getattr(config, "where", None)))
         self._began = self._step_ended = time.perf_counter()
         self._aside = 0.0
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        if self._over is not None:
+            control.should_training_stop = True
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
@@ -193,6 +202,9 @@ class TrimCallback(TrainerCallback, ExportableState):
         self._step_ended = time.perf_counter()
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        if self._over is not None:  # all of this was done, and is in the history
+            control.should_log = control.should_evaluate = control.should_save = False
+            return
         if control.should_training_stop:  # early stopping speaks up after on_step_end
             self._finish(args, state)
         self._log_before_saving(args, control)
@@ -200,6 +212,12 @@ class TrimCallback(TrainerCallback, ExportableState):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         self._set_aside()
+        _reshard(**kw)
+
+    def on_predict(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kw: Any
+    ) -> None:
+        _reshard(**kw)
 
     def on_log(
         self,
@@ -234,14 +252,17 @@ class TrimCallback(TrainerCallback, ExportableState):
         **kw: Any,
     ) -> None:
         self._set_aside()
+        _reshard(**kw)
         kept = {k: v for k, v in (metrics or {}).items() if k != "epoch" and not any(c in k for c in _CLOCK)}
         self._record({"event": "eval", "step": state.global_step, "epoch": state.epoch, "metrics": kept})
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         self._finish(args, state)
         self._is_training = False
+        self._take_steps_again()
         if self.controller is not None and self.controller.layers:
             give_back_to_ddp(kw["model"])
+            _let_go(kw["model"], self.controller.optimizer)
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -398,6 +419,7 @@ class TrimCallback(TrainerCallback, ExportableState):
             return
         name = self._name(model)
         if is_sharded(model):  # at load, by transformers: Trainer would average what trains, each in a hook of its own
+            refuse_sharded_heads(model)
             for p in whole_parameters(model, name):
                 p._replicated_grad_hook_registered = True  # type: ignore[attr-defined]
         keep_whole(model, name)
@@ -433,6 +455,17 @@ class TrimCallback(TrainerCallback, ExportableState):
         self._cut_history(facts.get("history_rows", 0))
         self.controller.load_state_dict(tensors, facts)
         self._penalties = [torch.tensor(p) for p in facts.get("penalties", [])]
+
+    def _take_no_step(self, trainer: Any) -> None:
+        """Where a run at its end is resumed in the middle of an epoch, Trainer would take one more step."""
+        if trainer is not None:
+            trainer.get_batch_samples = lambda *_, **__: ([], None)
+            self._over = trainer
+
+    def _take_steps_again(self) -> None:
+        if self._over is not None:
+            del self._over.get_batch_samples
+            self._over = None
 
     def _tell_trackers(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **more: float
@@ -486,6 +519,18 @@ class TrimCallback(TrainerCallback, ExportableState):
             os.replace(temporary, self.history)
             for line in filter(str.strip, kept):
                 self._figures.see(json.loads(line))
+
+
+def _reshard(model: nn.Module | None = None, **_: Any) -> None:
+    if model is not None:
+        reshard(model)
+
+
+def _let_go(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Of what the model no longer has. Only after the last checkpoint: a resumed run's optimizer lists it again."""
+    held = {id(p) for p in model.parameters()}
+    for group in optimizer.param_groups if optimizer is not None else ():
+        group["params"] = [p for p in group["params"] if id(p) in held]
 
 
 def _being_saved(output_dir: Path, step: int) -> Path | None:

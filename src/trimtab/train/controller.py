@@ -33,14 +33,13 @@ from ..host.layers import (
     set_data,
     settle,
 )
+from ..host.sharding import is_dtensor, is_sharded
 from ..plans import Budget, Site
 from .parallel import (
     AverageAfterBackward,
     average,
     give_back_to_ddp,
     is_distributed,
-    is_dtensor,
-    is_sharded,
     keep_whole,
     refuse_engines,
     refuse_other_sites,

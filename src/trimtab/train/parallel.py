@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..errors import ConfigError, ModelError
 from ..host.adapted import adapter_parameters, peft_model_of
 from ..host.layers import REPLICAS
+from ..host.sharding import is_dtensor, is_sharded
 
 _FSDP = "fsdp_config"
 NO_DEEPSPEED = (
@@ -53,19 +54,6 @@ def is_distributed() -> bool:
         and torch.distributed.is_initialized()
         and (torch.distributed.get_world_size() > 1)
     )
-
-
-def is_dtensor(tensor: Tensor) -> bool:
-    return type(tensor.data).__name__ == "DTensor"
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 holds a part of the model."""
-    return any(_is_fsdp2(module) for module in model.modules())
-
-
-def _is_fsdp2(module: nn.Module) -> bool:
-    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
 
 
 # -- before the model is wrapped ------------------------------------------------------------------------------
@@ -186,6 +174,15 @@ def _refuse_if_in_ddp(ddp: nn.Module, ours: Iterable[nn.Parameter]) -> None:
             f"{held[0]!r} and {len(held) - 1} more adapter tensors are in DistributedDataParallel, which cannot follow "
             "a cut or a freeze: make the Controller before DistributedDataParallel or accelerator.prepare wraps the "
             "model (with a Trainer: pass TrimCallback in callbacks=[...])"
+        )
+
+
+def refuse_sharded_heads(model: nn.Module) -> None:
+    """Raise `ModelError` where PEFT copied a head from a base that was sharded: FSDP2 does not see the copy."""
+    if heads := [name for name, p in model.named_parameters() if p.requires_grad and is_dtensor(p)]:
+        raise ModelError(
+            f"{heads[0]!r} trains and is a shard, whose gradients nobody averages; put a whole copy of this module "
+            "into the base before get_peft_model (the page on a sharded base shows how)"
         )
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import DataError, ModelError
+from ..host.sharding import is_sharded
 from ..host.sites import base_with_weights, find_stacks
 from ..plans import Where
 from .importance import most_important
@@ -89,6 +90,8 @@ def layer_gradients(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> L
         DataError: no batch, or one from which the model makes no loss.
         ModelError: no weights (meta device), none that has a gradient (a quantised base), or one that two layers share.
     """
+    if is_sharded(model):
+        raise ModelError("model: it is sharded, and base gradients are read on one process; choose layers before that")
     base = base_with_weights(model)
     stacks = {path: [_matrices(block) for block in stack.blocks] for path, stack in find_stacks(base).items()}
     for path, layers in stacks.items():

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, DataError, ModelError, SelectionError
+from ..host.sharding import is_fsdp2
 from ..host.sites import Stack, backbone_of, base_of
 
 POOLS = ("last", "cls", "mean")
@@ -179,6 +180,9 @@ def run_backbone(model: Any, batch: Mapping[str, Any], poolers: list[StackPooler
         for pooler in poolers:
             pooler.mask = mask
     allowed = _parameters(base.forward) if _takes_any(backbone.forward) else set()
+    root = next((module for module in model.modules() if is_fsdp2(module)), None)
+    if root is not None and backbone in root.modules():  # only its own call gathers what lies outside of the blocks
+        backbone, allowed = root, _parameters(base.forward)
     _call(backbone, inputs, allowed)
 
 
