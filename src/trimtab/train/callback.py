@@ -262,7 +262,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         self._take_steps_again()
         if self.controller is not None and self.controller.layers:
             give_back_to_ddp(kw["model"])
-            _let_go(kw["model"], self.controller.optimizer)
+            self.controller.let_go()
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -524,13 +524,6 @@ class TrimCallback(TrainerCallback, ExportableState):
 def _reshard(model: nn.Module | None = None, **_: Any) -> None:
     if model is not None:
         reshard(model)
-
-
-def _let_go(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """Of what the model no longer has. Only after the last checkpoint: a resumed run's optimizer lists it again."""
-    held = {id(p) for p in model.parameters()}
-    for group in optimizer.param_groups if optimizer is not None else ():
-        group["params"] = [p for p in group["params"] if id(p) in held]
 
 
 def _being_saved(output_dir: Path, step: int) -> Path | None:

@@ -68,7 +68,8 @@ class Controller:
         ctl.finish()
 
     The same inside ``with accelerator.accumulate(model)``: only micro-batches that end in a step count. With several
-    processes, make it before `DistributedDataParallel` or `accelerator.prepare` wraps the model.
+    processes, make it before `DistributedDataParallel` or `accelerator.prepare` wraps the model, and after
+    `fully_shard` (see `trimtab.whole_parameters`).
 
     Args:
         model: a `PeftModel` (possibly wrapped) whose adapter came from `TrimConfig`; any other adapter is
@@ -132,6 +133,7 @@ class Controller:
         self._mask: dict[str, Tensor] = {}  # the last mask that processes have not compared yet, and its hash
         self._mask_bits: list[int] = []
         self._is_sharded: bool | None = None  # not known yet
+        self._gone: list[nn.Parameter] = []  # what `finish` took out of the model
         config = own_config(model, adapter_name)
         for layer in self.layers.values():
             layer.hosted[adapter_name].is_decided = True
@@ -273,6 +275,16 @@ class Controller:
         self._watch.close()
         give_back_to_ddp(self.model)
 
+    def let_go(self) -> None:
+        """Take tensors that `finish` took out of the model out of the optimizer's groups, too.
+
+        Only after the last checkpoint: the optimizer of a resumed run lists them again.
+        """
+        gone = {id(p) for p in self._gone}
+        for group in self.optimizer.param_groups if self.optimizer is not None else ():
+            group["params"] = [p for p in group["params"] if id(p) not in gone]
+        self._gone = []
+
     # -- figures ------------------------------------------------------------------------------------
 
     def trainable_params(self) -> int:
@@ -386,7 +398,10 @@ class Controller:
             layer.finish(self.adapter_name)
         if self.layers:
             settle(self.model, self.adapter_name)
-        self._parameters = adapter_parameters(self.model, self.adapter_name)
+        left = adapter_parameters(self.model, self.adapter_name)
+        held = {id(p) for p in left}
+        self._gone = [p for p in self._parameters if id(p) not in held]
+        self._parameters = left
         if is_distributed() and self.layers:  # the wrapper that was told to leave them alone may still be there
             AverageAfterBackward(self._whole())
         self.is_finished = True
