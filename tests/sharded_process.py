@@ -1,4 +1,4 @@
-"""What `test_fsdp.py` runs in two processes: ``torchrun --nproc-per-node 2 sharded_process.py OUT``.
+"""What `test_fsdp.py` runs in two processes: ``torchrun --nproc-per-node 2 sharded_process.py OUT JOB …``.
 
 With ``run SCRIPT`` it runs that script where accelerate shards on a CPU.
 """
@@ -13,6 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -210,36 +211,53 @@ def refusals() -> dict[str, str]:
     }
 
 
-def main(out: Path) -> None:
+def jobs(out: Path) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Name -> what two processes do under it."""
+
+    def trainer(case: str, name: str = "", **more: Any) -> dict[str, Any]:
+        return run(case, out / "runs" / (name or case), processes=2, **more)
+
+    def at_load(case: str) -> dict[str, Any]:
+        saving = dict(save_strategy="steps", save_steps=10, save_only_model=True)
+        return trainer(case, f"{case}, at load", base=sharded_at_load(case, out), **saving)
+
+    full, parts = (sharding("bert", state_dict_type=f"{kind}_STATE_DICT") for kind in ("FULL", "SHARDED"))
+    llama = sharding("llama")
+    return {
+        **{case: partial(trainer, case, **sharding(case, **config)) for case, config in TRAINER.items()},
+        **{f"{case}, at load": partial(at_load, case) for case in AT_LOAD},
+        **{named(*one): partial(bare_loop, *one) for one in BARE},
+        "FULL": partial(resumed, out, "FULL", full, full),
+        "SHARDED": partial(resumed, out, "SHARDED", parts, parts, {}),
+        "best": partial(best, out),
+        "trained on": partial(trainer, "salientlora, llama", "trained on", again=4, **llama),
+        "recipe": partial(recipe_run, out),
+        "bf16": partial(trainer, "salientlora, llama, float32", "bf16", bf16=True, **llama),
+        "merged": partial(merged, out),
+        "similarity": similarity,
+        "refusals": refusals,
+    }
+
+
+# Both axes at once, every way to shard once, what is saved, and all that takes no training.
+FEW = (
+    "salientlora+aflora, no head", "salientlora, llama, at load", "fsdp2, True, aflora",
+    "accelerate fsdp2, False, adalora", "SHARDED", "merged", "similarity", "refusals",
+)  # fmt: skip
+
+
+def named(kind: str, has_head: bool, method: str) -> str:
+    return f"{kind}, {has_head}, {method}"
+
+
+def main(out: Path, names: list[str]) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     results: dict[str, Any] = {}
     with fsdp_on_a_cpu():
-        for case, config in TRAINER.items():
-            results[case] = run(case, out / "runs" / case, processes=2, **sharding(case, **config))
+        for name in names:
+            results[name] = jobs(out)[name]()
+            results[name].pop("model", None)
             not_sharded()
-        full, parts = (sharding("bert", state_dict_type=f"{kind}_STATE_DICT") for kind in ("FULL", "SHARDED"))
-        results["FULL"] = resumed(out, "FULL", full, full)
-        results["SHARDED"] = resumed(out, "SHARDED", parts, parts, {})
-        results["best"] = best(out)
-        not_sharded()
-        results["trained on"] = run("salientlora, llama", out / "runs" / "on", 2, again=4, **sharding("llama"))
-        not_sharded()
-        for kind, has_head, method in BARE:
-            results[f"{kind}, {has_head}, {method}"] = bare_loop(kind, has_head, method)
-            not_sharded()
-        results["recipe"] = recipe_run(out)
-        not_sharded()
-        mixed = sharding("llama") | dict(bf16=True)
-        results["bf16"] = run("salientlora, llama, float32", out / "runs" / "bf16", 2, **mixed)
-    for case in AT_LOAD:
-        base = sharded_at_load(case, out)
-        saving = dict(save_strategy="steps", save_steps=10, save_only_model=True)
-        results[f"{case}, at load"] = run(case, out / "runs" / f"{case}, at load", 2, base=base, **saving)
-    results["merged"] = merged(out)
-    results["similarity"] = similarity()
-    results["refusals"] = refusals()
-    for result in results.values():
-        result.pop("model", None)
     torch.save(results, out / f"process-{dist.get_rank()}.pt")
     dist.destroy_process_group()
 
@@ -249,4 +267,4 @@ if __name__ == "__main__":
         with fsdp_on_a_cpu():
             runpy.run_path(sys.argv[2], run_name="__main__")
     else:
-        main(Path(sys.argv[1]))
+        main(Path(sys.argv[1]), sys.argv[2:])

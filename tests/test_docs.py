@@ -73,7 +73,7 @@ def run_command(words: list[str], shards: bool = False) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("name", [slow(page) if page == "several_gpus" else page for page in PAGES])
+@pytest.mark.parametrize("name", [slow(page) if page in ("several_gpus", "sharded") else page for page in PAGES])
 def test_every_block_of_a_page_runs_in_its_order(
     name: str, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,8 +13,10 @@ from torch import distributed as dist
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+import sharded_process as sharded
 import tiny
 import trimtab
+import two_process
 from fakes import Halving
 from trimtab import AFLoRA, Controller, TrimCallback, TrimConfig
 from trimtab.errors import ConfigError, ModelError
@@ -215,8 +217,6 @@ def engine_table() -> dict[str, tuple[tuple[str, ...], str]]:
 
 def compared(engine: str) -> set[str]:
     """The methods of which two processes are compared with one under an engine."""
-    from test_fsdp import sharded, two_process
-
     cases = {
         "DDP, Trainer": two_process.CASES,
         "DDP, bare loop": [m for kind, _, m in two_process.BARE if kind == "ddp"],
@@ -231,7 +231,7 @@ def compared(engine: str) -> set[str]:
 def test_every_cell_of_the_engine_table_is_held_by_a_test(engine):
     cells, test = engine_table()[engine]
     assert len(cells) == len(COLUMNS)
-    sources = [path.read_text("utf-8") for path in Path(__file__).parent.glob("test_*.py")]
+    sources = [path.read_text("utf-8") for path in Path(__file__).parent.rglob("test_*.py")]
     assert sum(f"def {test}(" in source for source in sources) == 1
     if set(cells) == {"refused"}:
         assert "refuse" in test

@@ -24,15 +24,17 @@ import sharded_process as sharded
 import tiny
 import trimtab
 import two_process
-from test_ddp import decisions, numbers
+from marks import slow
 from trimtab.train.checkpoint import what_is_wrong
+from two_process import decisions, numbers
 
 pytestmark = pytest.mark.two_process
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory):
+def launched(request, tmp_path_factory):
     """One launch for all cases: folder, and what each process saw."""
+    is_short = "not slow" in request.config.getoption("markexpr")
     out = tmp_path_factory.mktemp("fsdp")
     here = Path(__file__).parent
     environment = os.environ | {
@@ -41,7 +43,7 @@ def launched(tmp_path_factory):
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, str(here / "sharded_process.py"), str(out)],
+        [*command, str(here / "sharded_process.py"), str(out), *(sharded.FEW if is_short else sharded.jobs(out))],
         env=environment, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-6000:]
@@ -67,13 +69,18 @@ def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], atol: fl
     )
 
 
+def few(names: list[str]) -> list:
+    """A part of the cases alone runs with `make test`."""
+    return [name if name in sharded.FEW else slow(name) for name in names]
+
+
 SHARDED = {"base": {"DTensor"}, "trains": {"Parameter"}}
 
 
 # -- equal to one process -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [*sharded.TRAINER, *(f"{case}, at load" for case in sharded.AT_LOAD)])
+@pytest.mark.parametrize("case", few([*sharded.TRAINER, *(f"{case}, at load" for case in sharded.AT_LOAD)]))
 def test_a_trainer_that_shards_equals_one_process(launched, one_process, case):
     one = one_process[0](case.removesuffix(", at load"))
     kinds = [event["event"] for event in one["events"]]
@@ -88,14 +95,15 @@ def test_a_trainer_that_shards_equals_one_process(launched, one_process, case):
     assert same_bits(*(process[case]["weights"] for process in launched[1]))
 
 
-@pytest.mark.parametrize(("kind", "has_head", "method"), sharded.BARE)
-def test_a_bare_loop_on_a_sharded_base_equals_one_process(launched, one_process, kind, has_head, method):
+@pytest.mark.parametrize("name", few([sharded.named(*one) for one in sharded.BARE]))
+def test_a_bare_loop_on_a_sharded_base_equals_one_process(launched, one_process, name):
+    _, has_head, method = next(one for one in sharded.BARE if sharded.named(*one) == name)
     one = one_process[1](has_head, method)
     if "rank" in two_process.METHODS[method]:
         assert sum(one["ranks"].values()) < 4 * len(one["ranks"])
     if method == "aflora" or "+" in method:
         assert one["frozen"]
-    for two in (process[f"{kind}, {has_head}, {method}"] for process in launched[1]):
+    for two in (process[name] for process in launched[1]):
         assert two["kinds"] == SHARDED and two["traces"] == []
         assert two["ranks"] == one["ranks"] and two["frozen"] == one["frozen"]
         assert close(two["weights"], one["weights"])
@@ -104,7 +112,7 @@ def test_a_bare_loop_on_a_sharded_base_equals_one_process(launched, one_process,
 # -- checkpoints ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["FULL", "SHARDED"])
+@pytest.mark.parametrize("kind", few(["FULL", "SHARDED"]))
 def test_a_sharded_run_resumes_exactly_across_a_cut(launched, kind):
     for process in launched[1]:
         unbroken, again, *by_ddp = process[kind]["runs"]
@@ -115,7 +123,7 @@ def test_a_sharded_run_resumes_exactly_across_a_cut(launched, kind):
     assert len(launched[1][0]["SHARDED"]["runs"]) == 3
 
 
-@pytest.mark.parametrize("kind", ["FULL", "SHARDED"])
+@pytest.mark.parametrize("kind", few(["FULL", "SHARDED"]))
 def test_every_checkpoint_of_a_sharded_run_is_a_plain_lora(launched, kind):
     folder = launched[0] / "kept" / kind
     assert len(list(folder.glob("checkpoint-*"))) == 4
@@ -130,12 +138,12 @@ def test_every_checkpoint_of_a_sharded_run_is_a_plain_lora(launched, kind):
 
 
 def test_a_sharded_run_is_resumed_by_one_process(launched, tmp_path):
-    folder = shutil.copytree(launched[0] / "kept" / "FULL", tmp_path / "run")
+    folder = shutil.copytree(launched[0] / "kept" / "SHARDED", tmp_path / "run")
     for step in (15, 20):
         shutil.rmtree(folder / f"checkpoint-{step}")
     saving = dict(save_strategy="steps", save_steps=5, logging_steps=3)
     one = two_process.run(sharded.RESUMED, folder, 1, resume=trimtab.last_checkpoint(folder), **saving)
-    assert close(one["weights"], launched[1][0]["FULL"]["runs"][0]["weights"])
+    assert close(one["weights"], launched[1][0]["SHARDED"]["runs"][0]["weights"])
 
 
 def test_a_model_that_is_sharded_at_load_can_be_resumed_though_trainer_saves_no_optimizer_of_it(launched):
@@ -143,6 +151,7 @@ def test_a_model_that_is_sharded_at_load_can_be_resumed_though_trainer_saves_no_
     assert what_is_wrong(folder) is None and (folder / "optimizer.pt").exists()
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_of_a_sharded_run_is_loaded(launched):
     for process in launched[1]:
         folder = Path(process["best"]["best"])
@@ -155,6 +164,7 @@ def test_the_best_checkpoint_of_a_sharded_run_is_loaded(launched):
 # -- after the run --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_is_finished_trains_on_averaged(launched):
     first, second = (process["trained on"] for process in launched[1])
     assert first["kinds"] == SHARDED and same_bits(first["weights"], second["weights"])
@@ -170,6 +180,7 @@ def test_a_sharded_model_is_merged_weight_by_weight(launched):
     assert torch.allclose(tiny.logits(adapter, "bert"), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_recipe_that_shards_runs_to_its_report_and_its_merged_model(launched):
     run = launched[0] / "recipe" / "run"
     for process in launched[1]:
@@ -180,6 +191,7 @@ def test_a_recipe_that_shards_runs_to_its_report_and_its_merged_model(launched):
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_under_mixed_precision_adapters_stay_in_float32_and_processes_the_same(launched):
     first, second = (process["bf16"] for process in launched[1])
     assert first["kinds"] == SHARDED and same_bits(first["weights"], second["weights"])

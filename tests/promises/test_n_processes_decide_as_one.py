@@ -12,6 +12,7 @@ import torch
 
 import two_process
 from marks import slow
+from two_process import decisions, numbers
 
 pytestmark = pytest.mark.two_process
 
@@ -38,21 +39,6 @@ def launched(request, tmp_path_factory):
 def each_case(dtype):
     names = [name for name, case in two_process.CASES.items() if case[3] == dtype]
     return pytest.mark.parametrize("case", [name if name in two_process.FEW else slow(name) for name in names])
-
-
-def decisions(events: list[dict]) -> list[dict]:
-    return [event for event in events if event["event"] in ("rank", "freeze", "params")]
-
-
-def numbers(events: list[dict]) -> torch.Tensor:
-    """Gradient norms, penalties, learning rates and |e| of the history; Trainer sums the loss in float32."""
-    found: list[float] = []
-    for event in events:
-        if event["event"] == "values":
-            found += [v for site in event["values"].values() for v in site]
-        elif event["event"] == "log":
-            found += [v for key, v in event.items() if isinstance(v, float) and key != "loss"]
-    return torch.tensor(found, dtype=torch.float64)
 
 
 @each_case(torch.float64)
@@ -140,7 +126,9 @@ def test_processes_that_hold_other_adapters_are_refused(launched):
     assert said[0] == said[1] and "process 1 holds other adapters than process 0" in said[0] and "pipeline" in said[0]
 
 
-@pytest.mark.parametrize(("kind", "has_head", "method"), two_process.BARE)
+@pytest.mark.parametrize(
+    ("kind", "has_head", "method"), [one if one in two_process.FEW_BARE else slow(*one) for one in two_process.BARE]
+)
 def test_a_bare_loop_in_two_processes_equals_one(launched, kind, has_head, method):
     one = two_process.bare_loop("one", has_head, method)
     if "rank" in two_process.METHODS[method]:

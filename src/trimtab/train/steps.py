@@ -18,7 +18,7 @@ from accelerate.state import GradientState
 from torch import Tensor
 
 from ..errors import ConfigError, StaleAdapterError
-from .parallel import is_dtensor
+from ..host.sharding import is_dtensor
 
 NOT_FINITE_LIMIT = 50
 """Steps in a row without finite gradients that end a run. A scaler that starts at 65536 needs at most 16 to find its
