@@ -32,7 +32,13 @@ def facts() -> dict[str, Any]:
             "cores": os.cpu_count(),
             "device": _device(),
         },
+        **({"job": job()} if job() else {}),
     }
+
+
+def job() -> str | None:
+    """torchrun's name of what it started, the same after a restart; None without torchrun."""
+    return os.environ.get("TORCHELASTIC_RUN_ID")
 
 
 def command() -> str:

@@ -179,8 +179,10 @@ def init(data: Path, overrides: Sequence[str], model: str | None, out: Path | No
 def run(recipe: str, overrides: Sequence[str], overwrite: bool, resume: bool, as_json: bool) -> None:
     """Select layers, train, export, evaluate and report."""
     from . import run as runs
+    from .runfolder import after_restart
 
     chosen, path = _load(recipe, overrides)
+    overwrite, resume = after_restart(path, overwrite, resume)
     with _screen(as_json) as screen:
         folder = runs.run(chosen, path, screen, overwrite=overwrite, resume=resume)
     _show_run(folder, as_json)
@@ -302,6 +304,7 @@ def train(recipe: str, overrides: Sequence[str], overwrite: bool, resume: bool, 
     from . import runfolder
 
     chosen, path = _load(recipe, overrides)
+    overwrite, resume = runfolder.after_restart(path, overwrite, resume)
     with _screen(as_json) as screen, runfolder.session(chosen, path, overwrite=overwrite, resume=resume) as session:
         job = runs.load(chosen, screen)
         folder = session.begin()

@@ -342,6 +342,19 @@ def session(recipe: Recipe, path: Path, *, overwrite: bool = False, resume: bool
         folder.let_go()
 
 
+def after_restart(path: Path, overwrite: bool, resume: bool) -> tuple[bool, bool]:
+    """``overwrite`` and ``resume`` for a command that torchrun starts again after a process died: it goes on with what
+    it has saved, or begins again where that is nothing."""
+    job = about.job()
+    if resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or (overwrite and job == "none"):
+        return overwrite, resume
+    folder = RunFolder(path)
+    if not folder.about.is_file() or folder.read(folder.about).get("job") != job:
+        return overwrite, resume  # it died before it began: what lies there is another run's
+    is_saved = last_checkpoint(folder.checkpoints) is not None
+    return not is_saved, is_saved
+
+
 def _how_to_go_on(folder: RunFolder, is_back: bool) -> str:
     if is_back:
         return "the run that --overwrite was to replace is back"
