@@ -207,6 +207,22 @@ def test_a_killed_export_leaves_the_old_one_or_none_that_loads(unbroken, tmp_pat
     assert not list((tmp_path / "run").glob(".*.half"))
 
 
+@BREADTH
+@pytest.mark.parametrize("best", [False, True])
+def test_a_run_that_is_killed_after_its_last_step_takes_no_further_one(unbroken, tmp_path, best):
+    """The Trainer takes one more step when it resumes from the last, if that is not the last of an epoch."""
+    steps = ["train.max_steps=12", "train.save_strategy=steps", "train.save_steps=4", "train.eval_strategy=steps",
+             "train.eval_steps=4", f"train.load_best_model_at_end={str(best).lower()}"]  # fmt: skip
+    code, said = run(unbroken, tmp_path, *steps, folder=tmp_path / "alone")
+    assert code == 0, said
+    code, said = run(unbroken, tmp_path, *steps, before=AtCall("trimtab.app.run:_name_base", 1, Send(SIGKILL)))
+    assert code == -SIGKILL, said
+    code, said = run(unbroken, tmp_path, *steps, "--resume")
+    assert code == 0, said
+    assert_same_end(tmp_path / "run", tmp_path / "alone")
+    assert (tmp_path / "run" / "history.jsonl").read_text() == (tmp_path / "alone" / "history.jsonl").read_text()
+
+
 # -- the clock --------------------------------------------------------------------------------------------
 
 
