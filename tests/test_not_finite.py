@@ -15,6 +15,7 @@ from torch import distributed as dist
 
 import short_runs as runs
 import tiny
+from marks import slow
 from test_run import trimtab, write_recipe
 from trimtab import Controller
 from trimtab.train.steps import NOT_FINITE_LIMIT
@@ -54,7 +55,7 @@ def bare_run(method: str, lost: str | None, batches: Any = None) -> dict[str, An
     return {"events": events, "stayed": around, "weights": [p.detach() for p in trained], "ranks": controller.ranks()}
 
 
-@pytest.mark.parametrize("method", [m for m in runs.METHODS if "svd" not in m])
+@pytest.mark.parametrize("method", [m if m in runs.FEW else slow(m) for m in runs.METHODS if "svd" not in m])
 @pytest.mark.parametrize("lost", ["all", "head"])
 def test_a_step_without_finite_gradients_moves_and_scores_nothing(method, lost):
     run, whole = bare_run(method, lost), bare_run(method, None)
