@@ -1,6 +1,6 @@
 """What `test_fsdp.py` runs in two processes: ``torchrun --nproc-per-node 2 sharded_process.py OUT JOB …``.
 
-With ``run SCRIPT`` it runs that script where accelerate shards on a CPU.
+With ``OUT elastic`` one process is killed once; with ``run SCRIPT`` that script runs where accelerate shards on a CPU.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import runpy
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch import distributed as dist
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 
 import tiny
 import trimtab
@@ -120,6 +121,27 @@ def resumed(out: Path, name: str, saved_by: dict[str, Any], *resumed_by: dict[st
         found.append({"weights": again["weights"], "history": (folder / "history.jsonl").read_text()})
     not_sharded()
     return {"runs": found}
+
+
+class Killed(TrainerCallback):
+    """Process 1 is killed once, after step 12."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        if state.global_step == 12 and dist.get_rank() and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def elastic(out: Path) -> None:
+    """The run of `resumed` once more, in which each start goes on from the last checkpoint."""
+    folder = out / "runs" / "elastic"
+    saving = dict(save_strategy="steps", save_steps=5, logging_steps=3)
+    with fsdp_on_a_cpu():
+        done = run(
+            RESUMED, folder, 2, resume=trimtab.last_checkpoint(folder), callbacks=[Killed()], **saving,
+            **sharding("bert"),
+        )  # fmt: skip
+    torch.save(done["weights"], out / f"elastic-{dist.get_rank()}.pt")
+    dist.destroy_process_group()
 
 
 def best(out: Path) -> dict[str, Any]:
@@ -266,5 +288,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "run":  # somebody's script
         with fsdp_on_a_cpu():
             runpy.run_path(sys.argv[2], run_name="__main__")
+    elif sys.argv[2:] == ["elastic"]:
+        elastic(Path(sys.argv[1]))
     else:
         main(Path(sys.argv[1]), sys.argv[2:])

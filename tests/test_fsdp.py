@@ -31,22 +31,26 @@ from two_process import decisions, numbers
 pytestmark = pytest.mark.two_process
 
 
+def torchrun(out: Path, *jobs: str, options: tuple[str, ...] = (), **more: str) -> None:
+    here = Path(__file__).parent
+    environment = os.environ | more | {
+        "PYTHONPATH": os.pathsep.join([str(here.parent / "src"), str(here), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
+    done = subprocess.run(
+        [*command, str(here / "sharded_process.py"), str(out), *jobs],
+        env=environment, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-6000:]
+
+
 @pytest.fixture(scope="module")
 def launched(request, tmp_path_factory):
     """One launch for all cases: folder, and what each process saw."""
     is_short = "not slow" in request.config.getoption("markexpr")
     out = tmp_path_factory.mktemp("fsdp")
-    here = Path(__file__).parent
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(here.parent / "src"), str(here), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, str(here / "sharded_process.py"), str(out), *(sharded.FEW if is_short else sharded.jobs(out))],
-        env=environment, capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-6000:]
+    torchrun(out, *(sharded.FEW if is_short else sharded.jobs(out)))
     return out, [torch.load(out / f"process-{i}.pt", weights_only=False) for i in (0, 1)]
 
 
@@ -144,6 +148,15 @@ def test_a_sharded_run_is_resumed_by_one_process(launched, tmp_path):
     saving = dict(save_strategy="steps", save_steps=5, logging_steps=3)
     one = two_process.run(sharded.RESUMED, folder, 1, resume=trimtab.last_checkpoint(folder), **saving)
     assert close(one["weights"], launched[1][0]["SHARDED"]["runs"][0]["weights"])
+
+
+@pytest.mark.slow
+def test_a_run_of_which_a_process_is_killed_comes_back_the_same(launched, tmp_path):
+    torchrun(tmp_path, "elastic", options=("--max-restarts", "1"), TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    unbroken = launched[1][0]["SHARDED"]["runs"][0]
+    for process in (0, 1):
+        assert same_bits(torch.load(tmp_path / f"elastic-{process}.pt"), unbroken["weights"])
+    assert (tmp_path / "runs" / "elastic" / "history.jsonl").read_text() == unbroken["history"]
 
 
 def test_a_model_that_is_sharded_at_load_can_be_resumed_though_trainer_saves_no_optimizer_of_it(launched):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,14 @@ RATES = {"salientlora+aflora, with head": {"B": 2, "head": 3}}
 
 
 def run(
-    case: str, folder: Path, processes: int, resume: str | None = None, base: Any = None, again: int = 0, **more: Any
+    case: str,
+    folder: Path,
+    processes: int,
+    resume: str | None = None,
+    base: Any = None,
+    again: int = 0,
+    callbacks: Iterable[Any] = (),
+    **more: Any,
 ) -> dict[str, Any]:
     """Train one case on a global batch of 8 rows, two micro-batches a step; what came out of it.
 
@@ -86,7 +93,7 @@ def run(
         groups = trimtab.parameter_groups(model, settings["learning_rate"], RATES[case])
         optimizer = torch.optim.AdamW, {"params": groups}
     trainer = Trainer(
-        model, TrainingArguments(**settings), train_dataset=tiny.rows(family, 96), callbacks=[trim],
+        model, TrainingArguments(**settings), train_dataset=tiny.rows(family, 96), callbacks=[trim, *callbacks],
         eval_dataset=tiny.rows(family, 8, seed=5),
         optimizer_cls_and_kwargs=optimizer,
     )  # fmt: skip
