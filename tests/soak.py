@@ -57,7 +57,7 @@ class Life:
         goes_on = any(folder.glob("checkpoints/checkpoint-*/trainer_state.json"))
         args = ["run", str(recipe), f"output_dir={folder}", "--resume" if goes_on else "--overwrite"]
         out = folder.parent / f"{folder.name}-out"
-        out.mkdir(exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         self.output = out / "output.txt"
         self.process = server.Process(target=_command, args=(out, args, None))
         self.process.start()
@@ -104,24 +104,29 @@ def left_alone(recipe: Path, folder: Path, memory: dict[int, list[float]]) -> No
     life.end()
 
 
-def killed(recipe: Path, folder: Path) -> list[tuple[float, int]]:
-    """When each process was killed: seconds after its start, and the step that it had logged by then."""
-    random, kills = Random(0), []
-    while len(kills) < KILLS:
-        life = Life(recipe, folder)
-        before, rows = life.rows(), random.randrange(6)
+def killed(recipe: Path, folder: Path) -> list[Path]:
+    """Runs that were killed and taken up until they ended: one, or more where one came through before all kills."""
+    random, kills, ends = Random(0), 0, []
+    while kills < KILLS:
+        place = folder / str(len(ends))
+        life = Life(recipe, place)
+        before, rows, first = life.rows(), random.randrange(6), 0.0
         while rows and life.process.is_alive() and life.rows() < before + rows:
+            first = first or (time.monotonic() if life.rows() > before else 0.0)
             time.sleep(0.02)
-        seconds = time.monotonic() - life.began
-        # A fifth dies while it loads and resumes, the others anywhere between two rows of the log.
-        life.process.join(random.uniform(0, 2 * seconds / rows if rows else 8))
+        # A sixth dies while it loads and resumes, the others anywhere between two rows of the log.
+        between = (time.monotonic() - first) / (rows - 1) if rows > 1 and first else 1.0
+        life.process.join(random.uniform(0, between if rows else 8))
         life.process.kill()
         if life.end() == 0:
-            raise SystemExit(f"it came through after {len(kills)} kills: too long between them")
-        kills.append((time.monotonic() - life.began, life.step()))
-        print(f"kill {len(kills):2}: {kills[-1][0]:6.2f} s after the start, at step {kills[-1][1]}", flush=True)
-    Life(recipe, folder).end()
-    return kills
+            ends.append(place)
+            continue
+        kills += 1
+        print(
+            f"kill {kills:2}: {time.monotonic() - life.began:6.2f} s after the start, at step {life.step()}", flush=True
+        )
+    Life(recipe, folder / str(len(ends))).end()
+    return [*ends, folder / str(len(ends))]
 
 
 _NAMES_THE_FOLDER = ("README.md", "trim_state.json", "trainer_state.json", "training_args.bin")
@@ -153,7 +158,7 @@ def soak(folder: Path) -> int:
     recipe, memory = made(folder), {}
     beside = threading.Thread(target=left_alone, args=(recipe, folder / "alone", memory))
     beside.start()
-    kills = killed(recipe, folder / "killed")
+    ends = killed(recipe, folder / "killed")
     beside.join()
     print(f"left alone, {STEPS} steps; resident memory by step:")
     for step, values in memory.items():
@@ -161,10 +166,10 @@ def soak(folder: Path) -> int:
     second, last = ([v for s, vs in memory.items() if lo <= 4 * s / STEPS < lo + 1 for v in vs] for lo in (1, 3))
     growth = statistics.median(last) / statistics.median(second)
     print(f"memory of the last quarter over the second: {growth:.3f}")
-    different = differences(folder / "killed", folder / "alone")
+    different = [name for end in ends for name in differences(end, folder / "alone")]
     events = [json.loads(line)["event"] for line in (folder / "alone" / "history.jsonl").read_text().splitlines()]
     print(f"decided: {events.count('rank')} cuts, {events.count('freeze')} freezes")
-    print(f"kills survived: {len(kills)}; files that differ: {', '.join(different) or 'none'}")
+    print(f"kills survived: {KILLS} in {len(ends)} run(s); files that differ: {', '.join(different) or 'none'}")
     return int(bool(different) or growth > FLAT or not events.count("rank") or not events.count("freeze"))
 
 
