@@ -38,9 +38,9 @@ METHODS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Ranks and freezing from LoRA's start; ranks by gradients from the svd start. What does not depend on how a method
-# decides is tested with these two, and with all of them by `make test-all`.
-FEW = ("salientlora+aflora", "adalora+at, svd")
+# Both axes at once. What does not depend on how a method decides is tested with these, and with all methods by
+# `make test-all`.
+FEW = ("salientlora+aflora",)
 each_method = pytest.mark.parametrize("method", [m if m in FEW else slow(m) for m in METHODS])
 
 
