@@ -11,8 +11,7 @@ dropped as soon as it is there: one is alive at a time, and the base needs no ro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import DataError, ModelError
+from ..host.probe import gradients_of, loss_of
 from ..host.sharding import is_sharded
 from ..host.sites import base_with_weights, find_stacks
 from ..plans import Where
@@ -102,15 +102,17 @@ def layer_gradients(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> L
     if len(set(every)) < len(every):
         raise ModelError("model: two layers share their weights, and cannot be chosen one by one")
     squares: dict[str, list[list[float]]] = {path: [[] for _ in layers] for path, layers in stacks.items()}
-    rows, device = 0, next(base.parameters()).device
-    with _dropped_gradients(base, every) as taken:
+    rows = 0
+    taken: dict[nn.Parameter, float] = {}
+
+    def take(weight: nn.Parameter, gradient: Tensor) -> None:
+        exact = torch.float32 if gradient.device.type == "mps" else torch.float64
+        taken[weight] = float(gradient.float().pow(2).sum(dtype=exact))
+
+    with gradients_of(base, every, take):
         for batch in batches:
-            inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-            loss = getattr(base(**inputs), "loss", None)
-            if not isinstance(loss, Tensor):
-                raise DataError(f"batch: the model makes no loss of {', '.join(batch)}; labels are needed")
-            loss.backward()
-            rows += len(next(iter(inputs.values())))
+            loss_of(base, batch).backward()
+            rows += len(next(iter(batch.values())))
             for path, layers in stacks.items():
                 for layer, weights in enumerate(layers):
                     squares[path][layer].append(sum(taken.pop(weight, 0.0) for weight in weights))
@@ -124,36 +126,3 @@ def _matrices(block: nn.Module) -> list[nn.Parameter]:
     """Weights of a layer's linears that a gradient can reach; those of integers (quantised) have none."""
     linears: list[Any] = [module for module in block.modules() if isinstance(module, (nn.Linear, Conv1D))]
     return [linear.weight for linear in linears if linear.weight.is_floating_point()]
-
-
-@contextmanager
-def _dropped_gradients(base: nn.Module, weights: list[nn.Parameter]) -> Iterator[dict[nn.Parameter, float]]:
-    """Only these weights have gradients, and each becomes its squared sum the moment it is there."""
-    squares: dict[nn.Parameter, float] = {}
-
-    def take(weight: Tensor) -> None:
-        assert isinstance(weight, nn.Parameter) and weight.grad is not None
-        exact = torch.float32 if weight.device.type == "mps" else torch.float64
-        squares[weight] = float(weight.grad.detach().float().pow(2).sum(dtype=exact))
-        weight.grad = None
-
-    training = {module: module.training for module in base.modules()}
-    were = [(parameter, parameter.requires_grad, parameter.grad) for parameter in base.parameters()]
-    handles = []
-    try:
-        base.eval().requires_grad_(False)
-        for parameter, _, _ in were:
-            parameter.grad = None
-        for weight in weights:
-            weight.requires_grad_(True)
-            handles.append(weight.register_post_accumulate_grad_hook(take))
-        with torch.enable_grad():
-            yield squares
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter, was, grad in were:
-            parameter.requires_grad_(was)
-            parameter.grad = grad
-        for module, mode in training.items():
-            module.training = mode
