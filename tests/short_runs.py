@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import tiny
 from marks import slow
-from trimtab import AdaLoRA, AFLoRA, FreezeAt, GradES, SalientLoRA, SoRA, TrimCallback, TrimConfig
+from trimtab import EVA, AdaLoRA, AFLoRA, FreezeAt, GradES, SalientLoRA, SoRA, TrimCallback, TrimConfig
 
 STEPS = 40
 
@@ -31,6 +31,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "adalora+at, svd": {
         "rank": AdaLoRA(target_r=2, start="svd", warmup=4, final=14, interval_steps=5),
         "freeze": FreezeAt(at=32),
+    },
+    "eva": {"rank": EVA(rho=1.5)},
+    "salientlora, eva": {
+        "rank": SalientLoRA(target_r=2, start="eva", warmup=4, allocation=24, initial_window=4, final_window=8)
     },
     "salientlora+aflora, svd": {
         "rank": SalientLoRA(target_r=2, start="svd", warmup=4, allocation=24, initial_window=4, final_window=8),
@@ -57,7 +61,7 @@ def model_for(family: str, method: str, **options: Any) -> peft.PeftModel:
         base = base.double()
     torch.manual_seed(0)
     options = dict(target_modules=fam.target_modules, task_type=fam.task_type) | options
-    return peft.get_peft_model(base, config_for(method)(**options))
+    return tiny.begun(peft.get_peft_model(base, config_for(method)(**options)), family)
 
 
 class _KeepLogits(TrainerCallback):

@@ -53,6 +53,7 @@ class Cubic:
     target_r: float = 2
     prune: bool = True
     has_e: ClassVar[bool] = True
+    starter: ClassVar[None] = None
 
     def prune_curve(self, total_steps, steps_per_epoch, initial_total, modules, final_total=None):
         final = math.floor(self.target_r * modules) if final_total is None else final_total

@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import tiny
 import trimtab
-from trimtab import AdaLoRA, AFLoRA, Controller, GradES, SalientLoRA, SoRA, TrimConfig
+from trimtab import EVA, AdaLoRA, AFLoRA, Controller, GradES, SalientLoRA, SoRA, TrimConfig
 from trimtab.host.layers import hosted_layers
 
 TOTAL = 24
@@ -30,6 +30,8 @@ RANK = {
     "adalora": AdaLoRA(target_r=2, warmup=2, final=8, interval_steps=2),
     "adalora svd": AdaLoRA(target_r=2, warmup=2, final=8, interval_steps=2, start="svd"),
     "sora": SoRA(prox_threshold=0.05, sticky_zeros=True, interval=4),
+    "eva": EVA(),
+    "adalora eva": AdaLoRA(target_r=2, warmup=2, final=8, interval_steps=2, start="eva"),
 }
 FREEZE = {
     "none": None,
@@ -64,7 +66,7 @@ class Habits(RuleBasedStateMachine):
     def build(self) -> peft.PeftModel:
         base = tiny.build(self.family)
         torch.manual_seed(self.seed)
-        return peft.get_peft_model(base, self.config)
+        return tiny.begun(peft.get_peft_model(base, self.config), self.family)
 
     def start(self) -> None:
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=self.rate)

@@ -10,6 +10,8 @@ import torch
 import transformers as tf
 from torch import nn
 
+import trimtab
+
 VOCAB = 64
 
 
@@ -228,6 +230,13 @@ def _with_image(ids: torch.Tensor, image: torch.Tensor) -> dict[str, Any]:
 def batch(family: str, n: int = 8, seed: int = 1) -> dict[str, torch.Tensor]:
     """One collated batch."""
     return tf.default_data_collator(rows(family, n, seed=seed))
+
+
+def begun(model: nn.Module, family: str) -> nn.Module:
+    """The model, with the ranks and factors that its method chooses from batches, where it chooses any."""
+    if getattr(getattr(model.peft_config["default"], "rank", None), "starter", None) is not None:
+        trimtab.initialize_ranks(model, [batch(family, seed=seed) for seed in range(20)])
+    return model
 
 
 def logits(model: nn.Module, family: str) -> torch.Tensor:

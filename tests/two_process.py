@@ -20,7 +20,7 @@ from transformers import Trainer, TrainingArguments
 import tiny
 import trimtab
 from fakes import Halving
-from trimtab import AdaLoRA, AFLoRA, Controller, GradES, SalientLoRA, SoRA, TrimCallback, TrimConfig
+from trimtab import EVA, AdaLoRA, AFLoRA, Controller, GradES, SalientLoRA, SoRA, TrimCallback, TrimConfig
 from trimtab.errors import DisagreementError, ModelError
 from trimtab.host.sharding import is_sharded
 from trimtab.rank.base import Decision
@@ -34,6 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "sora": {"rank": SoRA(prox_threshold=0.06, sticky_zeros=True, interval=6)},
     "aflora": {"freeze": _AFLORA},
     "grades": {"freeze": GradES(tau=0.95, alpha=6, interval_steps=2)},
+    "eva": {"rank": EVA()},
     "salientlora+aflora": {"rank": _SALIENT, "freeze": _AFLORA},
 }
 # name -> family, method, head is trained, dtype
@@ -79,6 +80,7 @@ def run(
     model = peft.get_peft_model(base, TrimConfig(**(options | METHODS[method])))
     if not is_sharded(model):
         model = model.to(dtype)
+    tiny.begun(model, family)
     trim = TrimCallback(history=folder / "history.jsonl")
     settings = dict(
         output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=4 // processes, learning_rate=1e-2,
@@ -204,6 +206,8 @@ def bare_loop(kind: str, has_head: bool, method: str = "adalora") -> dict[str, A
     torch.manual_seed(0 if kind == "one" else dist.get_rank())  # all start from process 0
     options = METHODS[method] | dict(r=4, target_modules=["query"], task_type="SEQ_CLS" if has_head else None)
     model = peft.get_peft_model(base, TrimConfig(**options))
+    if kind != "fsdp2 first":
+        tiny.begun(model, "bert")
     if kind == "fsdp2":
         shard(model.double(), trimtab.whole_parameters(model.double()))
     elif kind != "fsdp2 first":

@@ -154,6 +154,10 @@ class Layout:
     def initial_rank_params(self) -> int:
         return sum(r * self.costs[site.name] for site, r in zip(self.sites, self.ranks))
 
+    @property
+    def mean_rank(self) -> float:
+        return sum(self.ranks) / len(self.ranks)
+
     @cached_property
     def one_rank_each(self) -> int:
         return min(sum(self.costs.values()), self.initial_rank_params)
@@ -344,8 +348,8 @@ class _Task:
         if layout.rank is None:
             return None
         target_r = float(getattr(layout.rank, "target_r", 0.0))
-        if any(target_r > r for r in layout.ranks):
-            raise ConfigError("rank.target_r", target_r, f"at most the initial rank {min(layout.ranks)}")
+        if target_r > layout.mean_rank:
+            raise ConfigError("rank.target_r", target_r, f"at most the initial rank, {layout.mean_rank:g} on average")
         return max(math.floor(target_r * sum(layout.costs.values()) + 1e-9), layout.dearest_rank)
 
     def modest(self, layout: Layout) -> float:
@@ -386,7 +390,7 @@ class _Task:
                 f"a mean rank of {mean:.2f}; {how}); by score while their cost fits, then the cheapest"
             )
             if self.rank_is_free(layout) and hasattr(rank, "target_r"):
-                rank = replace(rank, target_r=min(mean, *layout.ranks))  # type: ignore[call-arg]
+                rank = replace(rank, target_r=min(mean, layout.mean_rank))  # type: ignore[call-arg]
         found = layout.figures(rank_params)
         levels: Curve = []
         purse = None
@@ -498,6 +502,10 @@ def _check_methods(
     rank: RankSettings | None, freeze: FreezeSettings | None, total_steps: int, steps_per_epoch: int | None
 ) -> None:
     if rank is not None:
+        method = rank.method
+        if rank.starter is rank:
+            cure = f"it gives out what adapter.r says; for a budget take salientlora or adalora with start: {method}"
+            raise ConfigError("rank.method", method, cure)
         if not rank.budget_curve(total_steps, steps_per_epoch, 10_000, 1, 1):
             raise ConfigError(
                 "rank.method",

@@ -80,7 +80,7 @@ class Registry(Generic[Settings]):
         '2ep'
         """
         cls: Any = self.load(name)
-        allowed = {field.name: field for field in fields(cls)}
+        allowed = {field.name: field for field in fields(cls) if field.init}
         for key, value in options.items():
             if key not in allowed:
                 raise ConfigError(

@@ -36,7 +36,7 @@ def config_for(method: str, **options: Any) -> TrimConfig:
 def model_with(config: TrimConfig) -> peft.PeftModel:
     base = tiny.build("llama")
     torch.manual_seed(0)
-    return peft.get_peft_model(base, config)
+    return tiny.begun(peft.get_peft_model(base, config), "llama")
 
 
 def optimizer_of(model: torch.nn.Module, rate: float = 1e-2) -> torch.optim.Optimizer:

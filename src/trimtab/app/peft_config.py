@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -44,11 +45,17 @@ def free_settings(recipe: Recipe) -> tuple[str, ...]:
     where = recipe.where
     if where is not None and where.ratio is None and where.count is None and _takes_ratio(where):
         free.append("where.ratio")
-    if recipe.rank is not None and "target_r" not in recipe.rank.options:
+    if recipe.rank is not None and "target_r" not in recipe.rank.options and _has_target(recipe.rank.method):
         free.append("rank.target_r")
     if recipe.freeze is not None and not {"warmup", "final", "at"} & set(recipe.freeze.options):
         free.append("freeze.ramp")
     return tuple(free)
+
+
+def _has_target(method: str) -> bool:
+    from .. import rank
+
+    return any(field.name == "target_r" for field in dataclasses.fields(rank.load(method)))  # type: ignore[arg-type]
 
 
 def _takes_ratio(settings: recipes.Where) -> bool:

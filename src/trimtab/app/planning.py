@@ -249,6 +249,8 @@ def plan_model(model: nn.Module, config: PeftConfig, horizon: Horizon | None = N
         costs = {site.name: initial_params(site, ranks[site.name], **methods) for site in sites}
         params, schedule = _predicted(sites, ranks, sum(costs.values()), horizon, **methods, rank_params=rank_params)
     adapts = getattr(config, "is_adaptive", False)
+    if (starter := getattr(getattr(config, "rank", None), "starter", None)) is not None:
+        notes.append(f"{_RANKS_OF} {starter.method} to say, from training rows; counted here: those of adapter.r")
     head = _head_params(model, config)
     if head:
         notes.append(f"the head (modules_to_save) trains {count(head)} parameters more, in every method alike")
@@ -265,6 +267,27 @@ def plan_model(model: nn.Module, config: PeftConfig, horizon: Horizon | None = N
         notes=tuple(notes),
         settings={"total_steps": horizon.total_steps, "steps_per_epoch": horizon.steps_per_epoch} if horizon else {},
     )
+
+
+_RANKS_OF = "which ranks is for"
+
+
+def with_initial_ranks(planned: Plan, started: Mapping[str, Any], config: PeftConfig, horizon: Horizon | None) -> Plan:
+    """The plan with the ranks that a probe chose, once it has; ``settings["start"]`` keeps them, and how.
+
+    Args:
+        planned: that of the ranks in the config.
+        started: `trimtab.train.initialize.Started` as JSON.
+    """
+    ranks, methods = started["ranks"], {axis: getattr(config, axis, None) for axis in ("rank", "freeze")}
+    sites = [replace(p, r=ranks[p.site.name], trainable_params=initial_params(p.site, ranks[p.site.name], **methods))
+             for p in planned.sites]  # fmt: skip
+    notes = (started["told"], *(note for note in planned.notes if not note.startswith(_RANKS_OF)))
+    if getattr(config, "budget", None) is None:
+        initial = sum(p.trainable_params for p in sites)
+        params, schedule = _predicted([p.site for p in sites], ranks, initial, horizon, **methods)
+        planned = replace(planned, params=params, schedule=schedule)
+    return replace(planned, sites=tuple(sites), notes=notes, settings={**planned.settings, "start": dict(started)})
 
 
 def _adapted(model: nn.Module, config: PeftConfig) -> tuple[list[Site], dict[str, int], dict[str, int] | None]:

@@ -342,7 +342,7 @@ _TYPES = {
     "pfeiffer": "bottleneck, with adapter.variant: pfeiffer",
     "llama_adapter": "adaption_prompt",
     "llama-adapter": "adaption_prompt",
-    **{name: f"lora, with rank.method: {name}" for name in ("adalora", "salientlora", "sora")},
+    **{name: f"lora, with rank.method: {name}" for name in ("adalora", "salientlora", "sora", "eva")},
     "aflora": "lora, with freeze.method: aflora",
 }
 # Set by Trimtab from other parts of the recipe.
@@ -547,6 +547,8 @@ def _check_adapter(adapter: Adapter) -> None:
             raise unknown_key(f"adapter.{key}", value, ["type", *words, *fields])
         _check_adapter_value(key, value, fields[key])
     _check_targets(adapter.target_modules)
+    if adapter.init == "eva":  # PEFT leaves its start to a call of one's own
+        raise ConfigError("adapter.init", "eva", "set rank.method=eva, which chooses the ranks and factors in the run")
     if adapter.type in ("lora", "vera"):
         _check_adapter_value("init", adapter.init, fields[words["init"]])
     for ours in Adapter.model_fields:

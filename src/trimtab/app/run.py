@@ -25,7 +25,7 @@ from ..plans import Plan, SitePlan, Where
 from . import card, judging, loading, model_facts, models, runfolder, stopping, trainer_settings
 from . import recipe as recipes
 from .peft_config import adapter_config, choose_own, choose_without_data, reads_rows
-from .planning import horizon_of, load_rows, model_spec, plan_of_run, plan_recipe, with_layer_ratio
+from .planning import horizon_of, load_rows, model_spec, plan_of_run, plan_recipe, with_initial_ranks, with_layer_ratio
 from .progress import progress_on
 from .recipe import Recipe
 from .report.words import byte_size, count, number
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import Trainer, TrainingArguments
 
+    from ..rank.start import StartSettings
     from .tasks import Task
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -225,15 +226,22 @@ def train(job: Job, where: Where | None, folder: RunFolder, screen: Screen, *, r
     )
     planned = replace(plan_of_run(recipe, job.model, config, horizon_of(recipe, rows), rows), where=where)
     planned = replace(planned, settings={**planned.settings, "data": data_of(job)})
+    started = folder.read(folder.plan)["settings"].get("start") if resume and folder.plan.is_file() else None
     folder.write(folder.plan, planned.to_json())
     if recipe.budget is not None:  # what was chosen, and why
         for note in planned.notes:
             screen.note(note)
     set_seed(recipe.seed)
     callback = trimtab.TrimCallback(history=folder.history)
+    model = peft.get_peft_model(job.model, config)
+    checkpoint = runfolder.checkpoint_to_resume(folder) if resume else None
+    if (starter := getattr(getattr(config, "rank", None), "starter", None)) is not None:
+        if checkpoint is None:
+            started = initialize(job, model, starter, screen)
+        if started is not None:
+            planned = with_initial_ranks(planned, started, config, horizon_of(recipe, rows))
+            folder.write(folder.plan, planned.to_json())
     with screen.stage("train") as stage, stopping.saving_first() as save_and_stop:
-        model = peft.get_peft_model(job.model, config)
-        checkpoint = runfolder.checkpoint_to_resume(folder) if resume else None
         callbacks = [
             _let_go_of_previous(folder),
             save_and_stop,
@@ -263,6 +271,22 @@ def train(job: Job, where: Where | None, folder: RunFolder, screen: Screen, *, r
             f"{count(params.get('final'))} trainable parameters"
         )
     return Trained(model, final, seconds, peak_memory())
+
+
+def initialize(job: Job, model: PeftModel, starter: StartSettings, screen: Screen) -> dict[str, Any]:
+    """Ranks and factors that a method chooses from training rows; what it chose, and how, as JSON."""
+    from torch.utils.data import DataLoader
+
+    import trimtab
+
+    with screen.stage("start") as stage:
+        stage.bar(None, starter.method)
+        rows = _split(job, "train").shuffle(seed=job.recipe.seed)
+        rows = rows.select(range(min(starter.samples, len(rows))))
+        collate = job.task.collator(job.tokenizer)
+        started = trimtab.initialize_ranks(model, DataLoader(rows, starter.batch_size, collate_fn=collate))
+        stage.result = started.told
+    return started.to_json()
 
 
 def make_trainer(

@@ -69,7 +69,8 @@ class TrimConfig(LoraConfig):
 
     Args:
         where: a selection from `trimtab.select_layers` or a control; None adapts every layer.
-        rank: `SalientLoRA(...)`, `AdaLoRA(...)`, `SoRA(...)`, or None for a fixed rank ``r``.
+        rank: `SalientLoRA(...)`, `AdaLoRA(...)`, `SoRA(...)`; `EVA(...)`, whose ranks and factors
+            `trimtab.initialize_ranks(model, batches)` chooses before training; or None for a fixed rank ``r``.
         freeze: `AFLoRA(...)`, `FreezeAt(...)`, or None.
         budget: `Budget(final_params=…)` or `Budget(average_params=…)`; solved when training starts and its
             length is known. ``budget_frees`` names what it may choose; the rest stays as set.
@@ -348,6 +349,8 @@ class Hosted:
     """Tensors from elsewhere were loaded: a running controller's state no longer describes them."""
     is_decided: bool = False
     """A controller is at work."""
+    awaits_start: bool = False
+    """Ranks and factors are still to be chosen by a probe (`trimtab.initialize_ranks`), or come with a checkpoint."""
     seen: float | None = None
     """Sum of the factors in the first forward pass that took gradients without one."""
 
@@ -414,6 +417,13 @@ class TrimLayer(_Mixed):
         never_trains = freeze is not None and freeze.initially_frozen(self.site_name)
         alpha = alpha * math.sqrt(r) if config.use_rslora else alpha
         is_real = A.device.type != "meta"
+        has_starter = rank is not None and rank.starter is not None
+        if has_starter and never_trains:
+            raise ConfigError(
+                "freeze.trainable_projections",
+                getattr(freeze, "trainable_projections", None),
+                f"with rank.start={rank.starter.method} every site's projections train at first; drop one of them",
+            )
         if rank is not None and rank.start == "svd":  # where both meet, the rank method's start and scale win
             scale = rank.scale(alpha, r)
             if is_real:
@@ -424,7 +434,7 @@ class TrimLayer(_Mixed):
                 own_e = None if has_e or e is None else e.data
                 freeze.init_factors(A.data, own_e, None if b is None else b.data, B.data)
         resting = () if freeze is None or not freeze.rests else DIAGONALS[has_e:]
-        self.hosted[adapter_name] = Hosted(scale, r, resting=resting)
+        self.hosted[adapter_name] = Hosted(scale, r, resting=resting, awaits_start=has_starter)
         self._set_scale_and_rank(adapter_name, r)
         if never_trains:
             for which in PROJECTIONS:
@@ -510,6 +520,17 @@ class TrimLayer(_Mixed):
         nn.init.kaiming_uniform_(fresh, a=0, generator=torch.Generator().manual_seed(seed))
         B.copy_(torch.where(dead, fresh.to(B), B))
         e.masked_fill_(dead.to(e.device), 0.0)
+
+    def begin(self, adapter_name: str, A: Tensor, B: Tensor) -> None:
+        """Take a start of another rank, before anything has trained. Args: A: (r, in). B: (out, r)."""
+        e, _ = self.diagonals(adapter_name)
+        for parameter, start in zip(self.factors(adapter_name), (A, B)):
+            set_data(parameter, start.to(parameter).contiguous())  # as a resumed run holds it, to the bit
+        if e is not None:
+            set_data(e, e.new_ones(A.shape[0]))
+        self.hosted[adapter_name].initial_r = A.shape[0]
+        self.hosted[adapter_name].awaits_start = False
+        self.resized(adapter_name)
 
     def widen(self, adapter_name: str) -> bool:
         """Bring half-precision factors and diagonals to float32; whether there were any.

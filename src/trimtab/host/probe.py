@@ -23,6 +23,7 @@ from .sites import base_with_weights
 
 MOST_PASSES = 10
 """Times through the batches before a probe that wants more is given what there is."""
+_UNSEEN = "takes no part in the model's forward pass of these batches; leave it out of target_modules"
 
 
 class Probe:
@@ -97,7 +98,7 @@ class Probe:
         if not self.n_batches:
             raise DataError("batches: there are none")
         if unseen := next((name for name in weights if name not in sums), None):
-            raise ModelError(f"{unseen!r} got no gradient from {self.n_batches} batches; leave it out of target_modules")
+            raise ModelError(f"{unseen!r} {_UNSEEN}")
         return {name: self._as_linear(name, sums[name]).div_(self.n_batches) for name in weights}
 
     def weight(self, name: str) -> Tensor:
@@ -136,7 +137,7 @@ class Probe:
             self.base(**on_device(self.base, batch))
         runs = Counter(name for _, _, sites in seen for name in sites)
         if left := next((name for name in self.layers if not runs[name]), None):
-            raise ModelError(f"{left!r} does not run in a forward pass of these batches; leave it out of target_modules")
+            raise ModelError(f"{left!r} {_UNSEEN}")
         # A site that runs twice in a pass has an input of its own.
         together = [tuple(name for name in self.layers if name in sites and runs[name] == 1) for _, _, sites in seen]
         alone = [(name,) for name in self.layers if runs[name] > 1]

@@ -1,4 +1,4 @@
-"""Which rank each site keeps, decided during training: one file per method, one line each in `METHODS`.
+"""Which rank each site has, decided before or during training: one file per method, one line each in `METHODS`.
 
 No torch is imported before a method is loaded. Other packages add methods through the entry-point group
 ``trimtab.rank``: ``name = "package.module:SettingsClass"``, a subclass of `trimtab.rank.base.RankSettings`.
@@ -28,6 +28,11 @@ METHODS: dict[str, Method] = {
         "trimtab.rank.sora:SoRA",
         "shrinks a gate per rank by a proximal step, so that ranks reach zero by themselves",
         "arXiv 2311.11696",
+    ),
+    "eva": Method(
+        "trimtab.rank.eva:EVA",
+        "gives ranks, before training, to the sites whose inputs few directions explain, and starts A there",
+        "arXiv 2410.07170",
     ),
 }
 

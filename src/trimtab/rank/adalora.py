@@ -210,7 +210,7 @@ class AdaAllocator(Allocator):
         # "<site>.A" -> smoothed sensitivity and its smoothed uncertainty, each of the factor's shape
         self.sensitivity: dict[str, Tensor] = {}
         self.uncertainty: dict[str, Tensor] = {}
-        self._defects = Orthogonality(len(self.names), settings.orth, only_angles=settings.start == "lora")
+        self._defects = Orthogonality(len(self.names), settings.orth, only_angles=settings.start != "svd")
 
     def penalty(self, factors: Mapping[str, Factors]) -> Tensor | None:
         weight = self.settings.penalty_weight

@@ -5,7 +5,8 @@ every site, ``W x + s · B (e ⊙ (A x))``, and answers with a `Decision`: which
 the model carries it out, by a mask or by cutting, and tells `Allocator.pruned` after a cut.
 
 Two starts. ``svd``: the papers'; ``e`` holds the singular values. ``lora``: the layer trains A and B from
-LoRA's own start, at its rate and scale, without any ``e``; the singular values are read off the factors.
+LoRA's own start, at its rate and scale, without any ``e``; the singular values are read off the factors. ``eva`` is
+LoRA's with other ranks and factors, which a probe of the model chooses; see `trimtab.rank.start`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,7 +23,10 @@ from torch import Tensor
 from ..adapters.lowrank import rank_sizes
 from ..errors import BudgetError, CheckpointError, ConfigError, SelectionError, StaleAdapterError
 
-Start = Literal["lora", "svd"]
+if TYPE_CHECKING:
+    from .start import StartSettings
+
+Start = Literal["lora", "svd", "eva"]
 
 
 @dataclass
@@ -79,7 +83,8 @@ class RankSettings:
     """False: the optimizer's weight decay on ``e`` is to be compensated."""
 
     start: Start = "svd"
-    """``lora``: PEFT's factors, scale and rate; ``svd``: the paper's, as `init_factors` and `scale` say."""
+    """``lora``: PEFT's factors, scale and rate; ``svd``: the paper's, as `init_factors` and `scale` say; ``eva``:
+    ranks and factors that it chooses from training rows, in total what ``r`` gives."""
     prune: bool = True
     """Cut shapes when ranks are gone for good; False keeps masks only."""
 
@@ -93,6 +98,15 @@ class RankSettings:
     def has_e(self) -> bool:
         """Whether every site gets a trained diagonal ``e``, which holds the ranks' values."""
         return self.start == "svd"
+
+    @property
+    def starter(self) -> StartSettings | None:
+        """What chooses ranks and factors before training; None where the start needs no training rows."""
+        if self.start in ("lora", "svd"):
+            return None
+        from . import load
+
+        return load(self.start)()  # type: ignore[return-value]
 
     def init_factors(self, A: Tensor, e: Tensor, B: Tensor, generator: torch.Generator | None = None) -> None:
         """Values of the start ``svd``, in place. Here the SVD form: A, B ~ N(0, 0.02²), e = 0, so that ΔW = 0.
@@ -357,7 +371,7 @@ def check_number(
 
 def check_start(start: object, orth_weight: object = None) -> None:
     """Refuse another start than there is, and a penalty that is no weight."""
-    check_choice("rank.start", start, ("lora", "svd"))
+    check_choice("rank.start", start, get_args(Start))
     if orth_weight is not None:
         check_number("rank.orth_weight", orth_weight, at_least=0)
 

@@ -332,7 +332,7 @@ class SalientAllocator(Allocator):
         self.series: Tensor | None = None  # (window, n): a step is one contiguous row
         self.orth: Tensor | None = None  # (window,)
         self.last: Tensor | None = None  # (n,) salience at the last event
-        self._defects = Orthogonality(len(self.names), settings.orth, only_angles=settings.start == "lora")
+        self._defects = Orthogonality(len(self.names), settings.orth, only_angles=settings.start != "svd")
         self._defect: Tensor | None = None  # of the step under way
 
     def penalty(self, factors: Mapping[str, Factors]) -> Tensor | None:

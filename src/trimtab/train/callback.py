@@ -324,9 +324,11 @@ class TrimCallback(TrainerCallback, ExportableState):
                 "trimtab.last_checkpoint(%r)), which gives %r", newest, fault, folder, last_checkpoint(folder),
             )  # fmt: skip
         elif isinstance(config, TrimConfig) and config.budget is None:  # a budget chooses the settings later
-            sites = {n: (la.hosted[self._name(model)].initial_r, la.scaling[self._name(model)])
-                     for n, la in self._layers(model).items()}  # fmt: skip
-            other = what_differs(read_facts(newest), {"rank": repr(config.rank), "freeze": repr(config.freeze)}, sites)
+            facts, name = read_facts(newest), self._name(model)
+            sites = {n: (la.hosted[name].initial_r, la.scaling[name]) for n, la in self._layers(model).items()}
+            for n in (n for n, la in self._layers(model).items() if la.hosted[name].awaits_start):
+                sites[n] = tuple(facts["sites"].get(n, sites[n]))  # the checkpoint's own
+            other = what_differs(facts, {"rank": repr(config.rank), "freeze": repr(config.freeze)}, sites)
             if other:
                 logger.warning("%s is of another run (%s) and cannot be resumed by this one", newest, other)
 

@@ -48,7 +48,8 @@ from .prune import Freed, decouples_decay, drop_optimizer_state, prune_layer, un
 from .steps import NOT_FINITE_LIMIT, StepWatch, is_accumulating, refuse_second_copies, refuse_what_cannot_be_followed
 
 if TYPE_CHECKING:
-    from ..rank.base import Decision
+    from ..freeze.base import FreezeSettings
+    from ..rank.base import Decision, RankSettings
 
 Event = dict[str, Any]
 
@@ -140,30 +141,37 @@ class Controller:
         if isinstance(config, TrimConfig) and config.is_adaptive:
             self._refuse_plain_layers()
             self._refuse_a_second_adapter()
-        self.rank = self.freeze = None
-        self.choice: Choice | None = None
-        if isinstance(config, TrimConfig) and self.layers:
-            self.rank, self.freeze = config.rank, config.freeze
-            if config.budget is not None:
-                self._meet(config.budget, config.budget_frees)
-        ranks = {name: layer.hosted[adapter_name].initial_r for name, layer in self.layers.items()}
-        self.initial_ranks = dict(ranks)
-        self._sites = {name: (r, self.layers[name].hosted[adapter_name].scale) for name, r in ranks.items()}
-        self.allocator = self.freezer = None
-        if self.rank is not None:
-            limit = self.choice.cost_limit() if self.choice is not None else None
-            self.allocator = self.rank.build(ranks, total_steps, steps_per_epoch, self._peak_learning_rate(), limit)
-        if self.freeze is not None:
-            self.freeze.check_sites(self.layers)
-            self.freezer = self.freeze.build(self._trainable_projections(), total_steps, steps_per_epoch)
-            if self.choice is not None:
-                self.freezer.follow(list(self.choice.levels))
+        self._decide_from_start()
         self._why_masks_only = self._masks_only_reason()
         self._refuse_dead_start()
         self._watch = StepWatch(self.optimizer if self.layers else None, optimizer)
         if never := self.frozen():
             self._emit_freeze(never)
         self._emit_params()
+
+    def _decide_from_start(self) -> None:
+        """Settings, allocator and freezer for the initial ranks that the layers have."""
+        config = own_config(self.model, self.adapter_name)
+        self.rank: RankSettings | None = None
+        self.freeze: FreezeSettings | None = None
+        self.choice: Choice | None = None
+        if isinstance(config, TrimConfig) and self.layers:
+            self.rank, self.freeze = config.rank, config.freeze
+            if config.budget is not None:
+                self._meet(config.budget, config.budget_frees)
+        hosted = {name: layer.hosted[self.adapter_name] for name, layer in self.layers.items()}
+        self.initial_ranks = {name: own.initial_r for name, own in hosted.items()}
+        self._sites = {name: (own.initial_r, own.scale) for name, own in hosted.items()}
+        self.allocator = self.freezer = None
+        length = self.total_steps, self.steps_per_epoch
+        if self.rank is not None:
+            limit = self.choice.cost_limit() if self.choice is not None else None
+            self.allocator = self.rank.build(self.initial_ranks, *length, self._peak_learning_rate(), limit)
+        if self.freeze is not None:
+            self.freeze.check_sites(self.layers)
+            self.freezer = self.freeze.build(self._trainable_projections(), *length)
+            if self.choice is not None:
+                self.freezer.follow(list(self.choice.levels))
 
     # -- the protocol -------------------------------------------------------------------------------
 
@@ -367,6 +375,7 @@ class Controller:
         if isinstance(tensors, tuple):
             tensors, meta = tensors
         assert meta is not None
+        self._take_start(meta["sites"])
         if self.layers:  # a finished run may also have been loaded as the plain LoRA that it left
             self._check_fits(meta)
         self._check_belongs(tensors, meta)
@@ -391,6 +400,14 @@ class Controller:
         if meta["is_finished"]:
             self._settle()  # nothing is decided again
             self._finished = meta
+
+    def _take_start(self, sites: Mapping[str, tuple[int, float]]) -> None:
+        """Where a probe chooses the initial ranks, a resumed run's are those of the run that it resumes."""
+        hosted = {name: layer.hosted[self.adapter_name] for name, layer in self.layers.items()}
+        if any(own.awaits_start for own in hosted.values()) and sites.keys() == hosted.keys():
+            for name, own in hosted.items():
+                own.initial_r, own.awaits_start = sites[name][0], False
+            self._decide_from_start()
 
     def _settle(self) -> None:
         own_config(self.model, self.adapter_name)
@@ -542,6 +559,12 @@ class Controller:
             raise StaleAdapterError(
                 "this adapter is finished: plain LoRA factors are left. To train on, load it with "
                 "PeftModel.from_pretrained(checkpoint, is_trainable=True)"
+            )
+        if any(layer.hosted[self.adapter_name].awaits_start for layer in self.layers.values()):
+            assert self.rank is not None and self.rank.starter is not None
+            raise StaleAdapterError(
+                f"rank: {self.rank.starter.method} chooses ranks and factors from training rows before training; call "
+                "trimtab.initialize_ranks(model, batches) after get_peft_model, before the Controller or the Trainer"
             )
         if stale:
             raise StaleAdapterError(

@@ -23,7 +23,7 @@ from .charts import (
     step_layout,
 )
 from .modules import Budget, Freezes, Grid, Prunes, Ranks, Values
-from .words import NOTHING, byte_size, count, number, plural, thin
+from .words import NOTHING, byte_size, count, number, plural, sentence, thin
 
 
 def ranks_section(section: Ranks) -> Section:
@@ -74,7 +74,7 @@ def ranks_section(section: Ranks) -> Section:
         for name, r in last.items()
     ]
     table = Table(["module", "first rank", "last rank", "at its last rank since step"], rows)
-    return Section("rank", "rank", section.finding, charts, [table])
+    return Section("rank", "rank", section.finding, charts, [table], [sentence(section.how)] if section.how else [])
 
 
 def _multiples(g: int, grid: Grid, section: Ranks, frames: list[Any], subtitle: str, scale: Scale) -> Chart:

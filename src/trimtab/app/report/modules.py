@@ -50,6 +50,8 @@ class Ranks:
     totals: list[int]
     ranks: list[dict[str, int]]
     highest: int
+    how: str = ""
+    """How the first ones were chosen, where a probe did."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +111,13 @@ class Freezes:
 def ranks(run: RunFolder) -> Ranks | None:
     """Ranks per module over time, with the plan's initial ranks in front when the history starts later."""
     frames: list[tuple[int, dict[str, int]]] = []
-    if run.plan and run.of("rank"):
+    events = run.of("rank")
+    how = str((run.plan.settings.get("start") or {}).get("told", "")) if run.plan else ""
+    if run.plan and (events or how):
         start = {s.site.name: s.r for s in run.plan.sites}
-        if set(start) == set(map(bare, run.of("rank")[0]["ranks"])) and run.of("rank")[0]["step"] > 0:
+        if not events or (set(start) == set(map(bare, events[0]["ranks"])) and events[0]["step"] > 0):
             frames.append((0, start))
-    for event in run.of("rank"):
+    for event in events:
         now = {bare(name): int(r) for name, r in event["ranks"].items() if finite(r) is not None}
         now = {**dict.fromkeys(frames[-1][1] if frames else {}, 0), **now}  # a module left out has no rank
         if not frames or now != frames[-1][1]:
@@ -125,6 +129,8 @@ def ranks(run: RunFolder) -> Ranks | None:
     grids = grids_of(run, (name for _, now in frames for name in now))
     gone = sum(1 for r in last.values() if r == 0)
     finding = f"{count(sum(last.values()))} of {count(sum(first.values()))} ranks are left"
+    if not events:
+        finding = f"{plural(sum(last.values()), 'rank')}, given out before training"
     by_kind = {
         (label, grid.stack): sum(last.get(name, 0) for name in row if name)
         for grid in grids
@@ -142,6 +148,7 @@ def ranks(run: RunFolder) -> Ranks | None:
         [sum(now.values()) for _, now in shown],
         [now for _, now in shown],
         max((r for _, now in frames for r in now.values()), default=0),
+        how,
     )
 
 
