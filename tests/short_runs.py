@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import tiny
 from marks import slow
-from trimtab import EVA, AdaLoRA, AFLoRA, FreezeAt, GradES, SalientLoRA, SoRA, TrimCallback, TrimConfig
+from trimtab import EVA, AdaLoRA, AFLoRA, FreezeAt, GoRA, GradES, SalientLoRA, SoRA, TrimCallback, TrimConfig
 
 STEPS = 40
 
@@ -33,6 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "freeze": FreezeAt(at=32),
     },
     "eva": {"rank": EVA(rho=1.5)},
+    "gora": {"rank": GoRA(gamma=1.0)},
     "salientlora, eva": {
         "rank": SalientLoRA(target_r=2, start="eva", warmup=4, allocation=24, initial_window=4, final_window=8)
     },

@@ -25,7 +25,7 @@ def at(folder, **sections):
     return write_recipe(folder, **{"train": TRAIN, "adapter": ADAPTER, "where": None} | sections)
 
 
-@pytest.mark.parametrize("rank", [EVA], ids=["eva"])
+@pytest.mark.parametrize("rank", [EVA, {"method": "gora", "samples": 40, "gamma": 1.0}], ids=["eva", "gora"])
 def test_plan_report_card_and_adapter_say_the_ranks_and_a_resumed_run_looks_at_nothing(rank, tmp_path, monkeypatch):
     recipe = at(tmp_path, rank=rank)
     assert f"which ranks is for {rank['method']} to say" in " ".join(trimtab("plan", recipe).stdout.split())
@@ -66,7 +66,7 @@ def test_it_is_a_start_of_other_methods_under_a_budget_and_in_chosen_layers(tmp_
     assert all(p.final_r <= p.r for p in plan.sites) and plan.params["held"] <= 1000
 
 
-@pytest.mark.parametrize("method", ["eva"])
+@pytest.mark.parametrize("method", ["eva", "gora"])
 def test_under_a_budget_of_its_own_it_is_refused_with_what_works(method, tmp_path):
     recipe = at(tmp_path, rank={"method": method}, budget={"final_params": 1000})
     assert f"take salientlora or adalora with start: {method}" in trimtab("plan", recipe, code=2).stderr

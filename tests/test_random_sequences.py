@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import tiny
 import trimtab
-from trimtab import EVA, AdaLoRA, AFLoRA, Controller, GradES, SalientLoRA, SoRA, TrimConfig
+from trimtab import EVA, AdaLoRA, AFLoRA, Controller, GoRA, GradES, SalientLoRA, SoRA, TrimConfig
 from trimtab.host.layers import hosted_layers
 
 TOTAL = 24
@@ -31,6 +31,7 @@ RANK = {
     "adalora svd": AdaLoRA(target_r=2, warmup=2, final=8, interval_steps=2, start="svd"),
     "sora": SoRA(prox_threshold=0.05, sticky_zeros=True, interval=4),
     "eva": EVA(),
+    "gora": GoRA(gamma=1.0),
     "adalora eva": AdaLoRA(target_r=2, warmup=2, final=8, interval_steps=2, start="eva"),
 }
 FREEZE = {

@@ -20,7 +20,7 @@ from transformers import Trainer, TrainingArguments
 import tiny
 import trimtab
 from fakes import Halving
-from trimtab import EVA, AdaLoRA, AFLoRA, Controller, GradES, SalientLoRA, SoRA, TrimCallback, TrimConfig
+from trimtab import EVA, AdaLoRA, AFLoRA, Controller, GoRA, GradES, SalientLoRA, SoRA, TrimCallback, TrimConfig
 from trimtab.errors import DisagreementError, ModelError
 from trimtab.host.sharding import is_sharded
 from trimtab.rank.base import Decision
@@ -35,6 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "aflora": {"freeze": _AFLORA},
     "grades": {"freeze": GradES(tau=0.95, alpha=6, interval_steps=2)},
     "eva": {"rank": EVA()},
+    "gora": {"rank": GoRA(gamma=1.0)},
     "salientlora+aflora": {"rank": _SALIENT, "freeze": _AFLORA},
 }
 # name -> family, method, head is trained, dtype
@@ -206,8 +207,7 @@ def bare_loop(kind: str, has_head: bool, method: str = "adalora") -> dict[str, A
     torch.manual_seed(0 if kind == "one" else dist.get_rank())  # all start from process 0
     options = METHODS[method] | dict(r=4, target_modules=["query"], task_type="SEQ_CLS" if has_head else None)
     model = peft.get_peft_model(base, TrimConfig(**options))
-    if kind != "fsdp2 first":
-        tiny.begun(model, "bert")
+    tiny.begun(model, "bert")
     if kind == "fsdp2":
         shard(model.double(), trimtab.whole_parameters(model.double()))
     elif kind != "fsdp2 first":
@@ -250,6 +250,14 @@ def shard(model: torch.nn.Module, whole: set[torch.nn.Parameter] | None = None) 
     for block in next(m for n, m in model.named_modules() if n.endswith("encoder.layer")):
         fully_shard(block, ignored_params=whole)
     fully_shard(model, ignored_params=whole)
+
+
+def _started_from(seed: int) -> dict[str, torch.Tensor]:
+    """The factors that GoRA chooses from one batch."""
+    model = _fake_model(rank=GoRA(gamma=1.0))
+    torch.manual_seed(seed)
+    trimtab.initialize_ranks(model, [tiny.batch("bert", seed=seed)])
+    return {n: t.clone() for n, t in model.state_dict().items() if "lora_" in n}
 
 
 def _wrapped_too_early() -> str:
@@ -322,6 +330,7 @@ def main(out: Path, cases: Collection[str]) -> None:
     results["unused"] = _unused()
     for kind, has_head, method in BARE if set(cases) == set(CASES) else FEW_BARE:
         results[f"{kind}, {has_head}, {method}"] = bare_loop(kind, has_head, method)
+    results["started"] = _started_from(seed=dist.get_rank())
     results["wrapped too early"] = _wrapped_too_early()
     results["trained on"] = _trained_on(out / "runs" / "again")
     results["same trainer"] = run("salientlora, llama", out / "runs" / "same", processes=2, again=4)

@@ -89,7 +89,7 @@ class Run:
 FIRST = ("lora-r8", "salientlora", "adalora", "cka-salientlora", "composition")
 SWAPPED = (*FIRST, "cka-lora", "random-lora", "lora-r4", "budget", "uniform-lora", "lora-r2", "aflora", "aflora-late",
            "composition-late", "peft-adalora", "sora", "gradient-lora", "fisher-lora", "influence-lora",
-           "grades", "eva")  # fmt: skip
+           "grades", "eva", "gora")  # fmt: skip
 # On the other tasks: whether what SST-2 says of layers and of freezing holds there, too.
 PARTS = (*FIRST, "cka-lora", "random-lora", "uniform-lora", "influence-lora", "aflora", "aflora-late", "lora-r4",
          "lora-r2")  # fmt: skip
@@ -140,6 +140,7 @@ ROWS = {
         Row("sora", "SoRA from r 8", ("rank={method: sora, prox_threshold: 2e-3}",),
             note="its threshold decides the size; on SST-2, with 375 steps, this one brings no gate to zero"),
         Row("eva", "EVA, LoRA r 8 in total", ("rank=eva",), note="ranks and A from 1,024 training rows"),
+        Row("gora", "GoRA at the cost of LoRA r 8", ("rank=gora",), note="ranks and B from 1,024 training rows"),
         *(Row(f"{name}-lora", f"{name} half × LoRA r 8", (f"where={{method: {name}, ratio: 0.5, samples: 1024}}",))
           for name in ("gradient", "fisher", "influence")),
         Row("last-lora", "last half × LoRA r 8", ("where={method: last, ratio: 0.5}",)),

@@ -21,6 +21,7 @@ _PUBLIC = {
     "Controller": "train.controller",
     "EVA": "rank.eva",
     "FreezeAt": "freeze.controls",
+    "GoRA": "rank.gora",
     "GradES": "freeze.grades",
     "LayerScores": "where.cka",
     "Plan": "plans",

@@ -15,8 +15,8 @@ from torch import nn
 
 import tiny
 import trimtab
-from trimtab import EVA, Controller, SalientLoRA, TrimConfig
-from trimtab.errors import ConfigError, DataError, StaleAdapterError
+from trimtab import EVA, Controller, GoRA, SalientLoRA, TrimConfig
+from trimtab.errors import ConfigError, DataError, ModelError, StaleAdapterError
 from trimtab.host.layers import hosted_layers
 from trimtab.host.probe import Probe
 from trimtab.rank import make
@@ -313,7 +313,7 @@ def test_a_second_start_and_one_after_the_controller_are_refused():
 
 
 def test_what_needs_no_batches_and_what_gets_none_is_refused():
-    with pytest.raises(ConfigError, match=r"rank.method='salientlora': eva, or"):
+    with pytest.raises(ConfigError, match=r"rank.method='salientlora': eva or gora"):
         trimtab.initialize_ranks(adapted(rank=SalientLoRA(target_r=2)), padded("llama"))
     with pytest.raises(DataError, match="there are none"):
         trimtab.initialize_ranks(adapted(), [])
@@ -369,7 +369,7 @@ def quantised(bits: int) -> nn.Module:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_quantised_base_is_looked_at_by_its_inputs(bits):
+def test_a_quantised_base_is_looked_at_by_its_inputs_and_has_no_gradient_for_gora(bits):
     batches = [{"x": torch.randn(12, 64) * 0.7 ** torch.arange(64), "labels": torch.ones(12, 64)} for _ in range(6)]
     targets = dict(r=4, target_modules=["proj", "out"])
     model = peft.get_peft_model(quantised(bits), TrimConfig(rank=EVA(), **targets))
@@ -378,3 +378,6 @@ def test_a_quantised_base_is_looked_at_by_its_inputs(bits):
         started = trimtab.initialize_ranks(model, batches)
         assert sum(started.ranks.values()) == 8
         assert torch.allclose(model(**batches[0]).logits, before, atol=1e-2)  # bitsandbytes packs its weights anew
+    other = peft.get_peft_model(quantised(bits), TrimConfig(rank=GoRA(), **targets))
+    with pytest.raises(ModelError, match=r"'proj' is quantised: its weight has no gradient.*rank.method=eva"):
+        trimtab.initialize_ranks(other, batches)

@@ -342,7 +342,7 @@ _TYPES = {
     "pfeiffer": "bottleneck, with adapter.variant: pfeiffer",
     "llama_adapter": "adaption_prompt",
     "llama-adapter": "adaption_prompt",
-    **{name: f"lora, with rank.method: {name}" for name in ("adalora", "salientlora", "sora", "eva")},
+    **{name: f"lora, with rank.method: {name}" for name in ("adalora", "salientlora", "sora", "eva", "gora")},
     "aflora": "lora, with freeze.method: aflora",
 }
 # Set by Trimtab from other parts of the recipe.

@@ -69,7 +69,7 @@ class TrimConfig(LoraConfig):
 
     Args:
         where: a selection from `trimtab.select_layers` or a control; None adapts every layer.
-        rank: `SalientLoRA(...)`, `AdaLoRA(...)`, `SoRA(...)`; `EVA(...)`, whose ranks and factors
+        rank: `SalientLoRA(...)`, `AdaLoRA(...)`, `SoRA(...)`; `EVA(...)`, `GoRA(...)`, whose ranks and factors
             `trimtab.initialize_ranks(model, batches)` chooses before training; or None for a fixed rank ``r``.
         freeze: `AFLoRA(...)`, `FreezeAt(...)`, or None.
         budget: `Budget(final_params=…)` or `Budget(average_params=…)`; solved when training starts and its

@@ -34,6 +34,11 @@ METHODS: dict[str, Method] = {
         "gives ranks, before training, to the sites whose inputs few directions explain, and starts A there",
         "arXiv 2410.07170",
     ),
+    "gora": Method(
+        "trimtab.rank.gora:GoRA",
+        "gives ranks, before training, to the weights that the loss is most sensitive to; starts along their gradient",
+        "arXiv 2502.12171",
+    ),
 }
 
 _REGISTRY: Registry[RankSettings] = Registry("rank", "trimtab.rank.base:RankSettings", METHODS)

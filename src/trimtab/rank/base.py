@@ -5,8 +5,8 @@ every site, ``W x + s · B (e ⊙ (A x))``, and answers with a `Decision`: which
 the model carries it out, by a mask or by cutting, and tells `Allocator.pruned` after a cut.
 
 Two starts. ``svd``: the papers'; ``e`` holds the singular values. ``lora``: the layer trains A and B from
-LoRA's own start, at its rate and scale, without any ``e``; the singular values are read off the factors. ``eva`` is
-LoRA's with other ranks and factors, which a probe of the model chooses; see `trimtab.rank.start`.
+LoRA's own start, at its rate and scale, without any ``e``; the singular values are read off the factors. ``eva`` and
+``gora`` are LoRA's with other ranks and factors, which a probe of the model chooses; see `trimtab.rank.start`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..errors import BudgetError, CheckpointError, ConfigError, SelectionError, 
 if TYPE_CHECKING:
     from .start import StartSettings
 
-Start = Literal["lora", "svd", "eva"]
+Start = Literal["lora", "svd", "eva", "gora"]
 
 
 @dataclass
@@ -83,8 +83,8 @@ class RankSettings:
     """False: the optimizer's weight decay on ``e`` is to be compensated."""
 
     start: Start = "svd"
-    """``lora``: PEFT's factors, scale and rate; ``svd``: the paper's, as `init_factors` and `scale` say; ``eva``:
-    ranks and factors that it chooses from training rows, in total what ``r`` gives."""
+    """``lora``: PEFT's factors, scale and rate; ``svd``: the paper's, as `init_factors` and `scale` say; ``eva``,
+    ``gora``: ranks and factors that these choose from training rows, in total what ``r`` gives."""
     prune: bool = True
     """Cut shapes when ranks are gone for good; False keeps masks only."""
 

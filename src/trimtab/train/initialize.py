@@ -25,20 +25,20 @@ class Started:
     ranks: dict[str, int]
     """Site -> its rank now."""
     scores: dict[str, float]
-    """Site -> what its rank was given out by: with EVA the explained variance."""
+    """Site -> what its rank was given out by: with EVA the explained variance, with GoRA the importance."""
     rows: int
     """Rows that were looked at."""
     told: str
     """How, in words."""
     loss: tuple[float, float] | None = None
-    """Of a first batch, before and after, where the start is a step already."""
+    """Of a first batch, before and after, where the start is a step already (GoRA)."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def initialize_ranks(model: nn.Module, batches: Iterable[Mapping[str, Any]], adapter_name: str = "default") -> Started:
-    """Gives the adapter the ranks and factors that ``rank=EVA()`` or ``start="eva"`` choose from batches.
+    """Gives the adapter the ranks and factors that ``rank=EVA()``, ``GoRA()`` or ``start="eva"`` choose from batches.
 
     After `peft.get_peft_model` and before the Trainer or `Controller` is made; not before a resume, which takes all of
     it from the checkpoint. With several processes all call it, and what process 0 finds holds everywhere.
@@ -57,7 +57,7 @@ def initialize_ranks(model: nn.Module, batches: Iterable[Mapping[str, Any]], ada
     starter = settings.starter if layers and settings is not None else None
     if starter is None:
         method = None if settings is None else settings.method
-        raise ConfigError("rank.method", method, "eva, or a method with start='eva'; others need no batches")
+        raise ConfigError("rank.method", method, "eva or gora, or a method with start='eva'; others need no batches")
     if not all(la.hosted[adapter_name].awaits_start and not la.hosted[adapter_name].is_stale for la in layers.values()):
         raise StaleAdapterError(
             f"initialize_ranks: adapter {adapter_name!r} has its start already, from an earlier call or a checkpoint"
