@@ -89,10 +89,11 @@ class Run:
 FIRST = ("lora-r8", "salientlora", "adalora", "cka-salientlora", "composition")
 SWAPPED = (*FIRST, "cka-lora", "random-lora", "lora-r4", "budget", "uniform-lora", "lora-r2", "aflora", "aflora-late",
            "composition-late", "peft-adalora", "sora", "gradient-lora", "fisher-lora", "influence-lora",
-           "grades", "eva", "gora")  # fmt: skip
+           "grades", "influence-salientlora", "influence-composition", "aflora-vectors",
+           "aflora-late-vectors", "influence-composition-vectors", "eva", "gora")  # fmt: skip
 # On the other tasks: whether what SST-2 says of layers and of freezing holds there, too.
 PARTS = (*FIRST, "cka-lora", "random-lora", "uniform-lora", "influence-lora", "aflora", "aflora-late", "lora-r4",
-         "lora-r2")  # fmt: skip
+         "lora-r2", "influence-composition")  # fmt: skip
 
 TASKS = {
     task.name: task
@@ -108,6 +109,9 @@ TASKS = {
 }  # fmt: skip
 
 CKA = "where={method: cka, ratio: 0.5, samples: 1024}"
+INFLUENCE = "where={method: influence, ratio: 0.5, samples: 1024}"
+LATE = "freeze={method: aflora, warmup: 0.5, final: 0.1}"
+VECTORS = "rates={vectors: 10}"
 SALIENT = "rank={method: salientlora, target_r: 4}"
 QUARTER = 82_944  # of LoRA r 8's parameters, 331,776
 
@@ -127,9 +131,18 @@ ROWS = {
         Row("lora-r2", "LoRA r 2", ("adapter.r=2", "adapter.alpha=4"), note="holds what the composition holds"),
         Row("aflora", "AFLoRA r 8", ("freeze=aflora",)),
         Row("aflora-late", "AFLoRA r 8, freezing later",
-            ("freeze={method: aflora, warmup: 0.5, final: 0.1}",), note="the default's phases are 0.3 and 0.3"),
+            (LATE,), note="the default's phases are 0.3 and 0.3"),
         Row("composition-late", "the composition, freezing later",
-            (CKA, SALIENT, "freeze={method: aflora, warmup: 0.5, final: 0.1}"), note="phases of 0.5 and 0.1, too"),
+            (CKA, SALIENT, LATE), note="phases of 0.5 and 0.1, too"),
+        Row("influence-salientlora", "influence half × SalientLoRA 8→4", (INFLUENCE, SALIENT)),
+        Row("influence-composition", "influence half × SalientLoRA 8→4 × AFLoRA, freezing later",
+            (INFLUENCE, SALIENT, LATE), note="the composition with another half, and phases of 0.5 and 0.1"),
+        Row("aflora-vectors", "AFLoRA r 8, faster vectors", ("freeze=aflora", VECTORS),
+            note="the vectors e and b at ten times the rate"),
+        Row("aflora-late-vectors", "AFLoRA r 8, freezing later, faster vectors", (LATE, VECTORS), note="both"),
+        Row("influence-composition-vectors", "influence half × SalientLoRA 8→4 × AFLoRA, later, faster vectors",
+            (INFLUENCE, SALIENT, LATE, VECTORS),
+            note="the one above, with vectors at ten times the rate"),
         Row("grades", "GradES r 8", ("freeze=grades",)),
         Row("budget", "the composition under one budget",
             ("where={method: cka, samples: 1024}", "rank=salientlora", "freeze={method: aflora, rule: tensor_rank}",

@@ -107,6 +107,20 @@ QUESTIONS = (
     Question("The composition above LoRA r 2, which holds as much?", "composition", "lora-r2"),
     Question("AFLoRA that freezes later above its default?", "aflora-late", "aflora"),
     Question("The composition that freezes later above its default?", "composition-late", "composition"),
+    Question("AFLoRA with vectors at ten times the rate above its default?", "aflora-vectors", "aflora"),
+    Question("Later freezing with faster vectors above later freezing?", "aflora-late-vectors", "aflora-late"),
+    Question(
+        "Block influence's half × SalientLoRA at most two points below LoRA r 8?",
+        "influence-salientlora",
+        "lora-r8",
+        0.02,
+    ),
+    Question(
+        "That × AFLoRA, later, with faster vectors, at most two points below LoRA r 8?",
+        "influence-composition-vectors",
+        "lora-r8",
+        0.02,
+    ),
     Question("Under one budget at most a point below LoRA r 8?", "budget", "lora-r8", 0.01),
     Question("Under one budget above LoRA r 2, which trains as much on average?", "budget", "lora-r2"),
 )
