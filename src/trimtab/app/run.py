@@ -245,7 +245,6 @@ def train(job: Job, where: Where | None, folder: RunFolder, screen: Screen, *, r
         callbacks = [
             _let_go_of_previous(folder),
             save_and_stop,
-            _stop_at_the_end(),
             callback,
             progress_on(stage, callback),
             _save_at_end(),
@@ -254,11 +253,7 @@ def train(job: Job, where: Where | None, folder: RunFolder, screen: Screen, *, r
         trainer = make_trainer(job, model, folder, callbacks, recipe.rates, is_tracked=True)
         _reset_peak_memory()
         began = time.monotonic()
-        try:
-            trainer.train(resume_from_checkpoint=checkpoint, ignore_keys_for_eval=model_facts.unread_outputs(model))
-        except _NothingLeft:
-            if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
-                trainer._load_best_model()
+        trainer.train(resume_from_checkpoint=checkpoint, ignore_keys_for_eval=model_facts.unread_outputs(model))
         seconds = _seconds(folder, time.monotonic() - began)
         params = read(folder.path).measured_params(trainer.state.global_step) if runfolder.is_main() else {}
         if callback.controller is not None:
@@ -465,22 +460,6 @@ def _save_at_end() -> Any:
                 control.should_save = True
 
     return SaveAtEnd()
-
-
-class _NothingLeft(Exception):
-    """The checkpoint that a run resumes from is its last."""
-
-
-def _stop_at_the_end() -> Any:
-    """Where the last step is within an epoch, the Trainer would take one more after a resume from it."""
-    from transformers import TrainerCallback
-
-    class StopAtTheEnd(TrainerCallback):
-        def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step >= state.max_steps:
-                raise _NothingLeft
-
-    return StopAtTheEnd()
 
 
 def _let_go_of_previous(folder: RunFolder) -> Any:
