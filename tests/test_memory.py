@@ -1,6 +1,9 @@
 """The memory of a step, forecast from shapes, beside what the allocator counts in a real one."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import peft
 import pytest
@@ -9,6 +12,7 @@ import transformers as tf
 from click.testing import CliRunner
 from torch.profiler import ProfilerActivity, profile
 
+import spread_step
 from marks import slow
 from tasks.stand_ins import write_jsonl
 from test_run import tiny_model
@@ -111,3 +115,30 @@ def test_plan_measures_a_few_steps_and_leaves_nothing_behind(recipe, tmp_path):
     assert took["steps"] == 3
     assert took["training_seconds"] == pytest.approx(took["step_seconds"] * found["total_steps"])
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("processes, strategy", [slow(2, "ddp"), (2, "fsdp2"), slow(4, "fsdp2")])
+def test_several_processes_hold_and_send_what_is_forecast(processes, strategy, tmp_path):
+    """A real step of each, over gloo, base weights as DTensors; sent: all that goes through collectives."""
+    out = tmp_path / "told.json"
+    script = [Path(spread_step.__file__), out, strategy, 2]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    subprocess.run([*map(str, (*launch, *script))], check=True, capture_output=True)
+    told = json.loads(out.read_text())
+    with torch.device("meta"):
+        model = tf.LlamaForCausalLM(spread_step.CONFIG)
+    batch, tokens = spread_step.BATCH, spread_step.TOKENS
+    one = memory.forecast(model, peft.LoraConfig(**spread_step.LORA), batch=batch, tokens=tokens)
+    found = memory.over_processes(one, processes, strategy, micro_batches=2)
+    assert found["peak"] == pytest.approx(told["peak"], rel=0.15)
+    assert (found["peak"] < one.to_json()["peak"]) == (strategy == "fsdp2")
+    assert found["sent"] == pytest.approx(told["sent"], rel=2e-3)
+    assert found["sent_weights"] == pytest.approx(told["sent_weights"], rel=2e-3)
+
+
+def test_plan_says_what_each_process_holds(recipe):
+    said = CliRunner().invoke(cli, ["plan", str(recipe), "--processes", "4", "--strategy", "fsdp2", "--json"])
+    found = json.loads(said.output)["settings"]["processes"]
+    assert found["weights"] < found["peak"] and found["sent"] > found["sent_weights"] > 0
+    said = CliRunner().invoke(cli, ["plan", str(recipe), "--processes", "4", "--strategy", "fsdp2"])
+    assert "each of 4 by fsdp2" in said.output and "sent a step" in said.output

@@ -195,8 +195,18 @@ def run(recipe: str, overrides: Sequence[str], overwrite: bool, resume: bool, as
 @_overrides
 @click.option("--memory", is_flag=True, help="Forecast the memory of a training step, from shapes alone.")
 @click.option("--measure", is_flag=True, help="Take a few steps here, and say how long the run will be.")
+@click.option("--processes", type=click.IntRange(1), default=1, help="Forecast what each of so many holds and sends.")
+@click.option("--strategy", type=click.Choice(["ddp", "fsdp2"]), default="ddp", show_default=True, help="Of these.")
 @_common
-def plan(recipe: str, overrides: Sequence[str], memory: bool, measure: bool, as_json: bool) -> None:
+def plan(
+    recipe: str,
+    overrides: Sequence[str],
+    memory: bool,
+    measure: bool,
+    processes: int,
+    strategy: str,
+    as_json: bool,
+) -> None:
     """Say what a recipe will train, without weights.
 
     Sites, trainable parameters (start, end, average), optimizer memory and schedule, from the model's config
@@ -206,7 +216,7 @@ def plan(recipe: str, overrides: Sequence[str], memory: bool, measure: bool, as_
 
     chosen, _ = _load(recipe, overrides)
     with _screen(as_json) as screen:
-        made = planning.plan_recipe(chosen, with_memory=memory)
+        made = planning.plan_recipe(chosen, with_memory=memory, processes=processes, strategy=strategy)
         if measure:
             from . import measuring
 

@@ -45,6 +45,7 @@ class Forecast:
     """The same with ``train.gradient_checkpointing``; None where the model cannot."""
     is_checkpointing: bool
     """Whether the recipe asks for it."""
+    units: Units
 
     @property
     def held(self) -> int:
@@ -54,7 +55,73 @@ class Forecast:
         plain = self.held + self.activations
         saving = None if (a := self.activations_with_checkpointing) is None else self.held + a
         chosen = saving if self.is_checkpointing and saving is not None else plain
-        return {**asdict(self), "peak": chosen, "peak_without_checkpointing": plain, "peak_with_checkpointing": saving}
+        rest = {key: value for key, value in asdict(self).items() if key != "units"}
+        return {**rest, "peak": chosen, "peak_without_checkpointing": plain, "peak_with_checkpointing": saving}
+
+
+@dataclass(frozen=True)
+class Units:
+    """What FSDP2 gathers and lets go of together: each block, and all that lies outside of the blocks. Bytes."""
+
+    blocks: tuple[int, ...]
+    outside: int
+
+    @classmethod
+    def of(cls, model: nn.Module, weights: int) -> Units:
+        """Blocks as accelerate wraps them: modules of the classes that the model says must not be split.
+
+        Args:
+            weights: bytes of the whole model as it is loaded; quantised ones are shared out by their size.
+        """
+        kinds = set(getattr(model, "_no_split_modules", None) or ())
+        sizes: dict[int, int] = {}
+        counted: set[int] = set()
+        for module in model.modules():
+            if type(module).__name__ in kinds:
+                own = {id(p): p for p in module.parameters() if id(p) not in counted}
+                counted |= own.keys()
+                sizes[id(module)] = sum(p.numel() * p.element_size() for p in own.values())
+        whole = sum(p.numel() * p.element_size() for p in model.parameters()) or 1
+        blocks = tuple(round(size * weights / whole) for size in sizes.values() if size)
+        return cls(blocks, weights - sum(blocks))
+
+
+STRATEGIES = ("ddp", "fsdp2")
+
+
+def over_processes(found: Forecast, processes: int, strategy: str, micro_batches: int = 1) -> dict[str, Any]:
+    """Memory of each of several processes, and what each sends in an optimizer step.
+
+    Under FSDP2 a process holds its share of every weight, gathers the block at work and the next one through a buffer
+    of a block's size, and holds what is outside of the blocks from the forward pass to the end of the backward pass.
+    What trains is whole everywhere (docs/howto/sharded.md). Collectives are counted as rings: to gather ``S`` bytes a
+    process sends ``S (N - 1) / N``, to reduce them twice that.
+
+    Args:
+        processes: N, with a batch of ``found.batch`` rows each.
+        strategy: "ddp" or "fsdp2", with blocks let go of after the forward pass.
+        micro_batches: gradient accumulation.
+    Returns:
+        ``processes``, ``strategy``, and bytes: ``weights`` that are held all the time, ``gathered`` beside them at the
+        height, ``peak``, ``sent`` and of it ``sent_weights``.
+    """
+    plain = found.to_json()
+    ring = (processes - 1) / processes
+    weights, gathered, sent_weights = found.weights, 0, 0.0
+    if strategy == "fsdp2" and processes > 1:
+        blocks = found.units.blocks
+        weights = -(-found.weights // processes)
+        gathered = found.units.outside + 3 * max(blocks, default=0)
+        sent_weights = micro_batches * ring * (found.units.outside + 2 * sum(blocks))
+    return {
+        "processes": processes,
+        "strategy": strategy,
+        "weights": weights,
+        "gathered": gathered,
+        "peak": plain["peak"] - found.weights + weights + gathered,
+        "sent": round(sent_weights + 2 * ring * found.gradients),
+        "sent_weights": round(sent_weights),
+    }
 
 
 def forecast(
@@ -84,6 +151,7 @@ def forecast(
 
     model = model.to(dtype)
     weights = _weight_bytes(model, quantization)
+    units = Units.of(model, weights)
     adapted = peft.get_peft_model(model, config)  # type: ignore[arg-type]
     trained = [p for p in adapted.parameters() if p.requires_grad]
     adapter = sum(p.numel() * p.element_size() for p in adapted.parameters()) - sum(
@@ -101,7 +169,7 @@ def forecast(
     # Gradients are born in the step, and counted there: what is left are activations.
     return Forecast(
         batch, tokens, device, weights, adapter, gradients, moments,
-        max(0, plain - gradients), None if saving is None else max(0, saving - gradients), is_checkpointing,
+        max(0, plain - gradients), None if saving is None else max(0, saving - gradients), is_checkpointing, units,
     )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import nn
 
+    from .memory import Forecast
     from .tasks import Task
 
 # Bytes of optimizer state per trained parameter. Adapters train in float32 whatever the model's dtype is.
@@ -68,7 +69,13 @@ def plan(
 
 
 def plan_recipe(
-    recipe: Recipe, horizon: Horizon | None = None, task: Task | None = None, *, with_memory: bool = False
+    recipe: Recipe,
+    horizon: Horizon | None = None,
+    task: Task | None = None,
+    *,
+    with_memory: bool = False,
+    processes: int = 1,
+    strategy: str = "ddp",
 ) -> Plan:
     """The plan of a recipe.
 
@@ -76,6 +83,8 @@ def plan_recipe(
         horizon: length of the run; else it is counted from local rows.
         task: the recipe's task, if it has been made (and has seen its data).
         with_memory: forecast the memory of a step, too: ``settings["memory"]``.
+        processes, strategy: with several, what each holds and sends: ``settings["processes"]``; see
+            `memory.over_processes`.
     """
     from ..host.sites import HEADS
     from . import models
@@ -107,10 +116,17 @@ def plan_recipe(
     made = plan_of_run(recipe, model, peft_config, horizon, rows)
     if recipe.where is not None and reads_rows(recipe.where):
         made = replace(made, where=None, settings={**made.settings, "layers_undecided": True})
-    if with_memory:
+    if with_memory or processes > 1:
         found = _memory(recipe, model, peft_config, task)
-        made = replace(made, settings={**made.settings, "memory": found}) if found else made
-        if found is None:
+        if found is not None:
+            more: dict[str, Any] = {"memory": found.to_json()}
+            if processes > 1:
+                from .memory import over_processes
+
+                micro_batches = int(recipe.train.get("gradient_accumulation_steps") or 1)
+                more["processes"] = over_processes(found, processes, strategy, micro_batches)
+            made = replace(made, settings={**made.settings, **more})
+        else:
             notes.append("the memory of a step is not forecast for this kind of model")
     return replace(made, notes=(*notes, *made.notes))
 
@@ -119,7 +135,7 @@ _USUAL_TOKENS = 512
 """Of a row where neither the recipe nor the model says fewer."""
 
 
-def _memory(recipe: Recipe, model: Any, config: PeftConfig, task: Task | None) -> dict[str, Any] | None:
+def _memory(recipe: Recipe, model: Any, config: PeftConfig, task: Task | None) -> Forecast | None:
     import torch
 
     from .memory import forecast
@@ -130,7 +146,7 @@ def _memory(recipe: Recipe, model: Any, config: PeftConfig, task: Task | None) -
     if recipe.model.dtype is None and loaded == "float16":
         loaded = "float32"  # as `models.load_model` does
     uses_cpu = bool(recipe.train.get("use_cpu")) or not torch.cuda.is_available()
-    found = forecast(
+    return forecast(
         model,
         config,
         batch=int(recipe.train.get("per_device_train_batch_size", 8)),
@@ -141,7 +157,6 @@ def _memory(recipe: Recipe, model: Any, config: PeftConfig, task: Task | None) -
         is_checkpointing=bool(recipe.train.get("gradient_checkpointing")),
         device="cpu" if uses_cpu else "cuda",
     )
-    return found.to_json() if found else None
 
 
 def with_layer_ratio(

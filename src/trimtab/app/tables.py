@@ -96,7 +96,8 @@ def plan_tables(plan: Plan) -> list[Any]:
                 f"{count(plan.settings['total_steps'])} steps, {count(plan.settings['steps_per_epoch'])} an epoch",
             ]
         )
-    totals += [*_memory(plan.settings.get("memory")), *_time(plan.settings.get("measured"))]
+    totals += [*_memory(plan.settings.get("memory")), *_processes(plan.settings.get("processes"))]
+    totals += [*_time(plan.settings.get("measured"))]
     parts: list[Any] = [table(columns, rows, title=plan.model, right=numeric), "", table(["", ""], totals)]
     parts[-1].show_header = False
     changes = [row for row in plan.schedule if "trainable" in row]
@@ -127,6 +128,19 @@ def _memory(found: Mapping[str, Any] | None) -> list[list[str]]:
         if peak is not None and peak != found["peak"]:
             rows.append([f"{word} checkpointing", byte_size(peak)])
     return rows
+
+
+def _processes(found: Mapping[str, Any] | None) -> list[list[str]]:
+    """What each of several processes holds and sends."""
+    if found is None:
+        return []
+    parts = [f"weights {byte_size(found['weights'])}"]
+    parts += [f"gathered {byte_size(found['gathered'])}"] if found["gathered"] else []
+    return [
+        [f"each of {found['processes']} by {found['strategy']}", f"{byte_size(found['peak'])} of tensors"],
+        ["", " · ".join(parts)],
+        ["sent a step", f"{byte_size(found['sent'])} by each process"],
+    ]
 
 
 def _time(found: Mapping[str, Any] | None) -> list[list[str]]:
