@@ -135,14 +135,6 @@ def test_a_trainer_can_be_told_to_train_on(tmp_path, method):
     check_extended(model, tmp_path, decided)
 
 
-def test_a_finished_run_that_ddp_would_not_average_is_refused_with_the_cure(unbroken, tmp_path, monkeypatch):
-    folder, _ = unbroken("salientlora")
-    monkeypatch.setattr("trimtab.train.callback.is_distributed", lambda: True)
-    with pytest.raises(CheckpointError, match=r"would not average.*from_pretrained"):
-        runs.train(runs.model_for("bert", "salientlora"), "bert", tmp_path,
-                   resume=str(folder / "checkpoint-40"), **OFTEN | dict(max_steps=60))  # fmt: skip
-
-
 def test_a_longer_horizon_in_mid_run_is_refused(unbroken, tmp_path):
     folder, _ = unbroken("salientlora")
     with pytest.raises(CheckpointError, match="total_steps"):

@@ -262,7 +262,8 @@ class TrimCallback(TrainerCallback, ExportableState):
         self._take_steps_again()
         if self.controller is not None and self.controller.layers:
             give_back_to_ddp(kw["model"])
-            self.controller.let_go()
+            if is_sharded(kw["model"]):
+                self.controller.let_go()
         if self._hook is not None:
             self._hook.remove()
             self._hook = None

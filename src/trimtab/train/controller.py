@@ -286,7 +286,8 @@ class Controller:
     def let_go(self) -> None:
         """Take tensors that `finish` took out of the model out of the optimizer's groups, too.
 
-        Only after the last checkpoint: the optimizer of a resumed run lists them again.
+        Only after the last checkpoint, and under FSDP2, where a second `prepare` would look them up in the model: a
+        Trainer that goes on from a checkpoint may do it with this optimizer, and needs them listed.
         """
         gone = {id(p) for p in self._gone}
         for group in self.optimizer.param_groups if self.optimizer is not None else ():
@@ -560,17 +561,17 @@ class Controller:
                 "this adapter is finished: plain LoRA factors are left. To train on, load it with "
                 "PeftModel.from_pretrained(checkpoint, is_trainable=True)"
             )
-        if any(layer.hosted[self.adapter_name].awaits_start for layer in self.layers.values()):
-            assert self.rank is not None and self.rank.starter is not None
-            raise StaleAdapterError(
-                f"rank: {self.rank.starter.method} chooses ranks and factors from training rows before training; call "
-                "trimtab.initialize_ranks(model, batches) after get_peft_model, before the Controller or the Trainer"
-            )
         if stale:
             raise StaleAdapterError(
                 f"the tensors of {stale[0]!r} and {len(stale) - 1} more modules were replaced while a rank or freeze "
                 "method was at work. To resume, use train(resume_from_checkpoint=trimtab.last_checkpoint(dir)); "
                 "to train on from a finished adapter, use PeftModel.from_pretrained(checkpoint, is_trainable=True)"
+            )
+        if any(layer.hosted[self.adapter_name].awaits_start for layer in self.layers.values()):
+            assert self.rank is not None and self.rank.starter is not None
+            raise StaleAdapterError(
+                f"rank: {self.rank.starter.method} chooses ranks and factors from training rows before training; call "
+                "trimtab.initialize_ranks(model, batches) after get_peft_model, before the Controller or the Trainer"
             )
 
     def _refuse_plain_layers(self) -> None:
