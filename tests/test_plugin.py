@@ -149,6 +149,7 @@ def test_wrong_settings_are_refused_as_those_of_our_own_methods(installed, tiny,
 @pytest.fixture
 def own(tmp_path, monkeypatch):
     (tmp_path / "my_methods.py").write_text(OWN)
+    sys.modules.pop("my_methods", None)  # a page of the docs has one, too
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield
