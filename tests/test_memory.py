@@ -45,13 +45,8 @@ def allocated(kind, batch, tokens, is_checkpointing):
     labels = ids if task_type == "CAUSAL_LM" else torch.zeros(batch, dtype=torch.long)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         model(input_ids=ids, labels=labels).loss.backward()
-    now = most = 0
-    for event in sorted(found.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
     held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    return held + most + 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return held + spread_step.height(found) + 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("is_checkpointing", [False, True], ids=["plain", "checkpointing"])

@@ -86,9 +86,6 @@ class Units:
         return cls(blocks, weights - sum(blocks))
 
 
-STRATEGIES = ("ddp", "fsdp2")
-
-
 def over_processes(found: Forecast, processes: int, strategy: str, micro_batches: int = 1) -> dict[str, Any]:
     """Memory of each of several processes, and what each sends in an optimizer step.
 

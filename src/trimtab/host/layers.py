@@ -1,4 +1,4 @@
-"""Trimtab's layer inside PEFT. The only file that touches PEFT's internals.
+"""Trimtab's layer inside PEFT. Only this folder and `adapters` touch what PEFT does not export.
 
 What we lean on, so that a new PEFT can be checked against it (see tests/test_peft_host.py):
 `LoraConfig._register_custom_module` (documented, experimental), `lora.Linear` with `update_layer`,
