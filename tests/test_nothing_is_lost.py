@@ -15,7 +15,7 @@ from test_run import read, trimtab, write_recipe
 from trimtab import TrimCallback
 from trimtab.app import runfolder
 from trimtab.app.runfolder import RunFolder
-from trimtab.errors import DataError
+from trimtab.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.fault
 
@@ -314,23 +314,37 @@ def test_lost_rows_of_the_history_are_counted(unfinished, caplog):
 
 
 @pytest.mark.parametrize("name, command, says", [
-    ("recipe.yaml", ["run", "--resume"], "no such file"),
+    ("recipe.yaml", ["run", "--resume"], "damaged: it ends before its last line"),
+    ("recipe.yaml", ["eval"], "damaged: it ends before its last line"),
     ("metrics.json", ["export"], "damaged, not JSON"),
     ("plan.json", ["export"], "damaged, not JSON"),
     ("adapter/adapter_model.safetensors", ["export"], "adapter: damaged"),
     ("adapter/adapter_config.json", ["export"], "adapter: damaged"),
 ])  # fmt: skip
 def test_a_damaged_file_of_a_run_is_one_line(copied, name, command, says):
-    if name == "recipe.yaml":  # ends within a path, wherever that is
-        text = (copied / name).read_text()
-        (copied / name).write_text(text[: text.index("validation.jsonl") + 5])
-    else:
-        cut(copied / name)
+    cut(copied / name)
     before = contents(copied)
     message = trimtab(command[0], copied, *command[1:], code=2).stderr.splitlines()[-1]
     assert message.startswith("error: ")
     assert says in message
     assert contents(copied) == before
+
+
+def test_a_recipe_is_known_to_be_cut_wherever_it_is(copied):
+    text = (copied / "recipe.yaml").read_text()
+    for end in range(0, len(text) - len("\n... # 0123456789abcdef\n"), 7):
+        (copied / "recipe.yaml").write_text(text[:end])
+        with pytest.raises(ConfigError, match=r"damaged|must hold keys and values"):
+            runfolder.recipes.load(copied)
+
+
+def test_a_resume_says_that_the_recipe_was_changed(copied, caplog):
+    recipe, folder = copied / "recipe.yaml", RunFolder(copied)
+    runfolder.same_recipe(runfolder.recipes.load(copied), folder)
+    assert not caplog.text
+    recipe.write_text(recipe.read_text().replace("seed: 0", "seed: 1"))
+    runfolder.same_recipe(runfolder.recipes.load(copied), folder)
+    assert "recipe.yaml is not as the run wrote it" in caplog.text
 
 
 def test_an_earlier_version_s_run_is_known_without_the_mark(copied):

@@ -5,6 +5,7 @@ Keys are checked before anything heavy is imported, those of `TrainingArguments`
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
@@ -284,11 +285,20 @@ class Recipe(Section):
         """The recipe with nothing left out that was set, defaults included for what this version knows."""
         return yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True)
 
+    def to_file(self) -> str:
+        """The text of a run's own recipe.yaml, which shows where it was cut."""
+        body = self.to_yaml()
+        return f"{MARK}{_ENDS}{body}... # {_digest(body)}\n"
+
     def require_task(self) -> Task:
         if self.task is None:
             raise ConfigError("task.name", None, "needed here: glue/mrpc, text_classification, …")
         return self.task
 
+
+# A run's own recipe.yaml begins so. One of an earlier version has the first line alone.
+MARK = "# Written by Trimtab: the recipe of this run, with every default filled in.\n"
+_ENDS = "# It ends with three dots; without them it was cut.\n"
 
 # Which PEFT config carries each adapter type, and what the recipe's words are called there.
 ADAPTERS: dict[str, tuple[str, str, dict[str, str]]] = {
@@ -398,12 +408,25 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         near = did_you_mean(path.name, [p.name for p in folder.glob("*.y*ml")])
         raise ConfigError("recipe", str(path), f"no such file.{near}")
     try:
-        data = parse_yaml(path.read_text(encoding="utf-8"), f"recipe {path.name}")
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ConfigError("recipe", str(path), "must be a text file in UTF-8") from None
+    if text.startswith(MARK + _ENDS) and not text.rstrip().rpartition("\n")[2].startswith("..."):
+        raise ConfigError("recipe", str(path), "damaged: it ends before its last line, three dots; put a copy there")
+    data = parse_yaml(text, f"recipe {path.name}")
     if not isinstance(data, dict):
         raise ConfigError("recipe", str(path), "must hold keys and values: model, task, adapter, …")
     return data
+
+
+def is_as_written(text: str) -> bool:
+    """Whether a run's own recipe.yaml is the one that the run wrote; True for one of an earlier version."""
+    body, _, digest = text.removeprefix(MARK + _ENDS).rpartition("... # ")
+    return not text.startswith(MARK + _ENDS) or digest.strip() == _digest(body)
+
+
+def _digest(body: str) -> str:
+    return hashlib.sha256(body.encode()).hexdigest()[:16]
 
 
 def override(data: dict[str, Any], text: str) -> None:

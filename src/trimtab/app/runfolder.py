@@ -62,7 +62,6 @@ _MADE_BY = {
 }
 # By these a folder is known to be a run's, whatever else lies there; a recipe.yaml alone may be a user's own.
 _OF_A_RUN = ("where.json", "plan.json", "history.jsonl", "metrics.json", "base.json", "checkpoints")
-_MARK = "# Written by Trimtab: the recipe of this run, with every default filled in.\n"
 # What a folder may hold and still count as empty.
 _NOBODYS = (".DS_Store", "Thumbs.db", "desktop.ini", ".gitkeep", ".gitignore", "lost+found")
 # The run that --overwrite replaces, while it is moved and until the new one has something to go on from.
@@ -270,7 +269,7 @@ def default_folder(recipe: Recipe, source: str | Path) -> Path:
 
 
 def write_recipe(recipe: Recipe, folder: RunFolder) -> None:
-    write_text(folder.recipe, _MARK + recipe.to_yaml())
+    write_text(folder.recipe, recipe.to_file())
 
 
 @dataclass(frozen=True)
@@ -405,7 +404,7 @@ def _is_marked(recipe: Path) -> bool:
     if not recipe.is_file():
         return False
     with recipe.open(encoding="utf-8", errors="replace") as file:
-        return file.readline() == _MARK
+        return file.readline() == recipes.MARK
 
 
 def _refuse_to_lose_a_run(folder: RunFolder) -> None:
@@ -571,7 +570,9 @@ def check_base_matches(recipe: Recipe, folder: RunFolder) -> None:
 
 def same_recipe(recipe: Recipe, folder: RunFolder) -> None:
     """Raise `ConfigError` where the run in a folder began with another recipe."""
-    folder.need(folder.recipe, "train")
+    text = folder.need(folder.recipe, "train").read_text(encoding="utf-8")
+    if not recipes.is_as_written(text):
+        logger.warning(f"{folder.recipe} is not as the run wrote it: going on with what it says now")
     began, goes_on = (_flat(r) for r in (recipes.load(folder.recipe), recipe))
     for key in sorted(began.keys() | goes_on.keys()):
         if began.get(key) != goes_on.get(key) and key.partition(".")[0] not in _FREE:
