@@ -5,7 +5,7 @@ Prints every row with its target and leaves one JSON file a question in benchmar
 
 from __future__ import annotations
 
-from . import cola_selection, freed_memory, freezing, memory, methods, products, selection, startup, steps
+from . import cola_selection, freed_memory, freezing, memory, methods, products, scale, selection, startup, steps
 from . import salience as salience_script
 from .common import Row, parser_for, prepared, save, show
 
@@ -32,6 +32,7 @@ QUESTIONS = {
     "cola_selection": cola_selection.rows,
     "salience": salience,
     "startup": startup.rows,
+    "scale": scale.rows,
 }
 
 
