@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import synthetic_runs as runs
 from datasets import Dataset, DatasetDict
 
 from trimtab.app import about, judging
-from trimtab.app.report import load, write
+from trimtab.app.report import load, troubles, write
 from trimtab.app.report.comparing import table_of_runs
 from trimtab.app.runfolder import alone
 from trimtab.app.tasks import get_task
@@ -137,3 +138,17 @@ def test_a_secret_on_the_command_line_is_not_kept() -> None:
     assert (
         about.hidden("trimtab run r.yaml train.hub_token=hf_x seed=1") == "trimtab run r.yaml train.hub_token=… seed=1"
     )
+
+
+@pytest.mark.parametrize("predicted, is_told", [
+    ([2.75, 2.76, 2.74, 2.75], True),
+    ([2.0, 2.9, 1.2, 3.3], False),
+])  # fmt: skip
+def test_numbers_that_hardly_differ_are_told_as_one_class_for_all_is(predicted, is_told):
+    kept = {"validation": {"label": [0.0, 2.5, 4.0, 5.0], "predicted": predicted}}
+    run = SimpleNamespace(predictions=kept, recipe={"train": {"learning_rate": 1e-3}})
+    told = troubles._one_answer(run)
+    assert bool(told) == is_told
+    if told:
+        assert "every one of 4 validation rows was given nearly the same number, 2.74 to 2.76 for labels" in told
+        assert "try a train.learning_rate ten times higher or lower (it is 0.001)" in told

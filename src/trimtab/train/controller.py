@@ -564,7 +564,8 @@ class Controller:
         if stale:
             raise StaleAdapterError(
                 f"the tensors of {stale[0]!r} and {len(stale) - 1} more modules were replaced while a rank or freeze "
-                "method was at work. To resume, use train(resume_from_checkpoint=trimtab.last_checkpoint(dir)); "
+                "method was at work. To resume, use train(resume_from_checkpoint=trimtab.last_checkpoint(dir)); in a "
+                "loop of your own load the controller too (accelerator.register_for_checkpointing(controller)); "
                 "to train on from a finished adapter, use PeftModel.from_pretrained(checkpoint, is_trainable=True)"
             )
         if any(layer.hosted[self.adapter_name].awaits_start for layer in self.layers.values()):

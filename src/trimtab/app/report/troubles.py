@@ -13,11 +13,13 @@ from .runfolder import RunFolder
 from .words import count, number, plural
 
 QUARTER = 0.25
+FLAT = 0.1
+"""Spread of predicted numbers, as a share of the labels': the best guesses of a model that correlates by as much."""
 
 
 def troubles(run: RunFolder) -> list[str]:
     """Every one of them, the worst first; empty for a run as it should be."""
-    kinds = (not_finite, _lost_for_a_while, _one_class, _froze_early, _never_froze, _never_fell)
+    kinds = (not_finite, _lost_for_a_while, _one_answer, _froze_early, _never_froze, _never_fell)
     return [text for kind in kinds if (text := kind(run))]
 
 
@@ -42,12 +44,22 @@ def _lost_for_a_while(run: RunFolder) -> str | None:
     return f"the loss was not a number at {plural(len(lost), 'point')} of {len(logs)}: {_steadier(run)}"
 
 
-def _one_class(run: RunFolder) -> str | None:
+def _one_answer(run: RunFolder) -> str | None:
+    """One class for every row; of numbers, ones that hardly differ where the labels do."""
     for split, kept in run.predictions.items():
         labels, predicted = kept.get("label", []), kept.get("predicted", [])
-        names = kept.get("classes")
-        if names and len(set(predicted)) == 1 < len(set(labels)):
-            told = f"every one of {count(len(labels))} {split} rows was given class {names[predicted[0]]!r}"
+        if len(set(labels)) < 2 or len(predicted) != len(labels):
+            continue
+        if names := kept.get("classes"):
+            answer = f"class {names[predicted[0]]!r}" if len(set(predicted)) == 1 else ""
+        else:
+            flat = statistics.pstdev(predicted) < FLAT * statistics.pstdev(labels)
+            ends = f"{number(min(predicted))} to {number(max(predicted))}"
+            answer = (
+                f"nearly the same number, {ends} for labels from {min(labels):g} to {max(labels):g}" if flat else ""
+            )
+        if answer:
+            told = f"every one of {count(len(labels))} {split} rows was given {answer}"
             return f"{told}: nothing was learned that tells rows apart; {_another_rate(run)}, or train for longer"
     return None
 
