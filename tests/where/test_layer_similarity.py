@@ -8,12 +8,13 @@ import pytest
 import torch
 import transformers as tf
 from peft import LoraConfig, get_peft_model
+from torch import nn
 
 import tiny
 from test_sites import llava_config
 from trimtab.errors import ConfigError, DataError, ModelError, SelectionError
 from trimtab.where.cka import layer_similarity, linear_cka, select_layers
-from trimtab.where.pooling import POOLS, pool_rows
+from trimtab.where.pooling import POOLS, _positions, pool_rows
 
 PAD, LENGTH = 0, 7
 
@@ -309,7 +310,7 @@ def test_not_a_number_is_refused_with_the_layer_it_began_in():
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"input_ids": None}, "input_ids is missing"),
+        ({"input_ids": None}, "input_ids (or pixel_values, input_features, input_values) is missing"),
         ({"attention_mask": torch.zeros(24, LENGTH)}, "no token at all"),
         ({"attention_mask": torch.ones(24, LENGTH, LENGTH)}, "one value per sample and position"),
     ],
@@ -366,3 +367,62 @@ def test_settings_are_checked_before_anything_runs(settings, says):
     with pytest.raises(ConfigError) as error:
         layer_similarity(tiny.build("bert"), iter(()), **settings)
     assert says in str(error.value)
+
+
+SMALL = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=48)
+
+
+def vision(seed=0):
+    torch.manual_seed(seed)
+    return (
+        tf.ViTForImageClassification(tf.ViTConfig(**SMALL, image_size=16, patch_size=4, num_labels=2)).double().eval()
+    )
+
+
+def listening(seed=0):
+    torch.manual_seed(seed)
+    sizes = dict(vocab_size=32, conv_dim=(16, 16), conv_stride=(4, 4), conv_kernel=(8, 8), num_feat_extract_layers=2)
+    more = dict(num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2, apply_spec_augment=False)
+    return tf.Wav2Vec2ForSequenceClassification(tf.Wav2Vec2Config(**SMALL, **sizes, **more)).double().eval()
+
+
+@pytest.mark.parametrize("build, batch", [
+    (vision, {"pixel_values": torch.randn(24, 3, 16, 16, dtype=torch.float64)}),
+    (listening, {"input_values": torch.randn(24, 400, dtype=torch.float64)}),
+])  # fmt: skip
+def test_layers_that_see_or_hear_are_compared_over_all_patches_or_frames(build, batch):
+    model = build()
+    with torch.no_grad():
+        states = model(**batch, output_hidden_states=True).hidden_states
+    expected = [linear_cka(a.mean(1), b.mean(1)) for a, b in pairwise(states)]
+    halves = [{k: v[part] for k, v in batch.items()} for part in (slice(10), slice(10, None))]
+    for pool in (None, "mean"):
+        found = layer_similarity(model, halves, pool)
+        assert found.pool == "mean"
+        # What leaves the last layer has gone through a final norm in some models.
+        np.testing.assert_allclose(found.cka[:-1], expected[:-1], atol=1e-10)
+    assert select_layers(found, 0.5).mask.count("1") == 2
+
+
+def test_a_speech_model_s_encoder_and_decoder_are_compared():
+    sizes = dict(encoder_layers=3, decoder_layers=3, encoder_ffn_dim=48, decoder_ffn_dim=48, d_model=32)
+    heads = dict(encoder_attention_heads=2, decoder_attention_heads=2, max_source_positions=20, num_mel_bins=8)
+    tokens = dict(vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)
+    config = tf.WhisperConfig(**sizes, **heads, **tokens)
+    model = tf.WhisperForConditionalGeneration(config)
+    batch = {"input_features": torch.randn(8, 8, 40), "labels": torch.randint(3, 60, (8, 6))}
+    padded = batch | {"attention_mask": torch.ones(8, 40, dtype=torch.long)}
+    assert list(layer_similarity(model, [batch]).stacks) == ["encoder.layers", "decoder.layers"]
+    assert layer_similarity(model, [padded]).stacks == layer_similarity(model, [batch]).stacks
+
+
+def test_padding_of_sound_has_no_say():
+    model = listening()
+    mask = torch.ones(4, 400, dtype=torch.long)
+    mask[1, 200:] = 0
+    hidden = torch.randn(4, 23, 32)
+    frames = _positions(model.wav2vec2, mask)(hidden)
+    assert frames.sum(1).tolist() == [23, 11, 23, 23]  # as its convolutions have it
+    assert _positions(nn.Identity(), mask)(torch.randn(4, 200, 32)).sum(1).tolist() == [200, 100, 200, 200]
+    with pytest.raises(DataError, match="7 positions a row; leave it out"):
+        _positions(nn.Identity(), mask)(torch.randn(4, 7, 32))

@@ -837,7 +837,8 @@ def host(target: nn.Module, adapter_name: str, config: TrimConfig, **kwargs: Any
         what = "rank" if config.rank is not None else "freeze"
         raise ModelError(
             f"target_modules: {kwargs.get('target_name', kind.__name__)!r} is a {kind.__name__}; {what} "
-            "methods work on nn.Linear, Conv1D and bitsandbytes linears. Leave it out of target_modules."
+            "methods work on nn.Linear, Conv1D and bitsandbytes linears. Leave it out of target_modules; "
+            "instead of 'all-linear' name the linears."
         )
     return None
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from numbers import Integral
 from typing import Any
 
@@ -26,7 +27,7 @@ from ..plans import Where
 from .controls import mask_of, wanted
 from .moments import StreamingCKA, centred, covariance_hsic, gram, gram_hsic
 from .moments import ratio as cka_ratio
-from .pooling import POOLS, StackPooler, observed, run_backbone
+from .pooling import POOLS, StackPooler, is_other, observed, run_backbone
 
 ESTIMATORS = {"biased": 2, "unbiased": 4}
 """Name -> fewest samples it is defined for."""
@@ -130,7 +131,7 @@ class LayerScores:
 def layer_similarity(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any]],
-    pool: str = "last",
+    pool: str | None = None,
     estimator: str = "biased",
     *,
     final_norm: str = "exclude",
@@ -145,7 +146,9 @@ def layer_similarity(
         model: any transformer, with or without a head; adapters on it take part as they stand.
         batches: mappings with ``input_ids`` and ``attention_mask`` as for the model's forward; padding on either
             side, another length in every batch. Encoder-decoders also need ``labels`` or ``decoder_input_ids``.
-        pool: the vector per sample: ``last`` token (decoders), ``cls`` (encoders), ``mean``.
+            Images and sound: ``pixel_values``, ``input_features`` or ``input_values`` in place of ``input_ids``.
+        pool: the vector per sample: ``last`` token (decoders), ``cls`` (encoders), ``mean``. None is ``last``, and
+            ``mean`` for images and sound, whose last patch or frame says little of the rest.
         estimator: see `linear_cka`.
         final_norm: ``include`` reads the last block after the model's final norm, as the authors' code does.
         samples: stop after this many samples; None takes all batches.
@@ -155,17 +158,20 @@ def layer_similarity(
         ModelError: the model has no blocks, or no weights (meta device).
     """
     _check_estimator(estimator)
-    if pool not in POOLS:
+    if pool is not None and pool not in POOLS:
         raise ConfigError("where.pool", pool, f"one of {', '.join(POOLS)}.{did_you_mean(str(pool), POOLS)}")
     if final_norm not in ("include", "exclude"):
         raise ConfigError("where.final_norm", final_norm, "include or exclude")
     if samples is not None and samples < ESTIMATORS[estimator]:
         raise ConfigError("where.samples", samples, f"at least {ESTIMATORS[estimator]} for estimator={estimator}")
     base = base_with_weights(model)
+    batches = iter(batches)
+    first = next(batches, None)
+    pool = pool or ("mean" if isinstance(first, Mapping) and is_other(first) else "last")
     poolers = [StackPooler(stack, pool, final_norm) for stack in find_stacks(base).values()]
     streams: list[StreamingCKA] = []
     with observed(base, poolers):
-        for batch in batches:
+        for batch in chain([] if first is None else [first], batches):
             if not isinstance(batch, Mapping):
                 raise DataError(f"batch: a mapping such as {{'input_ids': …}} is needed, not {type(batch).__name__}")
             run_backbone(base, batch, poolers)

@@ -20,6 +20,9 @@ from ..host.sharding import is_fsdp2
 from ..host.sites import Stack, backbone_of, base_of
 
 POOLS = ("last", "cls", "mean")
+_TEXT = ("input_ids", "inputs_embeds")
+_OTHER = ("pixel_values", "input_features", "input_values")
+"""Images and sound: what a model makes of them has a position a patch or a frame."""
 _NOT_INPUTS = {
     "labels",
     "label",
@@ -67,7 +70,9 @@ class StackPooler:
         self._new: list[tuple[int, int]] = []
         self._input = 0
         self._last: tuple[Tensor, int] | None = None  # the tensor that left the last block, and its version
-        self.mask: Tensor | None = None  # (b, t), set before each forward
+        self.mask: Tensor | Callable[[Tensor], Tensor] | None = (
+            None  # (b, t), or from hidden states; before each forward
+        )
 
     def hooks(self) -> list[Any]:
         handles: list[Any] = []
@@ -96,14 +101,16 @@ class StackPooler:
         return [r.cpu() for r in rows]
 
     def _keep(self, hidden: Any, index: int) -> int:
-        if not isinstance(hidden, Tensor) or self.mask is None or hidden.shape[:-1] != self.mask.shape:
+        is_tensor = isinstance(hidden, Tensor) and hidden.dim() == 3
+        mask = self.mask(hidden) if callable(self.mask) and is_tensor else self.mask
+        if not is_tensor or not isinstance(mask, Tensor) or hidden.shape[:-1] != mask.shape:
             shape = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
             raise SelectionError(
                 f"{self.stack.path}.{index}: hidden states {shape} do not line up with the attention mask "
-                f"{tuple(self.mask.shape) if self.mask is not None else None}; pass one mask value per position "
+                f"{tuple(mask.shape) if isinstance(mask, Tensor) else None}; pass one mask value per position "
                 "(image tokens expanded, no packed rows)"
             )
-        rows = pool_rows(hidden, self.mask.to(hidden.device), self.pool)
+        rows = pool_rows(hidden, mask.to(hidden.device), self.pool)
         self._rows.append(rows)
         return len(self._rows) - 1
 
@@ -163,10 +170,14 @@ def run_backbone(model: Any, batch: Mapping[str, Any], poolers: list[StackPooler
     _, backbone = backbone_of(base)
     device = next(backbone.parameters()).device
     inputs = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
-    main = next((inputs[k] for k in ("input_ids", "inputs_embeds") if k in inputs), None)
-    if main is None:
-        raise DataError(f"batch: input_ids is missing; it has {', '.join(batch) or 'nothing'}")
-    mask = _mask(inputs.get("attention_mask"), main)
+    main = next((inputs[k] for k in _TEXT if k in inputs), None)
+    mask: Any
+    if main is not None:
+        mask = _mask(inputs.get("attention_mask"), main)
+    elif is_other(inputs):
+        mask = _positions(backbone, inputs.get("attention_mask"))
+    else:
+        raise DataError(f"batch: input_ids (or {', '.join(_OTHER)}) is missing; it has {', '.join(batch) or 'nothing'}")
     decoder_mask = mask
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
         decoder_mask = _add_decoder_inputs(base, inputs, mask)
@@ -213,6 +224,31 @@ def _takes_any(forward: Any) -> bool:
     return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(forward).parameters.values())
 
 
+def is_other(batch: Mapping[str, Any]) -> bool:
+    """Whether a batch is of images or sound alone."""
+    return any(key in batch for key in _OTHER) and not any(key in batch for key in _TEXT)
+
+
+def _positions(backbone: Any, given: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """The mask of hidden states (b, t, d) of images or sound: every position, but what is padding in ``given``, which
+    has a value a sample or frame of the input (b, n)."""
+
+    def mask(hidden: Tensor) -> Tensor:
+        b, t = hidden.shape[:2]
+        if given is None or given.shape == (b, t):
+            return torch.ones(b, t, dtype=torch.bool, device=hidden.device) if given is None else given.bool()
+        if reduced := getattr(backbone, "_get_feature_vector_attention_mask", None):  # wav2vec 2.0 and its like
+            return reduced(t, given).bool()
+        n = given.shape[-1]
+        if given.dim() != 2 or n % t:
+            raise DataError(
+                f"batch: attention_mask has shape {tuple(given.shape)}, and the model {t} positions a row; leave it out"
+            )
+        return given[:, :: n // t].bool()
+
+    return mask
+
+
 def _mask(mask: Tensor | None, main: Tensor) -> Tensor:
     if mask is None:
         return torch.ones(main.shape[:2], dtype=torch.bool, device=main.device)
@@ -226,7 +262,7 @@ def _mask(mask: Tensor | None, main: Tensor) -> Tensor:
     return mask
 
 
-def _add_decoder_inputs(base: Any, inputs: dict[str, Tensor], mask: Tensor) -> Tensor:
+def _add_decoder_inputs(base: Any, inputs: dict[str, Tensor], mask: Any) -> Tensor:
     """Fill in ``decoder_input_ids`` where needed and return the decoder's mask.
 
     Position t of the shifted targets predicts target t, so it counts wherever target t does.
@@ -247,7 +283,7 @@ def _add_decoder_inputs(base: Any, inputs: dict[str, Tensor], mask: Tensor) -> T
     elif not _is_generative(base) and "input_ids" in inputs:  # a classifier's decoder reads the input again
         targets, valid = inputs["input_ids"], mask
     else:
-        raise DataError("batch: an encoder-decoder needs labels or decoder_input_ids beside input_ids")
+        raise DataError("batch: an encoder-decoder needs labels or decoder_input_ids beside its input")
     shift = getattr(base, "prepare_decoder_input_ids_from_labels", None)
     inputs["decoder_input_ids"] = shift(labels=targets) if shift else _shift_right(targets, config)
     return valid
