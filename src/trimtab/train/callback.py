@@ -38,7 +38,7 @@ from .checkpoint import (
     what_is_wrong,
     write_state,
 )
-from .controller import Controller, Event, what_differs
+from .controller import Controller, Event
 from .parallel import (
     NO_DEEPSPEED,
     accelerates_fsdp,
@@ -48,6 +48,7 @@ from .parallel import (
     refuse_sharded_heads,
     whole_parameters,
 )
+from .state import what_differs
 from .steps import Weakly, callers, is_accumulating
 from .trackers import Figures, layer_scores, tell
 

@@ -11,7 +11,6 @@ both. The controller knows no method by name: it calls settings objects through 
 
 from __future__ import annotations
 
-import hashlib
 import operator
 import warnings
 from collections.abc import Callable, Mapping
@@ -20,36 +19,40 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.lowrank import fold
 from ..budget import Choice, solve
-from ..errors import CheckpointError, ConfigError, DisagreementError, ModelError, StaleAdapterError
+from ..errors import ConfigError, ModelError, StaleAdapterError
 from ..host.adapted import adapter_layers, adapter_parameters, peft_model_of
-from ..host.layers import (
-    PROJECTIONS,
-    TrimConfig,
-    TrimLayer,
-    hosted_layers,
-    own_config,
-    set_data,
-    settle,
-)
-from ..host.sharding import is_dtensor, is_sharded
+from ..host.layers import TrimConfig, own_config, settle
+from ..host.sharding import is_sharded
 from ..plans import Budget, Site
 from .parallel import (
     AverageAfterBackward,
+    agree,
     average,
+    decision_bits,
     give_back_to_ddp,
     is_distributed,
     keep_whole,
     refuse_engines,
     refuse_other_sites,
 )
-from .prune import Freed, decouples_decay, drop_optimizer_state, prune_layer, unwrap_optimizer, why_not_cuttable
+from .prune import (
+    Freed,
+    decouples_decay,
+    drop_optimizer_state,
+    prune_layer,
+    unwrap_optimizer,
+    why_masks_only,
+    why_not_cuttable,
+)
+from .refusals import refuse_a_second_adapter, refuse_dead_start, refuse_groups_that_leave_out, refuse_plain_layers
+from .state import fingerprint, refuse_another_run, refuse_other_tensors, restore_factors, saved_factors
 from .steps import NOT_FINITE_LIMIT, StepWatch, is_accumulating, refuse_second_copies, refuse_what_cannot_be_followed
+from .tensors import AdapterTensors
 
 if TYPE_CHECKING:
     from ..freeze.base import FreezeSettings
-    from ..rank.base import Decision, RankSettings
+    from ..rank.base import Decision, Factors, RankSettings
 
 Event = dict[str, Any]
 
@@ -105,14 +108,14 @@ class Controller:
         self.steps_per_epoch = steps_per_epoch = None if steps_per_epoch is None else operator.index(steps_per_epoch)
         self.on_event = on_event
         self.step = 0
-        self.layers: dict[str, TrimLayer] = hosted_layers(model, adapter_name)
-        self._parameters = adapter_parameters(model, adapter_name)  # pruning keeps their identity
-        self._refuse_groups_that_leave_out()
+        self._tensors = AdapterTensors(model, adapter_name)
+        self.layers = self._tensors.layers
+        refuse_groups_that_leave_out(self._tensors, self.optimizer)
         if self.layers:
             refuse_what_cannot_be_followed(self.optimizer)
-            refuse_engines(model, self._parameters, optimizer, self.optimizer)
+            refuse_engines(model, self._tensors.parameters, optimizer, self.optimizer)
             if is_distributed():
-                refuse_other_sites(self._shapes())
+                refuse_other_sites(self._tensors.shapes())
                 keep_whole(model, adapter_name)
                 self.broadcast()  # nobody else does
             was_narrow = [layer.widen(adapter_name) for layer in self.layers.values()]
@@ -139,11 +142,11 @@ class Controller:
         for layer in self.layers.values():
             layer.hosted[adapter_name].is_decided = True
         if isinstance(config, TrimConfig) and config.is_adaptive:
-            self._refuse_plain_layers()
-            self._refuse_a_second_adapter()
+            refuse_plain_layers(self._tensors)
+            refuse_a_second_adapter(self._tensors)
         self._decide_from_start()
-        self._why_masks_only = self._masks_only_reason()
-        self._refuse_dead_start()
+        self._why_masks_only = why_masks_only(self.rank, self.optimizer)
+        refuse_dead_start(self._tensors, self.freeze)
         self._watch = StepWatch(self.optimizer if self.layers else None, optimizer)
         if never := self.frozen():
             self._emit_freeze(never)
@@ -169,7 +172,7 @@ class Controller:
             self.allocator = self.rank.build(self.initial_ranks, *length, self._peak_learning_rate(), limit)
         if self.freeze is not None:
             self.freeze.check_sites(self.layers)
-            self.freezer = self.freeze.build(self._trainable_projections(), *length)
+            self.freezer = self.freeze.build(self._tensors.projections_at_start(), *length)
             if self.choice is not None:
                 self.freezer.follow(list(self.choice.levels))
 
@@ -205,18 +208,18 @@ class Controller:
         self._silence_dead_columns()
         if not has_penalty:
             self._add_penalty(loss_scale)
-        with_gradient = [p for p in self._adapted() if p.grad is not None]
+        with_gradient = [p for p in self._tensors.trained() if p.grad is not None]
         gradients = [p.grad for p in with_gradient if p.grad is not None]
         self._seen = (with_gradient[0], gradients[0]) if gradients else None
         self._watch.norms = list(torch._foreach_norm(gradients)) if gradients else []
         if self.freezer is not None and self.freezer.reads_gradients:
             self._gradients = {
                 name: p.grad.detach() / loss_scale if loss_scale != 1.0 else p.grad.detach().clone()
-                for name, p in self._projections().items()
+                for name, p in self._tensors.projections().items()
                 if p.requires_grad and p.grad is not None
             }
         if self.rank is not None and not self.rank.e_decays:
-            self._e_before = {n: e.detach().clone() for n, e in self._e_parameters().items()}
+            self._e_before = {n: e.detach().clone() for n, e in self._tensors.diagonals().items()}
         self._is_ready = self._watch.is_ready = True
 
     def after_step(self, skipped: bool = False) -> None:
@@ -239,7 +242,7 @@ class Controller:
         if not skipped:
             self._refuse_lost_gradients()
             if self.step == 0:
-                refuse_second_copies(self._adapted(), self.optimizer, self._watch.given)
+                refuse_second_copies(self._tensors.trained(), self.optimizer, self._watch.given)
         self._is_ready = self._watch.is_ready = False
         self._watch.forget()
         self.param_steps += self.trainable_params()
@@ -257,7 +260,8 @@ class Controller:
             self._not_finite = 0
             self._undo_decay_of_e()
             if self.freezer is not None:
-                self.freezer.observe(self.step - 1, self._weights() if self.freezer.reads_weights else self._gradients)
+                seen = self._tensors.weights() if self.freezer.reads_weights else self._gradients
+                self.freezer.observe(self.step - 1, seen)
             if self.allocator is not None:
                 self._apply(self.allocator.after_step(self.step, self._factors()))
         if self.freezer is not None and (not skipped or self._has_purse()):
@@ -273,11 +277,11 @@ class Controller:
             self._apply(self.allocator.finish(self.step, self._factors()) or self._masked_for_good(), is_last=True)
         # Before the diagonals are folded in: they were trained, and are part of what the run held.
         self.final_params = self.trainable_params()
-        self.held_params = self._held_params()
+        self.held_params = self._tensors.held_params()
         self._emit_params()
         for layer in self.layers.values():
             if any(d is not None for d in layer.at_work(self.adapter_name)):  # A and B change as they are folded in
-                for p in self._named(layer).values():
+                for p in self._tensors.named(layer).values():
                     drop_optimizer_state(p, self.optimizer)
         self._settle()
         self._watch.close()
@@ -298,19 +302,7 @@ class Controller:
 
     def trainable_params(self) -> int:
         """Trainable adapter parameters now; heads and other saved modules are not counted."""
-        at_rest = {id(p) for p in self._at_rest()}
-        return sum(p.numel() for p in self._parameters if p.requires_grad and id(p) not in at_rest)
-
-    def _held_params(self) -> int:
-        return sum(p.numel() for p in self._parameters) - sum(p.numel() for p in self._at_rest())
-
-    def _at_rest(self) -> list[nn.Parameter]:
-        return [
-            p
-            for layer in self.layers.values()
-            if layer.is_adaptive(self.adapter_name)
-            for p in layer.resting(self.adapter_name)
-        ]
+        return self._tensors.trainable_params()
 
     def average_params(self) -> float:
         """Mean over the steps so far of the parameters that were trainable in them (AFLoRA's figure)."""
@@ -319,13 +311,13 @@ class Controller:
     def figures(self) -> dict[str, float]:
         """Measured adapter parameters: ``initial``, ``final``, ``average`` trainable, and ``held`` at the end."""
         is_open = not self.is_finished
-        held = self._held_params() if is_open else self.held_params
+        held = self._tensors.held_params() if is_open else self.held_params
         final = self.trainable_params() if is_open else self.final_params
         return {"initial": self.initial_params, "final": final, "average": self.average_params(), "held": held}
 
     def ranks(self) -> dict[str, int]:
         """Site name -> current rank."""
-        return {name: layer.r.get(self.adapter_name, 0) for name, layer in self.layers.items()}
+        return self._tensors.ranks()
 
     # -- state --------------------------------------------------------------------------------------
 
@@ -333,16 +325,10 @@ class Controller:
         """Everything that training needs beyond the checkpoint: tensors, and JSON-able facts."""
         if self._finished is not None:  # a finished run that trains on: what was decided stands
             return {}, {**self._finished, "step": self.step, "param_steps": self.param_steps}
-        tensors: dict[str, Tensor] = {}
-        for name, layer in self.layers.items():
-            if self.is_finished:
-                continue
-            for key, p in self._named(layer).items():
-                tensors[f"factors/{name}/{key}"] = p.detach()
+        tensors = {} if self.is_finished else saved_factors(self._tensors)
         meta: dict[str, Any] = {
             "step": self.step,
-            "total_steps": self.total_steps,
-            "steps_per_epoch": self.steps_per_epoch,
+            **self._horizon(),
             "param_steps": self.param_steps,
             "initial_params": self.initial_params,
             "initial_ranks": self.initial_ranks,
@@ -378,20 +364,13 @@ class Controller:
         assert meta is not None
         self._take_start(meta["sites"])
         if self.layers:  # a finished run may also have been loaded as the plain LoRA that it left
-            self._check_fits(meta)
-        self._check_belongs(tensors, meta)
+            refuse_another_run(meta, self.settings(), self._sites, self._horizon())
+        if not meta["is_finished"]:
+            refuse_other_tensors(self._tensors, tensors)
         self.step, self.param_steps = meta["step"], meta["param_steps"]
         self.initial_params, self.initial_ranks = meta["initial_params"], meta["initial_ranks"]
         self.final_params, self.held_params = meta["final_params"], meta["held_params"]
-        for name, layer in self.layers.items():
-            if meta["is_finished"]:
-                self._restore_finished(layer, meta["ranks"][name])
-            for key, parameter in self._named(layer).items():
-                saved = tensors.get(f"factors/{name}/{key}")
-                if saved is not None:
-                    self._restore(parameter, saved.to(parameter.device))
-            layer.resized(self.adapter_name)
-            layer.hosted[self.adapter_name].is_stale = False
+        restore_factors(self._tensors, tensors, meta["ranks"] if meta["is_finished"] else {})
         for name in meta["frozen"]:
             self._freeze_one(name)
         for part, owner in (("rank", self.allocator), ("freeze", self.freezer)):
@@ -418,8 +397,8 @@ class Controller:
             settle(self.model, self.adapter_name)
         left = adapter_parameters(self.model, self.adapter_name)
         held = {id(p) for p in left}
-        self._gone = [p for p in self._parameters if id(p) not in held]
-        self._parameters = left
+        self._gone = [p for p in self._tensors.parameters if id(p) not in held]
+        self._tensors.parameters = left
         if is_distributed() and self.layers:  # the wrapper that was told to leave them alone may still be there
             AverageAfterBackward(self._whole())
         self.is_finished = True
@@ -431,71 +410,16 @@ class Controller:
 
     def fingerprint(self) -> str:
         """Hash of the settings, the sites with their initial ranks and scales, and the horizon."""
-        text = repr((sorted(self.settings().items()), self._sites, self.total_steps, self.steps_per_epoch))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return fingerprint(self.settings(), self._sites, self._horizon())
 
-    def _check_belongs(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        """The saved raw factors fold to what was loaded into the layers; else two checkpoints would be mixed."""
-        if meta["is_finished"]:
-            return
-        for name, layer in self.layers.items():
-            saved = [tensors.get(f"factors/{name}/{key}") for key in ("lora_A", "lora_B", "lora_e", "lora_b")]
-            A, B, e, b = saved
-            if not layer.hosted[self.adapter_name].is_stale or A is None or B is None or not A.shape[0]:
-                continue
-            for mine, theirs in zip(layer.folded(self.adapter_name), fold(A, B, e, b)):
-                if mine.shape != theirs.shape or not torch.equal(mine.to(theirs), theirs.to(mine.dtype).to(theirs)):
-                    raise CheckpointError(
-                        f"checkpoint: its state is of other tensors than were loaded into {name!r}, so two runs would "
-                        "be mixed; resume from one folder, and name it in TrimCallback(resume_from=…) if it is not "
-                        "<output_dir>/checkpoint-<step>"
-                    )
-
-    def _check_fits(self, meta: dict[str, Any]) -> None:
-        """Raises `CheckpointError` with the first thing in which the state's run differs from this one."""
-        other = what_differs(meta, self.settings(), self._sites)
-        if meta["is_finished"] and not other:
-            return  # nothing is decided any more, so the run may have been made longer
-        horizon = ((key, meta[key], getattr(self, key)) for key in ("total_steps", "steps_per_epoch"))
-        other = other or next(
-            (f"its {k} is {its!r}, this run's is {mine!r}" for k, its, mine in horizon if its != mine), None
-        )
-        if other:
-            raise CheckpointError(
-                f"checkpoint: {other}; resume with the settings it was made with, or start a new run from it with "
-                "PeftModel.from_pretrained(..., is_trainable=True)"
-            )
-        if meta["fingerprint"] != self.fingerprint():  # nothing above differs, so the file was edited
-            raise CheckpointError(
-                f"checkpoint: its fingerprint is {meta['fingerprint']!r}, its plan gives {self.fingerprint()!r}"
-            )
+    def _horizon(self) -> dict[str, int | None]:
+        return {"total_steps": self.total_steps, "steps_per_epoch": self.steps_per_epoch}
 
     def frozen(self) -> set[str]:
         """Names ``<site>.lora_A`` of the projections that no longer train."""
-        return {
-            f"{name}.{which}"
-            for name, layer in self.layers.items()
-            if layer.is_adaptive(self.adapter_name)
-            for which in layer.hosted[self.adapter_name].frozen
-        }
+        return self._tensors.frozen()
 
     # -- inside -------------------------------------------------------------------------------------
-
-    def _named(self, layer: TrimLayer) -> dict[str, nn.Parameter]:
-        A, B = layer.factors(self.adapter_name)
-        e, b = layer.diagonals(self.adapter_name)
-        named = {"lora_A": A, "lora_B": B, "lora_e": e, "lora_b": b}
-        return {key: p for key, p in named.items() if p is not None}
-
-    def _projections(self) -> dict[str, nn.Parameter]:
-        return {
-            f"{name}.{which}": parameter
-            for name, layer in self.layers.items()
-            for which, parameter in zip(PROJECTIONS, layer.factors(self.adapter_name))
-        }
-
-    def _weights(self) -> dict[str, Tensor]:
-        return {name: p.detach() for name, p in self._projections().items() if p.requires_grad}
 
     def _meet(self, budget: Budget, free: tuple[str, ...]) -> None:
         """Choose the free settings for the sites and steps that there really are."""
@@ -516,39 +440,16 @@ class Controller:
     def _allowance(self) -> int | None:
         if self.choice is None or self.choice.purse is None:
             return None
-        trainable = self.trainable_params() + sum(p.numel() for p in self._at_rest())  # they will be at work
-        projections = sum(p.numel() for p in self._projections().values() if p.requires_grad)
+        trainable = self.trainable_params() + sum(p.numel() for p in self._tensors.at_rest())  # they will be at work
+        projections = sum(p.numel() for p in self._tensors.projections().values() if p.requires_grad)
         return self.choice.purse.allowance(self.param_steps, trainable - projections, self.total_steps - self.step)
 
     def _peak_learning_rate(self) -> float | None:
         if self.optimizer is None:
             return None
-        gates = {id(e) for e in self._e_parameters().values()}
+        gates = {id(e) for e in self._tensors.diagonals().values()}
         groups = [g for g in self.optimizer.param_groups if any(id(p) in gates for p in g["params"])]
         return max(group.get("initial_lr", group["lr"]) for group in groups or self.optimizer.param_groups)
-
-    def _trainable_projections(self) -> dict[str, int]:
-        """Elements of every projection that trains at the start of the run, also when this is a resumed one."""
-        found = {}
-        for name, layer in self.layers.items():
-            for which, p, width in zip(PROJECTIONS, layer.factors(self.adapter_name), layer.widths()):
-                if p.requires_grad:
-                    found[f"{name}.{which}"] = layer.hosted[self.adapter_name].initial_r * width
-        return found
-
-    def _e_parameters(self) -> dict[str, nn.Parameter]:
-        return {n: e for n, la in self.layers.items() if (e := la.diagonals(self.adapter_name)[0]) is not None}
-
-    def _factors(self) -> dict[str, Any]:
-        from ..rank.base import Factors
-
-        found = {}
-        for name, layer in self.layers.items():
-            A, B = layer.factors(self.adapter_name)
-            e, _ = layer.at_work(self.adapter_name)
-            ones_or_e = A.new_ones(A.shape[0]) if e is None else e
-            found[name] = Factors(name, A, ones_or_e, B, has_values=self.rank is None or self.rank.has_e)
-        return found
 
     def _check_not_stale(self) -> None:
         stale = [
@@ -575,100 +476,14 @@ class Controller:
                 "trimtab.initialize_ranks(model, batches) after get_peft_model, before the Controller or the Trainer"
             )
 
-    def _refuse_plain_layers(self) -> None:
-        # PEFT puts a second adapter into the layers that the first one made, whatever kind they are.
-        plain = [name for name, _ in adapter_layers(self.model, self.adapter_name) if name not in self.layers]
-        if plain:
-            raise ModelError(
-                f"{plain[0]!r} and {len(plain) - 1} more modules carry {self.adapter_name!r} in PEFT's own layers, "
-                "which another adapter brought there; add the adapter with a rank or freeze method before the others"
-            )
-
-    def _refuse_a_second_adapter(self) -> None:
-        peft_model = peft_model_of(self.model)
-        for other in peft_model.active_adapters:
-            if other != self.adapter_name and hosted_layers(peft_model, other):
-                raise ConfigError(
-                    "adapter_name",
-                    self.adapter_name,
-                    f"{other!r} is active as well and adapts, too, and nobody would decide on it; activate one with "
-                    "model.set_adapter",
-                )
-
-    def _refuse_groups_that_leave_out(self) -> None:
-        if self.optimizer is None:
-            return
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        if not self.layers and not any(id(p) in held for p in self.model.parameters()):
-            return  # an optimizer that shards (ZeRO) holds flat copies: nothing can be told from those
-        missing = {id(p) for p in self._parameters if p.requires_grad} - held
-        left = [name for name, p in self.model.named_parameters() if id(p) in missing]
-        if left:
-            raise ConfigError(
-                "optimizer",
-                type(self.optimizer).__name__,
-                f"no parameter group holds {left[0]!r} and {len(left) - 1} more adapter tensors, so they "
-                "would not train; make the groups with trimtab.parameter_groups(model, learning_rate)",
-            )
-
-    def _refuse_dead_start(self) -> None:
-        if self.freeze is not None and self.freeze.freezes_all and self.layers and not self._trains_to_the_end():
-            raise ConfigError(
-                "freeze.method",
-                self.freeze.method,
-                "nothing would be left to train once all projections froze; use aflora, whose vectors train on, a "
-                "rank method with start=svd, or train a head (modules_to_save)",
-            )
-        for name, layer in self.layers.items():
-            A, B = layer.factors(self.adapter_name)
-            e, b = layer.diagonals(self.adapter_name)
-            zero = [p is not None and p.numel() > 0 and not bool(p.detach().any()) for p in (A, e, B, b)]
-            if sum(zero) > 1:
-                raise ConfigError(
-                    "adapter.init",
-                    name,
-                    "two of A, e, B, b are all zero: no gradient can ever reach them; start at most one at zero",
-                )
-
-    def _trains_to_the_end(self) -> bool:
-        projections = {id(p) for p in self._projections().values()}
-        return any(p.requires_grad and id(p) not in projections for p in self.model.parameters())
-
-    def _masks_only_reason(self) -> str | None:
-        if self.rank is None:
-            return None
-        if (
-            not self.rank.e_decays
-            and self.optimizer is not None
-            and any(
-                group.get("weight_decay") and not decouples_decay(self.optimizer, group)
-                for group in self.optimizer.param_groups
-            )
-        ):
-            warnings.warn(
-                f"weight_decay: in {type(self.optimizer).__name__} it is part of the gradient, so it also pulls at "
-                f"{self.rank.method}'s gates; use AdamW, or set it to 0",
-                stacklevel=3,
-            )
-        if not self.rank.prune:
-            return "prune is off"
-        reason = why_not_cuttable(self.optimizer)
-        if reason:
-            warnings.warn(
-                f"ranks are masked, not pruned: {reason}. Memory stays as it is; use torch's AdamW, Adam or "
-                "SGD to have it freed.",
-                stacklevel=3,
-            )
-        return reason
+    def _factors(self) -> dict[str, Factors]:
+        return self._tensors.factors(has_values=self.rank is None or self.rank.has_e)
 
     def _why_state_is_not_cuttable(self) -> str | None:
         if self.optimizer is None or not (reason := why_not_cuttable(self.optimizer)):
             return None
         warnings.warn(f"ranks are masked, not pruned: {reason}. Memory stays as it is", stacklevel=4)
         return reason
-
-    def _adapted(self) -> list[nn.Parameter]:
-        return [p for la in self.layers.values() for p in self._named(la).values() if p.requires_grad and p.numel()]
 
     def _was_zeroed(self) -> bool:
         # Another backward adds to the gradients that are there; only after zero_grad are they new tensors. (Those of
@@ -682,7 +497,7 @@ class Controller:
         norms = self._watch.norms
         if self.allocator is None or not norms:
             return
-        left = [p.grad for p in self._adapted() if p.grad is not None]
+        left = [p.grad for p in self._tensors.trained() if p.grad is not None]
         # A loop has the same order in all its steps, so that a look at the values is needed in the first ones only.
         if len(left) < len(norms) or (
             self.step < 3 and bool(torch.stack(norms).any()) and not any(bool(g.any()) for g in left)
@@ -693,14 +508,14 @@ class Controller:
 
     def _take_in(self, loss: Tensor) -> None:
         # By way of the gradients every process learns of it: 0 times what is not finite is NaN.
-        gradient = next((p.grad for p in self._adapted() if p.grad is not None), None)
+        gradient = next((p.grad for p in self._tensors.trained() if p.grad is not None), None)
         if gradient is not None:
             gradient.detach()[(0,) * gradient.dim()].add_(0 * loss.to(gradient))
 
     def _average_gradients(self) -> None:
         if not is_distributed() or not self.layers:
             return
-        at_rest = {id(p) for p in self._at_rest()}
+        at_rest = {id(p) for p in self._tensors.at_rest()}
         held = [p for p in self._whole() if p.requires_grad and p.numel() and id(p) not in at_rest]
         if not average(held, self._mask_bits):
             agree("rank", self.step, self._mask)
@@ -712,12 +527,7 @@ class Controller:
             self._is_sharded = is_sharded(self.model)
             if self._is_sharded and hasattr(peft_model_of(self.model), "trim_anchor"):
                 raise ModelError("model: it was sharded after the Controller was made; call fully_shard before")
-        return [*self._parameters, *(self._others() if self._is_sharded else ())]
-
-    def _others(self) -> list[nn.Parameter]:
-        """Whatever trains beside the adapter and is whole on this process: heads, biases."""
-        ours = {id(p) for p in self._parameters}
-        return [p for p in self.model.parameters() if p.requires_grad and id(p) not in ours and not is_dtensor(p)]
+        return [*self._tensors.parameters, *(self._tensors.beside() if self._is_sharded else ())]
 
     def _silence_dead_columns(self) -> None:
         # A rank that is gone but could not be cut has a column of B at zero. Its gradient would weigh in the clipping
@@ -734,16 +544,8 @@ class Controller:
         """Give every process what trains on process 0; DDP leaves the adapters alone, and FSDP2 what it is told to."""
         if not is_distributed():
             return
-        for p in (*self._parameters, *self._others()):
+        for p in (*self._tensors.parameters, *self._tensors.beside()):
             torch.distributed.broadcast(p.data, src=0)
-
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        """Adapter tensor -> its shape, and whether it trains, as every process must hold it."""
-        return {
-            f"{name}.{key}": (*p.shape, int(p.requires_grad))
-            for name, layer in self.layers.items()
-            for key, p in self._named(layer).items()
-        }
 
     def _add_penalty(self, loss_scale: float) -> None:
         self.last_penalty = None
@@ -754,7 +556,7 @@ class Controller:
         if penalty is None:
             return
         self.last_penalty = penalty.detach()
-        parameters = self._adapted()
+        parameters = self._tensors.trained()
         gradients = torch.autograd.grad(penalty, parameters, allow_unused=True)
         with torch.no_grad():
             for p, g in zip(parameters, gradients):
@@ -775,7 +577,7 @@ class Controller:
             if decouples_decay(self.optimizer, group)
             for p in group["params"]
         }
-        for name, e in self._e_parameters().items():
+        for name, e in self._tensors.diagonals().items():
             rate = rates.get(e, 0.0)
             if rate and e.grad is not None:
                 e.data.add_(self._e_before[name], alpha=float(rate))
@@ -797,7 +599,7 @@ class Controller:
             agree("rank", self.step, decision.keep)
         elif decision.budget is not None and is_distributed():
             # A mask that is not worth a row changes no shape: it is compared with the next gradients, at no cost.
-            self._mask, self._mask_bits = decision.keep, _bits(_plain(decision.keep))
+            self._mask, self._mask_bits = decision.keep, decision_bits(decision.keep)
         assert self.rank is not None
         if decision.kind == "prune" and self._why_masks_only is None:
             self._why_masks_only = self._why_state_is_not_cuttable()
@@ -817,7 +619,7 @@ class Controller:
                 elif not bool(keep.all()):
                     freed += prune_layer(layer, self.adapter_name, keep, self.optimizer if is_cuttable else None)
                     if not is_cuttable:
-                        dropped = [drop_optimizer_state(p, self.optimizer) for p in self._named(layer).values()]
+                        dropped = [drop_optimizer_state(p, self.optimizer) for p in self._tensors.named(layer).values()]
                         freed += Freed(moments=sum(dropped))
         if cut:
             own_config(self.model, self.adapter_name)  # another adapter may have been made from it since the start
@@ -858,7 +660,7 @@ class Controller:
         self._emit_params()
 
     def _emit_freeze(self, names: set[str]) -> None:
-        projections = self._projections().values()
+        projections = self._tensors.projections().values()
         total = sum(p.numel() for p in projections)
         left = sum(p.numel() for p in projections if p.requires_grad)
         self._emit(
@@ -873,24 +675,6 @@ class Controller:
     def _freeze_one(self, name: str) -> None:
         site, _, which = name.rpartition(".")
         drop_optimizer_state(self.layers[site].freeze(self.adapter_name, which), self.optimizer)
-
-    @staticmethod
-    def _restore(parameter: nn.Parameter, saved: Tensor) -> None:
-        if saved.shape != parameter.shape:
-            set_data(parameter, saved.clone())
-        else:
-            parameter.data.copy_(saved)
-
-    def _restore_finished(self, layer: TrimLayer, r: int) -> None:
-        # A finished run's checkpoint holds plain factors, which the load has put in place already; only rank 0,
-        # of which a plain LoRA has no trace, is left to set.
-        if r == 0:
-            A, B = layer.factors(self.adapter_name)
-            e, _ = layer.diagonals(self.adapter_name)
-            set_data(A, A.data[:0])
-            set_data(B, B.data[:, :0])
-            if e is not None:
-                set_data(e, e.data[:0])
 
     def _emit(self, event: Event) -> None:
         if self.on_event is not None:
@@ -910,58 +694,3 @@ def is_count(value: Any) -> bool:
         return not isinstance(value, bool) and operator.index(value) >= 1
     except TypeError:
         return False
-
-
-def what_differs(meta: dict[str, Any], settings: dict[str, str], sites: dict[str, tuple[int, float]]) -> str | None:
-    """The first thing in which a saved state's plan differs from this one, in words; None if nothing does."""
-    theirs = {name: tuple(site) for name, site in meta["sites"].items()}
-    for key, mine in settings.items():
-        if meta["settings"].get(key) != mine:
-            return f"its {key} is {meta['settings'].get(key)}, this run's is {mine}"
-    if other := sorted(theirs.keys() ^ sites.keys()):
-        return f"it adapts other modules ({other[0]!r} and {len(other) - 1} more)"
-    if name := next((name for name in sites if theirs[name] != sites[name]), None):
-        return f"its (rank, scale) of {name!r} is {theirs[name]}, this run's is {sites[name]}"
-    return None
-
-
-def agree(what: str, step: int, decision: Mapping[str, Tensor] | list[str]) -> None:
-    """Every process compares its decision with the others'; all stop when one differs.
-
-    Args:
-        decision: site -> (r,) bool, what stays; or the names that freeze.
-    Raises:
-        DisagreementError: on every process, with what differs.
-    """
-    if not is_distributed():
-        return
-    mine = _plain(decision)
-    digests: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(digests, _digest(mine))
-    if len(set(digests)) == 1:
-        return
-    plans: list[Any] = [None] * len(digests)
-    torch.distributed.all_gather_object(plans, mine)
-    differing = sorted(key for key in set().union(*plans) if len({plan.get(key, "nothing") for plan in plans}) > 1)
-    shown = "; ".join(
-        f"process {i}: " + ", ".join(f"{key} {plan.get(key, 'nothing')}" for key in differing[:5])
-        for i, plan in enumerate(plans)
-    )
-    raise DisagreementError(f"{what} decisions differ at step {step} in {len(differing)} places: {shown}")
-
-
-def _plain(decision: Mapping[str, Tensor] | list[str]) -> dict[str, str]:
-    """A decision as text: ``{site: "keeps 0110"}`` or ``{projection: "freezes"}``."""
-    if isinstance(decision, Mapping):
-        return {name: "keeps " + "".join("01"[int(k)] for k in keep.tolist()) for name, keep in decision.items()}
-    return dict.fromkeys(decision, "freezes")
-
-
-def _digest(plain: dict[str, str]) -> str:
-    return hashlib.sha256(repr(sorted(plain.items())).encode()).hexdigest()
-
-
-def _bits(plain: dict[str, str]) -> list[int]:
-    """32 bits of the hash: their sum over equal processes is 0 or the number of processes, in any dtype."""
-    number = int(_digest(plain)[:8], 16)
-    return [number >> i & 1 for i in range(32)]

@@ -6,8 +6,9 @@ their few gradients together in one flat all-reduce. Engines that cannot leave t
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError, DisagreementError, ModelError
 from ..host.adapted import adapter_parameters, peft_model_of
 from ..host.layers import REPLICAS
 from ..host.sharding import is_dtensor, is_sharded
@@ -257,3 +258,48 @@ class AverageAfterBackward:
 
     def _average(self) -> None:
         average(p for p in self.parameters if p.requires_grad and p.numel())
+
+
+# -- decisions ------------------------------------------------------------------------------------------------
+
+
+def agree(what: str, step: int, decision: Mapping[str, Tensor] | list[str]) -> None:
+    """Every process compares its decision with the others'; all stop when one differs.
+
+    Args:
+        decision: site -> (r,) bool, what stays; or the names that freeze.
+    Raises:
+        DisagreementError: on every process, with what differs.
+    """
+    if not is_distributed():
+        return
+    mine = _plain(decision)
+    digests: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(digests, _digest(mine))
+    if len(set(digests)) == 1:
+        return
+    plans: list[Any] = [None] * len(digests)
+    torch.distributed.all_gather_object(plans, mine)
+    differing = sorted(key for key in set().union(*plans) if len({plan.get(key, "nothing") for plan in plans}) > 1)
+    shown = "; ".join(
+        f"process {i}: " + ", ".join(f"{key} {plan.get(key, 'nothing')}" for key in differing[:5])
+        for i, plan in enumerate(plans)
+    )
+    raise DisagreementError(f"{what} decisions differ at step {step} in {len(differing)} places: {shown}")
+
+
+def _plain(decision: Mapping[str, Tensor] | list[str]) -> dict[str, str]:
+    """A decision as text: ``{site: "keeps 0110"}`` or ``{projection: "freezes"}``."""
+    if isinstance(decision, Mapping):
+        return {name: "keeps " + "".join("01"[int(k)] for k in keep.tolist()) for name, keep in decision.items()}
+    return dict.fromkeys(decision, "freezes")
+
+
+def _digest(plain: dict[str, str]) -> str:
+    return hashlib.sha256(repr(sorted(plain.items())).encode()).hexdigest()
+
+
+def decision_bits(decision: Mapping[str, Tensor]) -> list[int]:
+    """32 bits of its hash: their sum over equal processes is 0 or the number of processes, in any dtype."""
+    number = int(_digest(_plain(decision))[:8], 16)
+    return [number >> i & 1 for i in range(32)]

@@ -6,13 +6,17 @@ optimizers, schedulers and hooks keep working.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..host.layers import TrimLayer, set_data
+
+if TYPE_CHECKING:
+    from ..rank.base import RankSettings
 
 # Optimizers whose state is element-wise in the parameter, so that index-selecting it is exact. Others
 # (Adafactor's column statistics, 8-bit blocks that cross rows, anything unknown) keep masks only.
@@ -66,6 +70,32 @@ def why_not_cuttable(optimizer: torch.optim.Optimizer | None) -> str | None:
     ):
         return None
     return f"the state of {type(optimizer).__name__} is not element-wise in the parameter, or not known to be"
+
+
+def why_masks_only(rank: RankSettings | None, optimizer: torch.optim.Optimizer | None) -> str | None:
+    """None if a run's ranks can be cut, else the reason in words; warns where the optimizer is the reason."""
+    if rank is None:
+        return None
+    if (
+        not rank.e_decays
+        and optimizer is not None
+        and any(group.get("weight_decay") and not decouples_decay(optimizer, group) for group in optimizer.param_groups)
+    ):
+        warnings.warn(
+            f"weight_decay: in {type(optimizer).__name__} it is part of the gradient, so it also pulls at "
+            f"{rank.method}'s gates; use AdamW, or set it to 0",
+            stacklevel=3,
+        )
+    if not rank.prune:
+        return "prune is off"
+    reason = why_not_cuttable(optimizer)
+    if reason:
+        warnings.warn(
+            f"ranks are masked, not pruned: {reason}. Memory stays as it is; use torch's AdamW, Adam or "
+            "SGD to have it freed.",
+            stacklevel=3,
+        )
+    return reason
 
 
 def decouples_decay(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:

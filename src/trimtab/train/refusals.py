@@ -1,0 +1,83 @@
+"""What is refused before the first step: adapters that nobody would decide on, and starts that train nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import ConfigError, ModelError
+from ..host.adapted import adapter_layers, peft_model_of
+from ..host.layers import hosted_layers
+from .tensors import AdapterTensors
+
+if TYPE_CHECKING:
+    from ..freeze.base import FreezeSettings
+
+
+def refuse_plain_layers(adapter: AdapterTensors) -> None:
+    """Raise `ModelError` where PEFT's own layers hold a part of an adapter that decides.
+
+    PEFT puts a second adapter into the layers that the first one made, whatever kind they are.
+    """
+    name = adapter.adapter_name
+    plain = [site for site, _ in adapter_layers(adapter.model, name) if site not in adapter.layers]
+    if plain:
+        raise ModelError(
+            f"{plain[0]!r} and {len(plain) - 1} more modules carry {name!r} in PEFT's own layers, "
+            "which another adapter brought there; add the adapter with a rank or freeze method before the others"
+        )
+
+
+def refuse_a_second_adapter(adapter: AdapterTensors) -> None:
+    """Raise `ConfigError` where another adapter that decides is active as well."""
+    for other in peft_model_of(adapter.model).active_adapters:
+        if other != adapter.adapter_name and hosted_layers(adapter.model, other):
+            raise ConfigError(
+                "adapter_name",
+                adapter.adapter_name,
+                f"{other!r} is active as well and adapts, too, and nobody would decide on it; activate one with "
+                "model.set_adapter",
+            )
+
+
+def refuse_groups_that_leave_out(adapter: AdapterTensors, optimizer: torch.optim.Optimizer | None) -> None:
+    """Raise `ConfigError` where a tensor of the adapter is to train and no parameter group holds it."""
+    if optimizer is None:
+        return
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not adapter.layers and not any(id(p) in held for p in adapter.model.parameters()):
+        return  # an optimizer that shards (ZeRO) holds flat copies: nothing can be told from those
+    missing = {id(p) for p in adapter.parameters if p.requires_grad} - held
+    left = [name for name, p in adapter.model.named_parameters() if id(p) in missing]
+    if left:
+        raise ConfigError(
+            "optimizer",
+            type(optimizer).__name__,
+            f"no parameter group holds {left[0]!r} and {len(left) - 1} more adapter tensors, so they "
+            "would not train; make the groups with trimtab.parameter_groups(model, learning_rate)",
+        )
+
+
+def refuse_dead_start(adapter: AdapterTensors, freeze: FreezeSettings | None) -> None:
+    """Raise `ConfigError` where a gradient could never arrive, or where nothing would train to the end."""
+    if freeze is not None and freeze.freezes_all and adapter.layers and not _trains_to_the_end(adapter):
+        raise ConfigError(
+            "freeze.method",
+            freeze.method,
+            "nothing would be left to train once all projections froze; use aflora, whose vectors train on, a "
+            "rank method with start=svd, or train a head (modules_to_save)",
+        )
+    for name, layer in adapter.layers.items():
+        zero = [p.numel() > 0 and not bool(p.detach().any()) for p in adapter.named(layer).values()]
+        if sum(zero) > 1:
+            raise ConfigError(
+                "adapter.init",
+                name,
+                "two of A, e, B, b are all zero: no gradient can ever reach them; start at most one at zero",
+            )
+
+
+def _trains_to_the_end(adapter: AdapterTensors) -> bool:
+    projections = {id(p) for p in adapter.projections().values()}
+    return any(p.requires_grad and id(p) not in projections for p in adapter.model.parameters())
