@@ -8,11 +8,9 @@ the synchronising micro-batch only. `after_step` sits at `on_optimizer_step`.
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import math
 import os
-import time
 import uuid
 import warnings
 from pathlib import Path
@@ -39,6 +37,7 @@ from .checkpoint import (
     write_state,
 )
 from .controller import Controller, Event
+from .history import History, without_clock
 from .parallel import (
     NO_DEEPSPEED,
     accelerates_fsdp,
@@ -53,9 +52,6 @@ from .steps import Weakly, callers, is_accumulating
 from .trackers import Figures, layer_scores, tell
 
 logger = logging.getLogger("trimtab")
-
-# What a log row may hold: numbers that a resumed run repeats exactly. Clock times go to timing.jsonl.
-_CLOCK = ("runtime", "per_second", "model_preparation_time", "total_flos")
 
 
 class TrimCallback(TrainerCallback, ExportableState):
@@ -79,7 +75,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         self.adapter_name = adapter_name
         self.resume_from = Path(resume_from) if resume_from is not None else None
         self.controller: Controller | None = None
-        self.events: list[Event] = []
+        self._history = History(history)
         self._figures = Figures()  # for the trackers that the Trainer reports to
         self._args: TrainingArguments | None = None
         self._hook: Any = None
@@ -90,11 +86,13 @@ class TrimCallback(TrainerCallback, ExportableState):
         self._is_training = False
         self._penalties: list[Tensor] = []
         self._optimizer: Any = None
-        self._began = 0.0
-        self._aside = 0.0  # seconds since then spent on evaluating and saving
-        self._step_ended = 0.0
         self._over: Any = None  # the Trainer, where it resumes a run that is at its end
         self._run = ""  # tells this run's checkpoints from another run's
+
+    @property
+    def events(self) -> list[Event]:
+        """The history of this run, or since it was resumed."""
+        return self._history.events
 
     # -- Trainer's events, in their order ----------------------------------------------------------
 
@@ -126,7 +124,7 @@ class TrimCallback(TrainerCallback, ExportableState):
                 "after its first steps, or a second train()); build the model anew (with a per_device_train_batch_size "
                 "that fits), or load it with PeftModel.from_pretrained(checkpoint, is_trainable=True)"
             )
-        self.events, self._penalties, self._run = [], [], ""
+        self._history, self._penalties, self._run = History(self.history), [], ""
         self._figures = Figures()
         self._loss = None
         self._take_steps_again()  # after a run that was interrupted
@@ -160,8 +158,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         if self.controller.layers and not self.controller.is_finished:
             self._hook = peft_model_of(model).register_forward_hook(Weakly(self._watch_output))
         self._tell_trackers(args, state, control, model, **layer_scores(getattr(config, "where", None)))
-        self._began = self._step_ended = time.perf_counter()
-        self._aside = 0.0
+        self._history.start_clock()
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         if self._over is not None:
@@ -200,7 +197,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         self._log_before_saving(args, control)
         if self._figures.are_new and not control.should_log:  # else they go with the log row
             self._tell_trackers(args, state, control, kw.get("model"))
-        self._step_ended = time.perf_counter()
+        self._history.step_ended()
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         if self._over is not None:  # all of this was done, and is in the history
@@ -209,10 +206,10 @@ class TrimCallback(TrainerCallback, ExportableState):
         if control.should_training_stop:  # early stopping speaks up after on_step_end
             self._finish(args, state)
         self._log_before_saving(args, control)
-        self._step_ended = time.perf_counter()
+        self._history.step_ended()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
-        self._set_aside()
+        self._history.set_aside()
         _reshard(**kw)
 
     def on_predict(
@@ -237,12 +234,13 @@ class TrimCallback(TrainerCallback, ExportableState):
         if not math.isfinite(logs["loss"]) and isinstance(running := getattr(_trainer(), "_tr_loss", None), Tensor):
             running.zero_()  # Trainer takes it from itself, which a NaN survives: every later row would be lost, too
         row: Event = {"event": "log", "step": state.global_step, "epoch": state.epoch}
-        row.update({k: v for k, v in logs.items() if k != "epoch" and not any(c in k for c in _CLOCK)})
+        row.update(without_clock(logs))
         if self._penalties:
             row["penalty"] = float(torch.stack(self._penalties).mean())
             self._penalties = []
         self._record(row)
-        self._record_time(state.global_step)
+        if _is_main():
+            self._history.write_time(state.global_step)
 
     def on_evaluate(
         self,
@@ -252,9 +250,9 @@ class TrimCallback(TrainerCallback, ExportableState):
         metrics: dict[str, float] | None = None,
         **kw: Any,
     ) -> None:
-        self._set_aside()
+        self._history.set_aside()
         _reshard(**kw)
-        kept = {k: v for k, v in (metrics or {}).items() if k != "epoch" and not any(c in k for c in _CLOCK)}
+        kept = without_clock(metrics or {})
         self._record({"event": "eval", "step": state.global_step, "epoch": state.epoch, "metrics": kept})
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
@@ -280,7 +278,7 @@ class TrimCallback(TrainerCallback, ExportableState):
                 (folder / COMPLETE).unlink(missing_ok=True)  # of an earlier run that is being overwritten
                 tensors, facts = controller.state_dict()
                 facts["processes"], facts["run"] = args.world_size, self._run
-                facts["history_rows"] = self._history_rows()
+                facts["history_rows"] = self._history.count()
                 if self._penalties:  # the mean that the next log row will show must not lose its first part
                     facts["penalties"] = [float(p) for p in self._penalties]
                 write_state(folder, tensors, facts)
@@ -481,48 +479,18 @@ class TrimCallback(TrainerCallback, ExportableState):
     # -- history -------------------------------------------------------------------------------------
 
     def _record(self, row: Event) -> None:
-        self.events.append(row)
         self._figures.see(row)
         # Before training, and in a process that only evaluates, the file is another run's or not there yet.
-        if self.history is not None and self._run and _is_main():
-            with self.history.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-
-    def _set_aside(self) -> None:
-        """What Trainer has done since the step (or epoch) ended was no training."""
-        now = time.perf_counter()
-        self._aside += now - self._step_ended
-        self._step_ended = now
-
-    def _record_time(self, step: int) -> None:
-        if self.history is not None and _is_main():
-            seconds = time.perf_counter() - self._began
-            row = {"step": step, "seconds": round(seconds, 3), "aside": round(self._aside, 3)}
-            with (self.history.parent / "timing.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-
-    def _history_rows(self) -> int:
-        if self.history is None or not self.history.exists():
-            return len(self.events)
-        return sum(1 for _ in self.history.open(encoding="utf-8"))
+        self._history.add(row, to_file=bool(self._run) and _is_main())
 
     def _start_history(self) -> None:
-        if self.history is not None and _is_main():
-            self.history.parent.mkdir(parents=True, exist_ok=True)
-            rows = "".join(json.dumps(row) + "\n" for row in self.events)
-            self.history.write_text(rows, encoding="utf-8")
-            (self.history.parent / "timing.jsonl").unlink(missing_ok=True)
+        if _is_main():
+            self._history.begin_file()
 
     def _cut_history(self, rows: int) -> None:
-        """Drop what a killed run wrote after its last checkpoint; the resumed run writes it again."""
-        self.events = []
-        if self.history is not None and _is_main() and self.history.exists():
-            kept = self.history.read_text(encoding="utf-8").split("\n")[:rows]
-            temporary = self.history.with_suffix(".tmp")
-            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            os.replace(temporary, self.history)
-            for line in filter(str.strip, kept):
-                self._figures.see(json.loads(line))
+        self._history.events.clear()
+        for row in self._history.cut_file(rows) if _is_main() else ():
+            self._figures.see(row)
 
 
 def _reshard(model: nn.Module | None = None, **_: Any) -> None:
