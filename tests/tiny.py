@@ -11,6 +11,7 @@ import transformers as tf
 from torch import nn
 
 import trimtab
+from trimtab.rank.base import starter_of
 
 VOCAB = 64
 
@@ -234,7 +235,7 @@ def batch(family: str, n: int = 8, seed: int = 1) -> dict[str, torch.Tensor]:
 
 def begun(model: nn.Module, family: str) -> nn.Module:
     """The model, with the ranks and factors that its method chooses from batches, where it chooses any."""
-    if getattr(getattr(model.peft_config["default"], "rank", None), "starter", None) is not None:
+    if starter_of(model.peft_config["default"]) is not None:
         trimtab.initialize_ranks(model, [batch(family, seed=seed) for seed in range(20)])
     return model
 

@@ -236,6 +236,8 @@ def plan_model(model: nn.Module, config: PeftConfig, horizon: Horizon | None = N
     Raises:
         ModelError: the config's targets match nothing in the model.
     """
+    from ..rank.base import starter_of
+
     where = getattr(config, "where", None)
     sites, ranks, own_costs = _adapted(model, config)
     notes: list[str] = []
@@ -264,7 +266,7 @@ def plan_model(model: nn.Module, config: PeftConfig, horizon: Horizon | None = N
         costs = {site.name: initial_params(site, ranks[site.name], **methods) for site in sites}
         params, schedule = _predicted(sites, ranks, sum(costs.values()), horizon, **methods, rank_params=rank_params)
     adapts = getattr(config, "is_adaptive", False)
-    if (starter := getattr(getattr(config, "rank", None), "starter", None)) is not None:
+    if (starter := starter_of(config)) is not None:
         notes.append(f"{_RANKS_OF} {starter.method} to say, from training rows; counted here: those of adapter.r")
     head = _head_params(model, config)
     if head:

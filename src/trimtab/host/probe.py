@@ -39,9 +39,9 @@ class Probe:
     ) -> None:
         self.base = base_with_weights(model)
         self.layers, self.batches = dict(layers), batches
-        self.sites = {name: Site(name, *layer.widths()) for name, layer in layers.items()}
-        self.ranks = {name: layer.hosted[adapter_name].initial_r for name, layer in layers.items()}
-        self.scales = {name: layer.hosted[adapter_name].scale for name, layer in layers.items()}
+        self.sites: Mapping[str, Site] = {name: Site(name, *layer.widths()) for name, layer in layers.items()}
+        self.ranks: Mapping[str, int] = {name: layer.hosted[adapter_name].initial_r for name, layer in layers.items()}
+        self.scales: Mapping[str, float] = {name: layer.hosted[adapter_name].scale for name, layer in layers.items()}
         self.rows = self.n_batches = 0
         self._first: tuple[Mapping[str, Any], float] | None = None
 

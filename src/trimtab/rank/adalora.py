@@ -29,10 +29,10 @@ from .base import (
     RankSettings,
     Start,
     check_choice,
-    check_limit,
     check_number,
     check_start,
     final_total,
+    totals,
 )
 from .orthogonality import Norm, Orthogonality
 from .topk import keep_top
@@ -86,13 +86,7 @@ class AdaLoRA(RankSettings):
         base_lr: float | None = None,
         limit: CostLimit | None = None,
     ) -> AdaAllocator:
-        if limit is None:
-            initial = sum(modules.values())
-            final = final_total(self.target_r, len(modules), initial)
-        else:
-            check_limit(limit, modules)
-            initial, final = sum(r * limit.costs[name] for name, r in modules.items()), limit.final
-        schedule = self.schedule(total_steps, steps_per_epoch, initial, min(initial, final))
+        schedule = self.schedule(total_steps, steps_per_epoch, *totals(self.target_r, modules, limit))
         return AdaAllocator(self, modules, schedule, limit)
 
     def schedule(self, total_steps: int, steps_per_epoch: int | None, initial_total: int, final_total: int) -> Schedule:

@@ -335,11 +335,26 @@ def final_total(target_r: float, modules: int, initial_total: int) -> int:
     return total
 
 
-def check_limit(limit: CostLimit, modules: Mapping[str, int]) -> None:
-    """A parameter budget that one rank of any site fits into. Raises `BudgetError` otherwise."""
+def starter_of(config: object) -> StartSettings | None:
+    """What chooses ranks and factors before training, of an adapter's config of any kind; None if nothing does."""
+    rank = getattr(config, "rank", None)
+    return None if rank is None else rank.starter
+
+
+def totals(target_r: float, modules: Mapping[str, int], limit: CostLimit | None) -> tuple[int, int]:
+    """What a budget falls from and to: in ranks, or in parameters under a limit of those.
+
+    Raises:
+        BudgetError: one rank of some site does not fit into the limit.
+    """
+    if limit is None:
+        initial = sum(modules.values())
+        return initial, final_total(target_r, len(modules), initial)
     dearest = max(limit.costs[name] for name in modules)
     if limit.final < dearest:
         raise BudgetError("budget.final_params", limit.final, f"at least {dearest}, one rank of the largest site")
+    initial = sum(r * limit.costs[name] for name, r in modules.items())
+    return initial, min(initial, limit.final)
 
 
 def check_number(

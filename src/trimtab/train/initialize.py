@@ -14,6 +14,7 @@ from ..host.adapted import adapter_config, peft_model_of
 from ..host.layers import hosted_layers
 from ..host.probe import Probe
 from ..host.sharding import is_sharded
+from ..rank.base import starter_of
 from .parallel import is_distributed
 
 
@@ -53,10 +54,10 @@ def initialize_ranks(model: nn.Module, batches: Iterable[Mapping[str, Any]], ada
         StaleAdapterError: the adapter has its start already.
     """
     layers = hosted_layers(model, adapter_name)
-    settings = getattr(adapter_config(model, adapter_name), "rank", None)
-    starter = settings.starter if layers and settings is not None else None
+    config = adapter_config(model, adapter_name)
+    starter = starter_of(config) if layers else None
     if starter is None:
-        method = None if settings is None else settings.method
+        method = getattr(getattr(config, "rank", None), "method", None)
         raise ConfigError("rank.method", method, "eva or gora, or a method with start='eva'; others need no batches")
     if not all(la.hosted[adapter_name].awaits_start and not la.hosted[adapter_name].is_stale for la in layers.values()):
         raise StaleAdapterError(
