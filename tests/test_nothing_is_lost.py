@@ -15,6 +15,7 @@ from test_run import read, trimtab, write_recipe
 from trimtab import TrimCallback
 from trimtab.app import runfolder
 from trimtab.app.runfolder import RunFolder
+from trimtab.app.storage import alone
 from trimtab.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.fault
@@ -126,7 +127,7 @@ def test_overwrite_and_resume_are_not_given_together(finished):
 
 def test_a_folder_at_work_is_refused_with_the_other_process_named(finished):
     before = contents(finished)
-    with runfolder.alone(finished):
+    with alone(finished):
         for command in (
             ["run", finished, "--overwrite"],
             ["train", finished, "--resume"],
@@ -140,13 +141,13 @@ def test_a_folder_at_work_is_refused_with_the_other_process_named(finished):
 
 def test_a_lock_that_a_dead_process_left_is_taken_over(copied):
     (copied / ".lock").write_text("process 1 on elsewhere (trimtab run)\n")
-    with runfolder.alone(copied):
+    with alone(copied):
         assert f"process {os.getpid()}" in (copied / ".lock").read_text()
     assert not (copied / ".lock").exists()
 
 
 def test_a_running_run_can_be_reported(unfinished):
-    with runfolder.alone(unfinished):
+    with alone(unfinished):
         trimtab("report", unfinished)
     assert (unfinished / "report.html").is_file()
 

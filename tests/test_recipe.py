@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from trimtab.app import lookup, recipe
-from trimtab.app.run import training_arguments
 from trimtab.app.tasks import get_task
+from trimtab.app.trainer import training_arguments
 from trimtab.errors import ConfigError
 
 BASE = {"model": "some/model", "task": "glue/mrpc"}

@@ -105,22 +105,22 @@ def _stock(kind: str, job: Any, folder: Any) -> tuple[Any, dict[str, float], lis
     """
     from transformers import set_seed
 
-    from trimtab.app import run as stages
     from trimtab.app.planning import horizon_of
+    from trimtab.app.trainer import make_trainer
 
     recipe = job.recipe
     horizon = horizon_of(recipe, len(job.ready["train"]))
     set_seed(recipe.seed)
     if kind == "full":
         model = job.model.requires_grad_(True)
-        trainer = stages.make_trainer(job, model, folder, [])
+        trainer = make_trainer(job, model, folder, [])
         trainer.train()
         heads = [p for name in job.modules_to_save for p in model.get_submodule(name).parameters()]
         n = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in heads)
         return model, {"initial": n, "final": n, "average": n}, trainer.state.log_history
     model = _peft_adalora(kind, job, horizon.total_steps)
     initial = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and ".lora_" in name)
-    trainer = stages.make_trainer(job, model, folder, [_allocating(model)])
+    trainer = make_trainer(job, model, folder, [_allocating(model)])
     trainer.train()
     final = sum(
         int(site.lora_E["default"].ne(0).sum()) * (site.in_features + site.out_features + 1)

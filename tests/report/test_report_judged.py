@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict
 from trimtab.app import about, judging
 from trimtab.app.report import load, troubles, write
 from trimtab.app.report.comparing import table_of_runs
-from trimtab.app.runfolder import alone
+from trimtab.app.storage import alone
 from trimtab.app.tasks import get_task
 
 PREDICTIONS: dict[str, Any] = {

@@ -82,7 +82,7 @@ class _Commands(click.Group):
         except Exception as error:
             if isinstance(error, ModuleNotFoundError) and (missing := missing_extra("this command", error)):
                 _fail(str(missing), code=2)
-            from .runfolder import storage_fault
+            from .storage import storage_fault
 
             if fault := storage_fault(error):
                 _fail(fault, code=2)

@@ -31,6 +31,7 @@ def with_time(plan: Plan, recipe: Recipe, screen: Screen) -> Plan:
 
     from . import run as runs
     from .runfolder import RunFolder
+    from .trainer import make_trainer
 
     short = {"max_steps": STEPS, "eval_strategy": "no", "save_strategy": "no", "logging_steps": STEPS}
     left_out = ("load_best_model_at_end", "push_to_hub", "report_to")
@@ -55,7 +56,7 @@ def with_time(plan: Plan, recipe: Recipe, screen: Screen) -> Plan:
 
     with tempfile.TemporaryDirectory() as folder, screen.stage("measure") as stage:
         model = peft.get_peft_model(job.model, config)
-        runs.make_trainer(job, model, RunFolder(Path(folder)), [Clock()]).train()
+        make_trainer(job, model, RunFolder(Path(folder)), [Clock()]).train()
         each = [after - before for before, after in itertools.pairwise(ends)]
         stage.result = f"{len(ends)} steps"
     step = statistics.median(each)

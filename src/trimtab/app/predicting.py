@@ -12,9 +12,10 @@ from ..errors import DataError
 from . import loading, model_facts, models, trainer_settings
 from .planning import load_rows, model_spec
 from .recipe import Recipe
-from .run import Job, make_trainer, trained_adapter, with_adapter
+from .run import Job, trained_adapter, with_adapter
 from .runfolder import RunFolder
 from .screen import Screen
+from .trainer import make_trainer
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..errors import ConfigError, DataError, ExportError, did_you_mean
+from ..errors import DataError, ExportError
 from ..plans import Plan, SitePlan, Where
 from . import card, judging, loading, model_facts, models, runfolder, stopping, trainer_settings
 from . import recipe as recipes
@@ -31,28 +31,18 @@ from .recipe import Recipe
 from .report.words import byte_size, count, number
 from .runfolder import RunFolder
 from .screen import Screen, Stage
+from .trainer import early_stopping, let_go_of_previous, make_trainer, save_at_end, training_arguments
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
     from peft import PeftModel
     from torch import nn
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
     from ..rank.start import StartSettings
     from .tasks import Task
 
 ADAPTER_CONFIG = "adapter_config.json"
-
-# Where the recipe's `train` is silent. The Trainer's own logging and saving every 500 steps would leave a
-# short run without a curve and without a checkpoint.
-TRAIN_DEFAULTS: dict[str, Any] = {
-    "logging_steps": 0.02,  # a share of the run: 50 points on the loss curve
-    "eval_strategy": "epoch",
-    "save_strategy": "epoch",
-    "save_total_limit": 2,
-    "report_to": "none",
-    "logging_nan_inf_filter": False,  # the Trainer's would show the last finite loss for one that is NaN
-}
 
 
 def run(recipe: Recipe, folder: Path, screen: Screen, *, overwrite: bool = False, resume: bool = False) -> RunFolder:
@@ -215,6 +205,7 @@ def train(job: Job, where: Where | None, folder: RunFolder, screen: Screen, *, r
 
     import trimtab
 
+    from ..rank.base import starter_of
     from .report.runfolder import read
 
     recipe = job.recipe
@@ -235,7 +226,7 @@ def train(job: Job, where: Where | None, folder: RunFolder, screen: Screen, *, r
     callback = trimtab.TrimCallback(history=folder.history)
     model = peft.get_peft_model(job.model, config)
     checkpoint = runfolder.checkpoint_to_resume(folder) if resume else None
-    if (starter := getattr(getattr(config, "rank", None), "starter", None)) is not None:
+    if (starter := starter_of(config)) is not None:
         if checkpoint is None:
             started = initialize(job, model, starter, screen)
         if started is not None:
@@ -243,12 +234,12 @@ def train(job: Job, where: Where | None, folder: RunFolder, screen: Screen, *, r
             folder.write(folder.plan, planned.to_json())
     with screen.stage("train") as stage, stopping.saving_first() as save_and_stop:
         callbacks = [
-            _let_go_of_previous(folder),
+            let_go_of_previous(folder),
             save_and_stop,
             callback,
             progress_on(stage, callback),
-            _save_at_end(),
-            *_early_stopping(job),
+            save_at_end(),
+            *early_stopping(job),
         ]
         trainer = make_trainer(job, model, folder, callbacks, recipe.rates, is_tracked=True)
         _reset_peak_memory()
@@ -284,205 +275,10 @@ def initialize(job: Job, model: PeftModel, starter: StartSettings, screen: Scree
     return started.to_json()
 
 
-def make_trainer(
-    job: Job,
-    model: nn.Module,
-    folder: RunFolder,
-    callbacks: list[Any],
-    rates: Mapping[str, float] | None = None,
-    is_tracked: bool = False,
-) -> Trainer:
-    """The stock Trainer for this job. Unless ``is_tracked`` it reports to no tracker: those would open a second run."""
-    from transformers import PrinterCallback, Trainer
-
-    splits = job.task.eval_splits(job.ready)
-    # While training, one split is watched, and where there is another never the one for testing.
-    watched = next((name for name in splits if not name.startswith("test")), splits[0] if splits else None)
-    args = training_arguments(job.recipe, job.task, folder.checkpoints, has_eval=bool(splits))
-    if not is_tracked:
-        args.report_to = []
-    elif args.run_name is None:
-        args.run_name = folder.run_name()
-    trainer = _reaching_the_hub(
-        args,
-        Trainer,
-        model=model,
-        train_dataset=job.ready.get("train"),
-        eval_dataset=job.ready[watched] if watched else None,
-        data_collator=job.task.collator(job.tokenizer),
-        compute_metrics=job.task.compute_metrics,
-        preprocess_logits_for_metrics=job.task.preprocess_logits_for_metrics,
-        callbacks=callbacks,
-        optimizer_cls_and_kwargs=_optimizer(model, args, rates) if rates else None,
-    )
-    if rates and trainer.is_fsdp_enabled:  # it makes the optimizer's parameters anew
-        raise ConfigError("rates", dict(rates), "does not go together with FSDP; drop one of them")
-    trainer.remove_callback(PrinterCallback)
-    _log_beside_checkpoints(trainer, folder)
-    if job.task.task_type == "SEQ_CLS":
-        # BERT, RoBERTa and DeBERTa heads take **kwargs but not num_items_in_batch from them: their loss is a mean.
-        # Trainer would believe it normalised, and leave it (and the gradient) too large by the number of
-        # accumulated batches times the number of processes.
-        trainer.model_accepts_loss_kwargs = False
-    return trainer
-
-
-def _log_beside_checkpoints(trainer: Trainer, folder: RunFolder) -> None:
-    """TensorBoard's logs, which the Trainer would put among the checkpoints. The other trackers have a place for all
-    runs."""
-    from transformers.integrations import TensorBoardCallback
-
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
-            callback.logging_dir = str(folder.logs)
-
-
-def _reaching_the_hub(args: TrainingArguments, make: Callable[..., Trainer], **parts: Any) -> Trainer:
-    """A Trainer that pushes makes its repository at once; what the hub says to that is one line."""
-    try:
-        return make(args=args, **parts)
-    except Exception as error:
-        if not args.push_to_hub:
-            raise
-        text = " ".join(str(error).split())[:300]
-        raise ConfigError("train.push_to_hub", True, f"{text} (is there a token, and a way to the hub?)") from error
-
-
-def _optimizer(model: nn.Module, args: TrainingArguments, rates: Mapping[str, float]) -> tuple[type, dict[str, Any]]:
-    """What the Trainer would take by itself, with groups by role in place of its own."""
-    import torch
-    from transformers import Trainer
-
-    import trimtab
-
-    kind, options = Trainer.get_optimizer_cls_and_kwargs(args, cast(Any, model))
-    if not issubclass(kind, torch.optim.Optimizer) or {"params", "model", "optimizer_dict"} & set(options):
-        cure = f"train.optim={getattr(args.optim, 'value', args.optim)} makes its own groups; use adamw_torch"
-        raise ConfigError("rates", dict(rates), cure)
-    groups = trimtab.parameter_groups(model, args.learning_rate, rates, weight_decay=args.weight_decay)
-    return kind, {**options, "params": groups}
-
-
-def training_arguments(recipe: Recipe, task: Task, output_dir: Path, *, has_eval: bool = True) -> TrainingArguments:
-    """`TrainingArguments` from the recipe's ``train``, over `TRAIN_DEFAULTS`.
-
-    Raises:
-        ConfigError: a field cannot be, alone or together with others.
-    """
-    import torch
-
-    values = {**TRAIN_DEFAULTS, **recipe.train}
-    if not has_eval and "eval_strategy" not in recipe.train:
-        values["eval_strategy"] = "no"
-    if recipe.early_stopping and has_eval and values["eval_strategy"] == "no":
-        stopping = recipe.early_stopping.model_dump()
-        raise ConfigError("early_stopping", stopping, "nothing is scored while training: train.eval_strategy=no")
-    trainer_settings.check_together(values)
-    values |= _what_is_best(values, task, bool(recipe.early_stopping))
-    values.setdefault("dataloader_pin_memory", torch.cuda.is_available())
-    given = {"output_dir": str(output_dir), "seed": recipe.seed, "disable_tqdm": True}
-    try:
-        return _made(given | values)
-    except (TypeError, ValueError, ImportError) as error:
-        text = " ".join(str(error).split())
-        key = _at_fault(given | values, recipe.train, text)
-        raise ConfigError(f"train.{key}", recipe.train[key], text) from None
-
-
-def _made(values: Mapping[str, Any]) -> TrainingArguments:
-    from transformers import Trainer, TrainingArguments
-
-    args = TrainingArguments(**trainer_settings.stock(values))
-    try:  # whether the optimizer's package is there
-        Trainer.get_optimizer_cls_and_kwargs(args)
-    except (ImportError, ValueError) as error:
-        if "pass a" not in str(error):  # some ask the model, which is not there yet
-            raise
-    return args
-
-
-def _at_fault(values: Mapping[str, Any], train: Mapping[str, Any], text: str) -> str:
-    """The key of ``train`` without which there would be no error; of several the one that the error names."""
-    found = []
-    for key in train:
-        try:
-            _made({name: value for name, value in values.items() if name != key})
-            found.append(key)
-        except (TypeError, ValueError, ImportError) as error:
-            if " ".join(str(error).split()) != text:
-                found.append(key)
-    named = [key for key in found if key in text]
-    return next(iter([*named, *found[::-1], *train]))
-
-
-def _what_is_best(values: Mapping[str, Any], task: Task, stops_early: bool) -> dict[str, Any]:
-    """By which score the best checkpoint is told: the headline one that is taken while training, as it is called there.
-
-    Raises:
-        ConfigError: the recipe names one that the task does not take.
-    """
-    metric = values.get("metric_for_best_model")
-    wants_one = values.get("load_best_model_at_end") or values["save_strategy"] == "best"
-    if metric is None and not wants_one and not stops_early:
-        return {}
-    while_training = getattr(task, "training_metric", None)
-    scores = [*(getattr(task, "scores", None) or (_OF_ANSWERS if while_training else ())), "loss"]
-    name = (metric or while_training or task.metric).removeprefix("eval_")
-    if name not in scores and len(scores) > 1:  # what a task of one's own takes, only that task knows
-        near = did_you_mean(name, scores)
-        raise ConfigError("train.metric_for_best_model", metric, f"must be one of {', '.join(scores)}.{near}")
-    greater = values.get("greater_is_better")
-    if greater is None:
-        headline = bool(getattr(task, "greater_is_better", True))
-        greater = headline if name == task.metric else not name.endswith(_LOWER)
-    return {"metric_for_best_model": name, "greater_is_better": greater}
-
-
-_OF_ANSWERS = ("answer_loss", "perplexity", "token_accuracy")
-_LOWER = ("loss", "mse", "perplexity")
-
-
 def _split(job: Job, name: str) -> Dataset:
     if name not in job.ready:
         raise DataError(f"task {job.task.name!r}: the data has no {name!r} split; it has {', '.join(job.ready)}")
     return job.ready[name]
-
-
-def _save_at_end() -> Any:
-    """A run always ends with a checkpoint: export and evaluation can start from the folder."""
-    from transformers import TrainerCallback
-    from transformers.trainer_utils import SaveStrategy
-
-    class SaveAtEnd(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            is_last = state.global_step >= state.max_steps or control.should_training_stop
-            if is_last and args.save_strategy != SaveStrategy.EPOCH:  # that one saves after the last step anyway
-                control.should_save = True
-
-    return SaveAtEnd()
-
-
-def _let_go_of_previous(folder: RunFolder) -> Any:
-    """From the first checkpoint on there is something to go on from: the run that was replaced may go."""
-    from transformers import TrainerCallback
-
-    class LetGo(TrainerCallback):
-        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            folder.let_go()
-
-    return LetGo()
-
-
-def _early_stopping(job: Job) -> list[Any]:
-    """What ends training when the watched score no longer gets better, if the recipe asks for it."""
-    from transformers import EarlyStoppingCallback
-
-    settings = job.recipe.early_stopping
-    if settings is None:
-        return []
-    if not job.task.eval_splits(job.ready):
-        raise ConfigError("early_stopping", settings.model_dump(), "there is no labelled split to watch")
-    return [EarlyStoppingCallback(settings.patience, settings.threshold)]
 
 
 def final_plan(planned: Plan, model: PeftModel, params: Mapping[str, float]) -> Plan:

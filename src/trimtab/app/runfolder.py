@@ -7,18 +7,15 @@ holds. Reading a folder for a report is `report.runfolder`.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import os
 import shutil
-import socket
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
@@ -29,6 +26,7 @@ from . import about
 from . import recipe as recipes
 from .recipe import Recipe
 from .stopping import Stopped
+from .storage import LOCK, alone, telling_of_storage
 
 logger = logging.getLogger("trimtab")
 
@@ -66,7 +64,6 @@ _OF_A_RUN = ("where.json", "plan.json", "history.jsonl", "metrics.json", "base.j
 _NOBODYS = (".DS_Store", "Thumbs.db", "desktop.ini", ".gitkeep", ".gitignore", "lost+found")
 # The run that --overwrite replaces, while it is moved and until the new one has something to go on from.
 _HALF_ASIDE, _ASIDE = ".previous.half", ".previous"
-_LOCK = ".lock"
 # Of an adapter, and of a model.
 _CONFIGS = ("adapter_config.json", "config.json")
 # What may differ between the recipe that began a run and the one that goes on with it.
@@ -391,7 +388,7 @@ def _refuse_what_is_no_run_folder(path: Path) -> None:
         raise ConfigError("output_dir", str(path), "is a file; name a folder")
     if not path.is_dir():
         return
-    names = {entry.name for entry in path.iterdir()} - {*_NOBODYS, _LOCK}
+    names = {entry.name for entry in path.iterdir()} - {*_NOBODYS, LOCK}
     if names & {*_OF_A_RUN, _ASIDE, _HALF_ASIDE} or _is_marked(path / "recipe.yaml"):
         return
     if names:
@@ -445,105 +442,6 @@ def checkpoint_to_resume(folder: RunFolder) -> str:
     if (lost := read_facts(found).get("history_rows", 0) - rows) > 0:
         logger.warning(f"history.jsonl has lost {lost} rows: curves of the report lack them; the training does not")
     return found
-
-
-@contextlib.contextmanager
-def alone(path: Path, key: str = "output_dir", patience: float = 0.0) -> Iterator[IO[str] | None]:
-    """Nobody else is at work in a folder: a lock that ends with the process, even one that is killed.
-
-    Yields the lock's file, for processes that are to hold it too; None where the system has no such locks.
-
-    Args:
-        patience: seconds to wait for others that are about to end.
-    Raises:
-        ConfigError: another process is at work; the message names it.
-    """
-    made = not path.exists()
-    path.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield None
-        return
-    file = path / _LOCK
-    until = time.monotonic() + patience
-    while True:
-        lock = file.open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if file.exists() and os.path.samestat(os.fstat(lock.fileno()), file.stat()):
-                break  # else the other one removed it between our two calls
-            lock.close()
-        except BlockingIOError:
-            lock.seek(0)
-            who = lock.read().strip() or "another process"
-            lock.close()
-            if time.monotonic() > until:
-                raise ConfigError(
-                    key, str(path), f"{who} is at work in this folder; wait for it, or name another folder"
-                ) from None
-            time.sleep(0.1)
-    try:
-        lock.truncate(0)
-        command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-        lock.write(f"process {os.getpid()} on {socket.gethostname()} ({command[:200]})\n")
-        lock.flush()
-        yield lock
-    finally:
-        file.unlink(missing_ok=True)
-        lock.close()
-        if made:
-            with contextlib.suppress(OSError):  # a run that never began leaves no folder behind
-                path.rmdir()
-
-
-@contextlib.contextmanager
-def telling_of_storage(folder: RunFolder) -> Iterator[None]:
-    """Turns what the system and the libraries raise for a full disk, a read-only folder and the like into one line."""
-    try:
-        yield
-    except TrimtabError:
-        raise
-    except Exception as error:
-        fault = storage_fault(error, folder.path)
-        if fault is None:
-            raise
-        try:
-            kept = last_checkpoint(folder.checkpoints)
-        except OSError:
-            kept = None
-        cure = f"; {Path(kept).name} is whole: mend that, then go on with --resume" if kept else ""
-        raise ConfigError("output_dir", str(folder.path), f"cannot be written: {fault}{cure}") from error
-
-
-def storage_fault(error: BaseException, folder: Path | None = None) -> str | None:
-    """What a disk or a folder refused, where that is what an error is about; with the path where it is known.
-
-    Serialisers that are not Python's say so in the text of errors of their own.
-
-    Args:
-        folder: the fault is one of this folder; None takes any.
-    """
-    text = " ".join(str(error).split())
-    if isinstance(error, OSError):
-        if error.filename is None:
-            return error.strerror if error.errno in _STORAGE else None
-        path = Path(os.fsdecode(error.filename))
-        if folder is None:
-            return f"{error.strerror}: {path}" if error.errno in _STORAGE else None
-        return f"{error.strerror}: {path}" if folder in (path, *path.parents) else None
-    if any(f"os error {number}" in text for number in _STORAGE):
-        return text.partition(" (os error")[0].rpartition(": ")[2]
-    if "inline_container.cc" in text or "PytorchStreamWriter" in text:
-        return "a file could not be written to its end (is the disk full?)"
-    return None
-
-
-_STORAGE = tuple(
-    number
-    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ENOTDIR", "ENAMETOOLONG", "ESTALE")
-    if (number := getattr(errno, name, None)) is not None
-)
 
 
 def what_was_scored(recipe: Recipe) -> dict[str, Any]:

@@ -32,9 +32,10 @@ from ..errors import ConfigError, DataError, TrimtabError
 from . import recipe as recipes
 from .lookup import parse_yaml
 from .recipe import Recipe
-from .runfolder import RunFolder, alone, same_recipe, write_recipe, write_text
+from .runfolder import RunFolder, same_recipe, write_recipe, write_text
 from .screen import Screen
 from .stopping import Stopped
+from .storage import alone
 
 HELD_OUT = 0.2
 # In these trials would be scored on other rows, or by another measure.
@@ -268,8 +269,8 @@ def _value_text(value: Any) -> str:
 def _check(search: Search) -> None:
     """A dry run of every candidate, without weights: what cannot work is refused before the first trial."""
     from .planning import horizon_of, load_rows, plan_recipe
-    from .run import training_arguments
     from .tasks import get_task
+    from .trainer import training_arguments
 
     loaded: dict[str, tuple[Any, int]] = {}
     for candidate in search.candidates:
