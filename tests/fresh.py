@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -86,3 +87,42 @@ def python(
         code = int(server.stdout.readline())
         said = [(Path(folder) / name).read_text("utf-8") for name in ("stdout", "stderr")]
     return subprocess.CompletedProcess([sys.executable, *order], code, *said)
+
+
+_PROCESSES = """
+import os, runpy, signal, sys, traceback
+count, sys.argv = int(sys.argv[1]), sys.argv[2:]
+children = set()
+for rank in range(count):
+    if (child := os.fork()) == 0:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+        try:
+            sys.path.insert(0, os.path.dirname(sys.argv[0]))
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            sys.stdout.flush()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    children.add(child)
+failed = 0
+while children:
+    child, status = os.wait()
+    children.remove(child)
+    if status and not failed:
+        failed = 1
+        for other in children:  # they wait for it
+            os.kill(other, signal.SIGKILL)
+sys.exit(failed)
+"""
+
+
+def processes(count: int, file: object, *words: object, environment: Mapping[str, str]) -> subprocess.CompletedProcess:
+    """As torchrun's processes on one machine, to the script that they run; without torchrun itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return python(
+        "-c", _PROCESSES, count, file, *words, environment=environment | {k: str(v) for k, v in group.items()}
+    )

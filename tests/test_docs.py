@@ -73,7 +73,11 @@ def run_command(words: list[str], shards: bool = False) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("name", [slow(page) if page in ("several_gpus", "sharded") else page for page in PAGES])
+# Of the tutorial the number below, its recipe and its commands (`test_readme.py`) are looked at in the short run, too.
+LONG = ("tutorial", "several_gpus", "sharded")
+
+
+@pytest.mark.parametrize("name", [slow(page) if page in LONG else page for page in PAGES])
 def test_every_block_of_a_page_runs_in_its_order(
     name: str, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,6 +63,7 @@ def learn(run: Run, data: Path, target: Path) -> None:
     target.write_text(json.dumps({"rate": run.rate, "score": score, "loss": 1 - score}))
 
 
+@pytest.mark.slow
 def test_a_repeated_command_runs_what_is_missing_and_nothing_twice(tmp_path, capsys):
     arguments = [
         "--data",

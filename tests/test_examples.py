@@ -82,6 +82,7 @@ def test_layers_can_be_chosen_for_any_peft_config() -> None:
     assert f"trainable params: {6 * (16 + 384):,}" in said
 
 
+@pytest.mark.slow
 @needs_minilm
 def test_adapters_are_switched_on_one_base_that_stays_bit_for_bit(tmp_path: Path) -> None:
     said = example("task_switching.py", tmp_path).splitlines()

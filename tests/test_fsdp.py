@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
+import fresh
 import sharded_process as sharded
 import tiny
 import trimtab
@@ -37,17 +38,19 @@ def torchrun(out: Path, *jobs: str, options: tuple[str, ...] = (), **more: str) 
         "PYTHONPATH": os.pathsep.join([str(here.parent / "src"), str(here), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
-    done = subprocess.run(
-        [*command, str(here / "sharded_process.py"), str(out), *jobs],
-        env=environment, capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
+    what = str(here / "sharded_process.py"), str(out), *jobs
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options, *what]
+    done = (
+        fresh.processes(2, *what, environment=environment)
+        if jobs == sharded.FEW
+        else subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    )
     assert done.returncode == 0, done.stderr[-6000:]
 
 
 @pytest.fixture(scope="module")
 def launched(request, tmp_path_factory):
-    """One launch for all cases: folder, and what each process saw."""
+    """One launch for all cases: folder, and what each process saw. By torchrun itself where all cases run."""
     is_short = "not slow" in request.config.getoption("markexpr")
     out = tmp_path_factory.mktemp("fsdp")
     torchrun(out, *(sharded.FEW if is_short else sharded.jobs(out)))

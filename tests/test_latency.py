@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from marks import slow
 from tasks.stand_ins import tiny_config
 from test_run import trimtab
 from trimtab.app import latency, recipe
@@ -49,7 +50,7 @@ def test_the_table_has_every_adapter_at_every_batch_size(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
-@pytest.mark.parametrize("kind", ["bert", "gpt2", "t5", "bart", "deberta-v2"])
+@pytest.mark.parametrize("kind", ["bert", slow("gpt2"), "t5", slow("bart"), slow("deberta-v2")])
 def test_every_family_is_measured_and_what_it_cannot_have_is_said(kind, tmp_path):
     tiny_config(kind).save_pretrained(tmp_path)
     settings = {"model": {"config": str(tmp_path / "config.json")}, "where": {"ratio": 0.5}}

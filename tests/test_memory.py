@@ -1,9 +1,8 @@
 """The memory of a step, forecast from shapes, beside what the allocator counts in a real one."""
 
 import json
-import subprocess
+import os
 import sys
-from pathlib import Path
 
 import peft
 import pytest
@@ -12,6 +11,7 @@ import transformers as tf
 from click.testing import CliRunner
 from torch.profiler import ProfilerActivity, profile
 
+import fresh
 import spread_step
 from marks import slow
 from tasks.stand_ins import write_jsonl
@@ -116,9 +116,9 @@ def test_plan_measures_a_few_steps_and_leaves_nothing_behind(recipe, tmp_path):
 def test_several_processes_hold_and_send_what_is_forecast(processes, strategy, tmp_path):
     """A real step of each, over gloo, base weights as DTensors; sent: all that goes through collectives."""
     out = tmp_path / "told.json"
-    script = [Path(spread_step.__file__), out, strategy, 2]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    subprocess.run([*map(str, (*launch, *script))], check=True, capture_output=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = fresh.processes(processes, spread_step.__file__, out, strategy, 2, environment=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(out.read_text())
     with torch.device("meta"):
         model = tf.LlamaForCausalLM(spread_step.CONFIG)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, Trainer
 
 import fresh
+from marks import slow
 from tasks.stand_ins import WORDS, encoder_tokenizer, tiny_config, write_jsonl
 from trimtab.app import run as runs
 from trimtab.app.cli import cli
@@ -338,7 +339,7 @@ def test_select_then_train_takes_the_selection_as_it_is(tmp_path):
     assert {site["site"]["block"] for site in plan["sites"]} == {3}
 
 
-@pytest.mark.parametrize("method", ["gradient", "fisher", "influence"])
+@pytest.mark.parametrize("method", ["gradient", slow("fisher"), slow("influence")])
 def test_every_measured_selection_goes_from_the_command_to_its_report(tmp_path, method):
     recipe = write_recipe(
         tmp_path, where={"method": method, "ratio": 0.5, "samples": 16}, train={"max_steps": 2, "use_cpu": True}
@@ -396,6 +397,7 @@ def test_where_rank_and_freeze_go_together_in_one_recipe(tmp_path):
     assert "planned)" in (tmp_path / "run" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_vera_trains_and_exports_a_plain_lora(tmp_path):
     recipe = write_recipe(tmp_path, adapter={"type": "vera", "r": 8, "target_modules": ["query", "value"]})
     trimtab("run", recipe)

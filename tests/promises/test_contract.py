@@ -71,7 +71,7 @@ ALL_PAIRS = {p for a, b in combinations(SETTINGS, 2) for p in product(*([(k, v) 
 
 
 def pairwise() -> tuple[list[Cell], list[Cell]]:
-    """Every method with every family: each method in each fourth family to begin with, then the others.
+    """Every method with every family: each method in each seventh family to begin with, then the others.
 
     A cell's other settings are those in which most pairs meet for the first time; among equals, those that were taken
     least. Pairs that never met have a cell of their own at the end.
@@ -91,9 +91,9 @@ def pairwise() -> tuple[list[Cell], list[Cell]]:
             cell(method=method, family=family)
             for i, method in enumerate(SETTINGS["method"])
             for j, family in enumerate(SETTINGS["family"])
-            if (i + j) % 4 == part
+            if (i + j) % 7 == part
         ]
-        for part in range(4)
+        for part in range(7)
     )
     rest = []
     while unmet:

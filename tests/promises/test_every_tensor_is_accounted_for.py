@@ -379,19 +379,19 @@ def test_biases_and_a_rank_method_do_not_go_together():
 
 
 TOGETHER = (
-    "plain",
-    "a head",
-    "an embedding",
-    "saved head and norm",
-    "saved embedding tied",
-    "new tokens",
+    slow("plain"),
+    slow("a head"),
+    slow("an embedding"),
+    slow("saved head and norm"),
+    slow("saved embedding tied"),
+    slow("new tokens"),
     "new tokens tied",
     "experts, named",
-    "Conv1D",
-    "DoRA",
+    slow("Conv1D"),
+    slow("DoRA"),
     "LoRA biases",
-    "a classifier",
-    "where: saved head and norm",
+    slow("a classifier"),
+    slow("where: saved head and norm"),
     "adaptive: saved head and norm",
 )
 

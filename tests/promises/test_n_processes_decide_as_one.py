@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fresh
 import two_process
 from marks import slow
 from two_process import decisions, numbers
@@ -19,19 +20,22 @@ pytestmark = pytest.mark.two_process
 
 @pytest.fixture(scope="module")
 def launched(request, tmp_path_factory):
-    """One launch for all cases, since most of its time is importing: folder, and what each process saw."""
+    """One launch for all cases: folder, and what each process saw. By torchrun itself where all cases run."""
     out = tmp_path_factory.mktemp("ddp")
     here = Path(two_process.__file__).parent
-    cases = two_process.FEW if "not slow" in request.config.getoption("markexpr") else two_process.CASES
+    is_short = "not slow" in request.config.getoption("markexpr")
+    cases = two_process.FEW if is_short else two_process.CASES
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(here.parent / "src"), str(here), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, str(here / "two_process.py"), str(out), *cases],
-        env=environment, capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
+    what = str(here / "two_process.py"), str(out), *cases
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *what]
+    done = (
+        fresh.processes(2, *what, environment=environment)
+        if is_short
+        else subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    )
     assert done.returncode == 0, done.stderr[-6000:]
     return out, [torch.load(out / f"process-{i}.pt", weights_only=False) for i in (0, 1)]
 
