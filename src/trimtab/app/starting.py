@@ -18,8 +18,9 @@ import yaml
 from ..errors import ConfigError, DataError
 from . import recipe as recipes
 from .lookup import parse_yaml
+from .tasks.columns import Table
 from .tasks.data import DataSpec
-from .tasks.files import Table, existing_files, split_of
+from .tasks.files import existing_files, split_of
 from .tasks.guessing import Guess, guess
 
 SPLITS = ("train", "validation", "test")

@@ -24,9 +24,10 @@ import numpy as np
 from ...errors import ConfigError, DataError, did_you_mean
 from .answer_loss import answer_scores, answer_sums, kept_sums
 from .chats import NO_ANSWER, Message
+from .columns import Table
 from .data import MISSING, Columns, DataSpec, column, duplicates
 from .encoding import TEMPLATES, Encoding, Padder
-from .files import Table, from_dataset
+from .files import from_dataset
 from .generation import Decoding, MakeBar, Question, generate
 
 if TYPE_CHECKING:

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import DataError
+from .columns import Columns, Table
 from .data import MISSING, is_missing
-from .files import Columns, Table, is_chat
+from .json_rows import is_chat
 
 Message = dict[str, Any]
 Conversation = list[Message] | str

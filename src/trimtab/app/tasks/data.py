@@ -14,18 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError, DataError, did_you_mean
-from .files import (
-    AS_FOUND,
-    SEPARATORS,
-    Columns,
-    Reading,
-    Table,
-    existing_file,
-    existing_files,
-    from_dataset,
-    read_file,
-    read_files,
-)
+from .columns import AS_FOUND, Columns, Reading, Table
+from .files import existing_file, existing_files, from_dataset, read_file, read_files
+from .separated import SEPARATORS
 
 if TYPE_CHECKING:
     import numpy as np

@@ -7,44 +7,20 @@ nothing is cached in the user's home, a CSV cell stays the text that it is ("007
 
 from __future__ import annotations
 
-import contextlib
-import csv
 import glob
 import io
-import json
 import re
-import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import date, time
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError, DataError, did_you_mean
+from .columns import AS_FOUND, Columns, Reading, Table
+from .json_rows import read_json
+from .separated import read_separated
 
-Columns = dict[str, list[Any]]
-"""A table: column name -> values, all of one length."""
-
-
-class Table(Columns):
-    """Columns, and what was found out while they were read."""
-
-    def __init__(self, columns: Columns | None = None, notes: Iterable[str] = ()) -> None:
-        super().__init__(columns or {})
-        self.absent: dict[str, str] = {}
-        """Columns that one of the files lacks (None in its rows), with that file's name."""
-        self.notes = list(notes)
-
-    def rows(self, chosen: Sequence[int]) -> Table:
-        """Some of the rows."""
-        part = Table({name: [values[i] for i in chosen] for name, values in self.items()}, self.notes)
-        part.absent = self.absent
-        return part
-
-
-SEPARATORS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
-_OWN_SEPARATOR = {".tsv": "\t", ".tab": "\t", ".psv": "|"}
 _JSON = (".jsonl", ".ndjson", ".json")
 _SEPARATED = (".csv", ".tsv", ".tab", ".psv", ".txt")
 _ARROW = (".arrow", ".feather")
@@ -64,25 +40,7 @@ _MARKS = (  # longest first: a UTF-32 mark begins like a UTF-16 one
     (b"\xff\xfe", "utf-16"),
     (b"\xfe\xff", "utf-16"),
 )
-_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # as JSON escapes it
-_QUOTED = re.compile(r'"(?:[^"]|"")*"')
 _FASTTEXT = re.compile(r"(?:__label__\S+[ \t]+(?!__label__)\S.*\n|\s*\n)+(?:__label__\S+[ \t]+(?!__label__)\S.*)?")
-_SHAPES = "a list of objects, one object a line, or an object that holds one list of objects"
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How files are read, where the recipe says so; None: found out from each file."""
-
-    separator: str | None = None
-    encoding: str | None = None
-    quotes: bool | None = None
-    """Whether a quote around a cell is no part of it."""
-    lines: str | None = None
-    """What makes a text of a ``.txt`` file: line, paragraph or document. None: it is separated text."""
-
-
-AS_FOUND = Reading()
 
 
 # -- which files ---------------------------------------------------------------------------------------
@@ -211,9 +169,9 @@ def read_file(key: str, file: Path, reading: Reading = AS_FOUND) -> Table:
             rows = [line.split(maxsplit=1) for line in text.split("\n") if line.strip()]
             table = Table({"text": [row[1].strip() for row in rows], "label": [row[0][9:] for row in rows]})
         elif suffix in _JSON or re.match(r"\s*(\[\s*)?\{\s*\"", text):
-            table = Table(_read_json(where, text, key.rpartition(".")[2]))
+            table = Table(read_json(where, text, key.rpartition(".")[2]))
         else:
-            table = _read_separated(where, text, suffix, reading)
+            table = read_separated(where, text, suffix, reading)
     if not table or not _length(table):
         raise DataError(f"{where}: holds no rows" + (" below the first line, which names the columns" if table else ""))
     return table
@@ -274,236 +232,6 @@ def _decoded(where: str, data: bytes, encoding: str | None) -> str:
         raise ConfigError("data.encoding", encoding, "no such encoding; for example utf-8, cp1252, utf-16") from None
     text = text.removeprefix("\ufeff")
     return text.replace("\r", "\n") if "\r" in text and "\n" not in text else text  # as old Macs end lines
-
-
-# -- JSON ----------------------------------------------------------------------------------------------
-
-
-def _read_json(where: str, text: str, split: str) -> Columns:
-    """Rows from JSON: whole, or object after object, on one line each or not."""
-    try:
-        value = json.loads(text)
-    except ValueError as whole:
-        numbered, unit = _one_after_the_other(where, text, whole), "line"
-    else:
-        rows = _rows_within(where, value, split)
-        if isinstance(rows, dict):
-            return rows
-        numbered, unit = list(enumerate(rows, 1)), "entry"
-    if _HALF.search(text):
-        numbered = [(number, _without_halves(row)) for number, row in numbered]
-    table: Columns = {}
-    for n, (number, row) in enumerate(numbered):
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: {unit} {number} is {type(row).__name__}, not an object {{…}}")
-        for name, value in row.items():
-            if name not in table:
-                table[name] = [None] * n
-            table[name].append(value)
-        for values in table.values():
-            if len(values) <= n:
-                values.append(None)
-    return table
-
-
-def _without_halves(value: Any) -> Any:
-    """Half of a pair of surrogates, as texts have it that were cut in mid-emoji, is no character: U+FFFD instead."""
-    if isinstance(value, str):
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    if isinstance(value, list):
-        return [_without_halves(inner) for inner in value]
-    return {_without_halves(k): _without_halves(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-
-def _is_rows(value: Any) -> bool:
-    return (
-        isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value) and not is_chat(value)
-    )
-
-
-def is_chat(value: Any) -> bool:
-    """Whether a list of objects is one conversation."""
-    kinds = ({"role", "content"}, {"from", "value"})
-    return isinstance(value, list) and any(isinstance(m, dict) and any(k <= m.keys() for k in kinds) for m in value)
-
-
-def _one_after_the_other(where: str, text: str, whole: ValueError) -> list[tuple[int, Any]]:
-    """The values of JSON Lines, or of objects that were written one after the other over several lines."""
-    found = []
-    problem: DataError | None = None
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                found.append((number, json.loads(line)))
-            except ValueError as error:
-                problem = DataError(f"{where}: line {number} is not valid JSON: {error}")
-                break
-    if problem is None:
-        return found
-    if not found:  # the first line is no value: then it is not one a line
-        if text.lstrip()[:1] == "[":
-            raise DataError(f"{where}: not valid JSON: {whole}") from whole
-        decoder, at, several = json.JSONDecoder(), 0, []
-        while at < len(text):
-            space = re.compile(r"[\s,]*").match(text, at)
-            at = space.end() if space else at
-            if at >= len(text):
-                break
-            try:
-                value, end = decoder.raw_decode(text, at)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where}: not valid JSON: {error}; expected is {_SHAPES}") from error
-            several.append((text.count("\n", 0, at) + 1, value))
-            at = end
-        return several
-    raise problem
-
-
-def _rows_within(where: str, value: Any, split: str) -> list[Any] | Columns:
-    """The list of rows that a whole JSON file is or holds; or its columns, where it is written by columns."""
-    if isinstance(value, list):
-        return value
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: holds a {type(value).__name__}; expected is {_SHAPES}")
-    lists = {name: inner for name, inner in value.items() if _is_rows(inner)}
-    if split in lists:
-        return lists[split]
-    if len(lists) == 1:
-        return next(iter(lists.values()))
-    if len(lists) > 1:
-        raise DataError(f"{where}: holds {len(lists)} lists of objects ({', '.join(lists)}); expected is {_SHAPES}")
-    if {"columns", "data"} <= value.keys() and all(isinstance(row, list) for row in value["data"]):  # pandas' "split"
-        return [dict(zip(value["columns"], row)) for row in value["data"]]
-    inner = list(value.values())
-    if any(map(is_chat, inner)):
-        return [value]
-    if inner and all(isinstance(column, list) for column in inner) and len(set(map(len, inner))) == 1:
-        return value
-    if len(inner) > 1 and all(isinstance(column, dict) and column.keys() == inner[0].keys() for column in inner):
-        return {name: list(column.values()) for name, column in value.items()}  # pandas' own: column -> index -> value
-    if len(inner) == 1 and isinstance(inner[0], dict):
-        return _rows_within(where, inner[0], split)
-    if not all(isinstance(part, (list, dict)) for part in inner):
-        return [value]
-    raise DataError(f"{where}: an object with {', '.join(map(repr, list(value)[:6]))}; expected is {_SHAPES}")
-
-
-# -- separated text ------------------------------------------------------------------------------------
-
-
-def _read_separated(where: str, text: str, suffix: str, reading: Reading) -> Table:
-    said = re.match(r'"?sep=(.)"?\r?\n', text)  # as Excel writes it
-    text = text[said.end() :] if said else text
-    usual = _OWN_SEPARATOR.get(suffix, ",")
-    separator = reading.separator or (said[1] if said else _found_separator(text, usual))
-    header, rows, n = _parsed(where, text, separator, reading.quotes)
-    names = [name.strip() for name in header]
-    for name in names:
-        if name and names.count(name) > 1:
-            raise DataError(f"{where}: column {name!r} appears twice in the first line")
-    table = Table()
-    for number, row in rows:
-        if n > 1 and len(row) == 1 and not row[0].strip():
-            continue
-        if len(row) > n and not any(cell.strip() for cell in row[n:]):
-            row = row[:n]
-        elif len(row) < n and not any(names[len(row) :]):
-            row = row + [""] * (n - len(row))
-        if len(row) != n:
-            other = "" if reading.separator else "; data.separator says what stands between them"
-            other = f", which must name the columns{other}"
-            raise DataError(
-                f"{where}: line {number} has {len(row)} fields, the first line has {n}" + (other if n == 1 else "")
-            )
-        for i, cell in enumerate(row):
-            table.setdefault(names[i] or f"\0{i}", []).append(cell)
-    if not rows:
-        table.update({name: [] for name in names if name})
-    for i, name in enumerate(names):
-        if not name and any(cell.strip() for cell in table.pop(f"\0{i}", ())):
-            table.notes.append(f"column {i + 1} has no name in the first line and is not read")
-    if separator != usual and not reading.separator and len(names) > 1:
-        word = next((word for word, mark in SEPARATORS.items() if mark == separator), repr(separator))
-        table.notes.append(f"columns are separated by {word} (data.separator)")
-    return table
-
-
-def _found_separator(text: str, usual: str) -> str:
-    """The one by which the first line has the most fields, and the next lines as many."""
-    sample = "".join(line for line, _ in zip(io.StringIO(text, newline="\n"), range(60)))
-    best, most = usual, 1
-    for mark in (usual, *(mark for mark in SEPARATORS.values() if mark != usual)):
-        widths = [len(row) for row in csv.reader(io.StringIO(sample, newline="\n"), delimiter=mark) if row]
-        if widths and widths[0] > most and sum(width == widths[0] for width in widths) >= 0.8 * len(widths):
-            best, most = mark, widths[0]
-    return best
-
-
-Rows = list[tuple[int, list[str]]]
-
-
-def _parsed(where: str, text: str, separator: str, quotes: bool | None) -> tuple[list[str], Rows, int]:
-    """Header, numbered rows, and the number of columns."""
-    if quotes is None and separator == "\t":
-        # In the wild (GLUE's own files) a quote in tab-separated text is a character; pandas and Excel write it around
-        # a cell. Where every line has its fields as it stands, quotes are undone only if each cell that begins with
-        # one is quoted as a whole.
-        plain = list(_plain(text, separator))
-        if _fits(plain):
-            cells = [cell for _, row in plain for cell in row if cell.startswith('"')]
-            if cells and all(map(_QUOTED.fullmatch, cells)):
-                plain = [(number, [_unquoted(cell) for cell in row]) for number, row in plain]
-            rows = plain
-        else:
-            rows = _quoted(where, text, separator)
-            if not _fits(rows):
-                rows = plain
-    elif quotes is False:
-        rows = list(_plain(text, separator))
-    else:
-        rows = _quoted(where, text, separator)
-    if not rows:
-        return [], [], 0
-    (_, header), *rest = rows
-    return header, rest, len(header)
-
-
-def _fits(rows: Rows) -> bool:
-    return all(len(row) == len(rows[0][1]) for _, row in rows)
-
-
-def _plain(text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield number, line.rstrip("\r").split(separator)
-
-
-def _unquoted(cell: str) -> str:
-    return cell[1:-1].replace('""', '"') if cell.startswith('"') else cell
-
-
-def _quoted(where: str, text: str, separator: str) -> Rows:
-    # Line ends inside a quoted cell are kept, and only "\n" ends a line.
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    found: Rows = []
-
-    def read(**more: Any) -> Rows:
-        found.clear()
-        reader = csv.reader(io.StringIO(text, newline="\n"), strict=True, delimiter=separator, **more)
-        found.extend((reader.line_num, row) for row in reader if row)
-        return found
-
-    try:
-        return read()
-    except csv.Error as error:
-        after = found[-1][0] if found else 0
-        if '\\"' in text:  # databases write a quote inside of a quoted cell so
-            with contextlib.suppress(csv.Error):
-                if _fits(read(escapechar="\\", doublequote=False)):
-                    return found
-        raise DataError(
-            f"{where}: after line {after}: not valid CSV: {error}; if quotes are part of the texts: data.quotes=false"
-        ) from error
 
 
 # -- plain text ----------------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ from typing import Any
 
 from ...errors import ConfigError, DataError
 from .chats import BESIDE, CHATS, FORMS, PAIRS, loads
+from .columns import Columns
 from .data import is_missing
-from .files import Columns, is_chat
+from .json_rows import is_chat
 from .math import gold_of
 from .summarize import KINDS
 
