@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ def for_types_only(tree: ast.Module) -> set[ast.AST]:
     return {child for block in blocks for child in ast.walk(block)}
 
 
+@cache
 def imports(module: str) -> set[str]:
     """The modules of ours that one imports, wherever in its text; for types alone does not count."""
     tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
@@ -58,9 +60,6 @@ def imports(module: str) -> set[str]:
     return found - {module}
 
 
-IMPORTS = {module: imports(module) for module in MODULES}
-
-
 def of_peft(module: str) -> set[str]:
     """What a module imports of PEFT besides the names that `peft` itself exports."""
     tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
@@ -78,7 +77,7 @@ def room(module: str) -> str:
 
 @pytest.mark.parametrize("name", sorted({room(module) for module in MODULES}))
 def test_a_room_imports_only_what_it_rests_on(name):
-    rooms = {room(other) for module, others in IMPORTS.items() if room(module) == name for other in others}
+    rooms = {room(other) for module in MODULES if room(module) == name for other in imports(module)}
     assert rooms - {name} <= RESTS_ON[name]
 
 
@@ -88,7 +87,7 @@ def test_no_module_comes_back_to_itself():
             return (*path[path.index(module) :], module)
         if module in clean:
             return None
-        circle = next((c for other in IMPORTS[module] if (c := comes_back(other, (*path, module)))), None)
+        circle = next((c for other in imports(module) if (c := comes_back(other, (*path, module)))), None)
         if circle is None:
             clean.add(module)
         return circle
@@ -105,5 +104,5 @@ def test_only_host_and_adapters_touch_what_peft_does_not_export():
 
 
 def test_the_check_sees_what_is_imported():
-    assert "host.layers" in IMPORTS["train.controller"]
-    assert "app.run" in IMPORTS["app.cli"]
+    assert "host.layers" in imports("train.controller")
+    assert "app.run" in imports("app.cli")

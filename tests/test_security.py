@@ -7,6 +7,7 @@ import html.parser
 import json
 import re
 import shutil
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,13 @@ from trimtab.app.cli import cli
 from trimtab.train.checkpoint import _checksum_of_facts, what_is_wrong
 
 ROOT = Path(__file__).parent.parent
-SOURCES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text("utf-8")) for path in ROOT.glob("src/**/*.py")}
-SOURCES |= {p.relative_to(ROOT).as_posix(): ast.parse(p.read_text("utf-8")) for p in ROOT.glob("examples/**/*.py")}
+SOURCES = {p.relative_to(ROOT).as_posix(): p for folder in ("src", "examples") for p in ROOT.glob(f"{folder}/**/*.py")}
+
+
+@cache
+def tree_of(source: str) -> ast.Module:
+    return ast.parse(SOURCES[source].read_text("utf-8"))
+
 
 # -- pickle -----------------------------------------------------------------------------------------------
 
@@ -37,11 +43,11 @@ def calls(tree):
 
 @pytest.mark.parametrize("path", SOURCES)
 def test_no_pickle_is_read_or_written(path):
-    for node in ast.walk(SOURCES[path]):
+    for node in ast.walk(tree_of(path)):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         assert not PICKLES & {name.split(".")[0] for name in names}, ast.unparse(node)
-    for function, given in calls(SOURCES[path]):
+    for function, given in calls(tree_of(path)):
         assert function not in ("torch.save", "np.save", "numpy.save", "yaml.unsafe_load"), function
         assert function != "yaml.load" or issubclass(lookup._Loader, yaml.SafeLoader)
         assert not function.endswith((".to_pickle", "read_pickle")), function
@@ -50,7 +56,7 @@ def test_no_pickle_is_read_or_written(path):
 
 
 def test_only_the_sandbox_runs_text_as_code():
-    found = {path for path, tree in SOURCES.items() for function, _ in calls(tree) if function in ("eval", "exec")}
+    found = {path for path in SOURCES for function, _ in calls(tree_of(path)) if function in ("eval", "exec")}
     assert found == {"src/trimtab/app/tasks/confine.py"}
 
 
