@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from marks import slow
 from test_run import trimtab, write_recipe
 from trimtab.app import run as runs
 from trimtab.plans import Plan
@@ -25,7 +26,7 @@ def at(folder, **sections):
     return write_recipe(folder, **{"train": TRAIN, "adapter": ADAPTER, "where": None} | sections)
 
 
-@pytest.mark.parametrize("rank", [EVA, {"method": "gora", "samples": 40, "gamma": 1.0}], ids=["eva", "gora"])
+@pytest.mark.parametrize("rank", [EVA, slow({"method": "gora", "samples": 40, "gamma": 1.0})], ids=["eva", "gora"])
 def test_plan_report_card_and_adapter_say_the_ranks_and_a_resumed_run_looks_at_nothing(rank, tmp_path, monkeypatch):
     recipe = at(tmp_path, rank=rank)
     assert f"which ranks is for {rank['method']} to say" in " ".join(trimtab("plan", recipe).stdout.split())

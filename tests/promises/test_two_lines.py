@@ -206,7 +206,7 @@ def test_plain_lora_by_choice_needs_no_comment(tmp_path, caplog):
     assert trim_lines(model, tmp_path, caplog) == []
 
 
-@pytest.mark.parametrize("torn", ["trainer_state.json", "optimizer.pt", "adapter_model.safetensors"])
+@pytest.mark.parametrize("torn", ["trainer_state.json", slow("optimizer.pt"), "adapter_model.safetensors"])
 def test_resuming_from_a_half_written_checkpoint_is_refused_with_the_cure(tmp_path, caplog, torn):
     fit(salient_model(), tmp_path, save_strategy="steps", save_steps=7)
     whole = (tmp_path / "checkpoint-14" / torn).read_bytes()
@@ -235,7 +235,7 @@ def test_save_only_model_warns_that_resume_is_impossible(tmp_path):
     assert peft.PeftModel.from_pretrained(tiny.build("bert"), str(tmp_path / "checkpoint-7"))
 
 
-@pytest.mark.parametrize("method", ["adalora", "salientlora+aflora"])
+@pytest.mark.parametrize("method", [slow("adalora"), "salientlora+aflora"])
 def test_a_state_dict_round_trip_in_mid_training_changes_nothing(tmp_path, method):
     class RoundTrip(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kw):

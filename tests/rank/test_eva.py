@@ -15,6 +15,7 @@ from torch import nn
 
 import tiny
 import trimtab
+from marks import slow
 from trimtab import EVA, Controller, GoRA, SalientLoRA, TrimConfig
 from trimtab.errors import ConfigError, DataError, ModelError, StaleAdapterError
 from trimtab.host.layers import hosted_layers
@@ -49,7 +50,9 @@ def down(model: nn.Module) -> dict[str, torch.Tensor]:
 # -- parity ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("family", "r"), [("llama", 4), ("llama", 2), ("mistral", 3), ("bert", 4), ("gpt2", 4)])
+@pytest.mark.parametrize(
+    ("family", "r"), [("llama", 4), slow("llama", 2), slow("mistral", 3), ("bert", 4), ("gpt2", 4)]
+)
 def test_ranks_and_directions_are_those_of_peft_s_eva(family, r):
     batches = padded(family)
     ours = adapted(family, r=r)
@@ -154,7 +157,7 @@ def test_the_largest_ratios_get_the_ranks_and_of_equal_ones_the_earlier_site():
 # -- the model that it leaves ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["bert", "t5", "bart", "gpt2", "llava"])
+@pytest.mark.parametrize("family", ["bert", "t5", slow("bart"), slow("gpt2"), slow("llava")])
 def test_the_function_and_the_total_rank_stay_and_the_scale_of_every_site(family):
     model = adapted(family)
     before = tiny.logits(model, family)
