@@ -131,6 +131,9 @@ FAULTS = [
     Fault("adapters/fused.py", "overlap @ _as(b, wide)", "overlap.sum(1)", "test_fused.py"),
     Fault("adapters/fused.py", "grad_x.addmm_(gh.t(), a, alpha=scale)", "grad_x.addmm_(gh.t(), a)", "test_fused.py"),
     Fault("adapters/fused.py", "gh = gh * wide_e.unsqueeze(1)", "gh = gh * 1", "test_fused.py"),
+    Fault("adapters/gated.py", "of_gate = grad.mul_(self.up)", "of_gate = grad", "test_fused.py"),
+    Fault("adapters/gated.py", "_hooks_for_saved(True) is not None", "False", "test_fused.py"),
+    Fault("adapters/gated.py", "edge == (tensor.grad_fn, tensor.output_nr)", "True", "test_fused.py"),
     Fault(
         "adapters/lowrank.py",
         "A * e.unsqueeze(1)",

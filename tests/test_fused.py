@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import math
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
+import transformers as tf
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,7 +21,9 @@ import trimtab
 from marks import slow
 from trimtab.adapters import dropout, fused
 from trimtab.adapters.fused import Route, lowrank_linear
+from trimtab.adapters.gated import gated
 from trimtab.adapters.lowrank import lowrank_delta
+from trimtab.host import layers
 
 N, IN, OUT, R = 5, 4, 3, 2
 ROUTES = [Route(merged, dense) for merged in (False, True) for dense in (False, True)]
@@ -412,6 +416,137 @@ def test_autocast_gives_its_dtype_and_gradients_in_the_parameters(p):
         torch.testing.assert_close(t[name].grad, want, rtol=0.05, atol=0.05)
 
 
+# -- the gated product -----------------------------------------------------------------------------------
+
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu, tanh": lambda g: F.gelu(g, approximate="tanh")}
+
+
+def product(t: dict[str, Tensor], act=F.silu, reverse: bool = False) -> Tensor:
+    """φ(gate) ⊙ up, of tensors that have a past, as a model's have."""
+    gate, up = t["gate"] * 1, t["up"] * 1
+    return up * act(gate) if reverse else act(gate) * up
+
+
+def gated_tensors(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    make = torch.Generator().manual_seed(8)
+    sources = {name: torch.randn(2, N, IN, generator=make, dtype=dtype).requires_grad_() for name in ("gate", "up")}
+    return {**tensors(dtype), **sources}
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("way", ROUTES, ids=str)
+def test_gradients_through_a_gated_product_are_those_of_its_parts_to_the_bit(way, p, act, monkeypatch):
+    force(monkeypatch, way)
+    for *factors, diagonal in itertools.product((True, False), (True, False), (True, None)):
+        wants = (*factors, diagonal, diagonal)
+        t = gated_tensors()
+        trained = dict(zip(("A", "B", "e", "b"), wants))
+        for name, want in trained.items():
+            t[name] = None if want is None else t[name].requires_grad_(want)
+        names = ["gate", "up", *(name for name, want in trained.items() if want)]
+
+        def function(*values, t=t, names=names, knows=True):
+            torch.manual_seed(3)
+            u = {**t, **dict(zip(names, values))}
+            x = product(u, ACTIVATIONS[act], reverse=bool(p))
+            source = gated(x)
+            assert source is not None
+            args = u["W"], u["bias"], u["A"], u["B"], 0.7, u["e"], u["b"], p
+            return lowrank_linear(x, *args, source if knows else None)
+
+        values = [t[name] for name in names]
+        ours, theirs = function(*values), function(*values, knows=False)
+        assert torch.equal(ours, theirs)
+        grads = [torch.autograd.grad(out.sin().sum(), values) for out in (ours, theirs)]
+        assert all(torch.equal(a, b) for a, b in zip(*grads)), wants
+        assert torch.autograd.gradcheck(function, values, fast_mode=True), wants
+
+
+def kept_by_the_graph(out: Tensor) -> dict[int, Tensor]:
+    """Storage -> tensor, of all that autograd keeps below; hooks, which would say it as well, make it keep more."""
+    found, seen, todo = {}, set(), [out.grad_fn]
+    while todo:
+        if (node := todo.pop()) is None or node in seen:
+            continue
+        seen.add(node)
+        todo += [below for below, _ in node.next_functions]
+        own = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+        for value in [*own, *getattr(node, "saved_tensors", ())]:
+            if isinstance(value, Tensor):
+                found[value.untyped_storage()._cdata] = value
+    return found
+
+
+def test_a_gated_product_and_its_activation_are_not_kept(monkeypatch):
+    force(monkeypatch, Route(merged=False, dense=False))
+    t = gated_tensors()
+    t["A"].requires_grad_()
+    wide = torch.Size((2, N, IN))
+
+    def kept(knows: bool) -> int:
+        x = product(t)
+        out = lowrank_linear(x, t["W"], None, t["A"], t["B"], 1.0, source=gated(x) if knows else None)
+        del x
+        return sum(s.shape == wide for s in kept_by_the_graph(out).values())
+
+    assert (kept(knows=False), kept(knows=True)) == (4, 2)
+
+
+def watched(x: Tensor) -> Tensor:
+    x.register_hook(lambda grad: grad)
+    return x
+
+
+def kept_for_later(x: Tensor) -> Tensor:
+    x.retain_grad()
+    return x
+
+
+OTHERS = {
+    "scaled": lambda g, u: F.silu(g) * u * 2,
+    "by a number": lambda g, u: F.silu(g) * 2,
+    "broadcast": lambda g, u: F.silu(g) * u[:1],
+    "no way to the gate": lambda g, u: F.silu(g.detach()) * u,
+    "no way up": lambda g, u: F.silu(g) * u.detach(),
+    "a step between": lambda g, u: F.dropout(F.silu(g), 0.5) * u,
+    "the result of relu": lambda g, u: F.relu(g) * u,
+    "changed": lambda g, u: (F.silu(g) * u).mul_(2),
+    "activated in place": lambda g, u: F.silu(g, inplace=True) * u,
+    "watched": lambda g, u: watched(F.silu(g) * u),
+    "watched on its way": lambda g, u: watched(F.silu(g)) * u,
+    "kept for later": lambda g, u: kept_for_later(F.silu(g) * u),
+    "kept for later on its way": lambda g, u: kept_for_later(F.silu(g)) * u,
+    "leaves": lambda g, u: F.silu(g.detach().requires_grad_()) * u,
+    "wider": lambda g, u: F.silu(g) * u.float(),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_not_a_gated_product_is_left_as_it_is(name):
+    t = gated_tensors()
+    assert gated(product(t)) is not None
+    assert gated(OTHERS[name](t["gate"] * 1, t["up"] * 1)) is None
+
+
+def test_a_gate_changed_behind_autograd_is_left_for_it_to_notice():
+    t = gated_tensors()
+    gate = t["gate"] * 1
+    x = F.silu(gate) * (t["up"] * 1)
+    with torch.no_grad():
+        gate.mul_(2)
+    assert gated(x) is None
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        x.sum().backward()
+
+
+def test_where_something_else_holds_what_autograd_keeps_it_is_not_asked():
+    t, asked = gated_tensors(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda s: s, lambda s: asked.append(s) or s):
+        assert gated(product(t)) is None
+    assert not asked
+
+
 # -- the host -------------------------------------------------------------------------------------------
 
 
@@ -577,6 +712,168 @@ def test_function_transforms_fall_back_to_the_plain_formula():
     x = torch.randn(3, layer.in_features, dtype=torch.float64)
     jacobians = torch.func.vmap(torch.func.jacrev(layer))(x)
     assert jacobians.shape == (3, layer.out_features, layer.in_features)
+
+
+GATED = {
+    "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**SMALL)),
+    "mistral": lambda: tf.MistralForCausalLM(tf.MistralConfig(**SMALL)),
+    "qwen 3": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**SMALL, head_dim=8)),
+    "gemma 2, gelu": lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**SMALL, head_dim=8)),
+    "phi 3, fused": lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**SMALL, pad_token_id=0)),
+}
+SMALL = dict(
+    vocab_size=tiny.VOCAB,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+
+
+def gated_model(family: str, **settings) -> nn.Module:
+    torch.manual_seed(0)
+    config = trimtab.TrimConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **settings)
+    return peft.get_peft_model(GATED[family](), config).train()
+
+
+def found_products(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each call that asks: whether its input is a gated product."""
+    found: list[bool] = []
+
+    def asked(x: Tensor):
+        source = gated(x)
+        found.append(source is not None)
+        return source
+
+    monkeypatch.setattr(layers, "gated", asked)
+    return found
+
+
+GATED_CASES = {
+    "plain LoRA": {},
+    "dropout": {"lora_dropout": 0.3},
+    "SalientLoRA and AFLoRA": CASES["SalientLoRA and AFLoRA"],
+}
+FIRST = {("llama", case) for case in GATED_CASES} | {
+    (family, "plain LoRA") for family in ("gemma 2, gelu", "phi 3, fused")
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "case"),
+    [pair if pair in FIRST else slow(*pair) for pair in itertools.product(GATED, GATED_CASES)],
+)
+def test_training_with_gated_products_is_training_without_to_the_bit(family, case, monkeypatch):
+    case = GATED_CASES[case]
+    found, runs = found_products(monkeypatch), []
+    for knows in (True, False):
+        if not knows:
+            monkeypatch.setattr(layers, "gated", lambda x: None)
+        model = gated_model(family, **copy.deepcopy(case))
+        losses = train(model, "llama", 12, controlled="rank" in case)
+        runs.append((losses, {name: p.detach() for name, p in model.named_parameters() if "lora" in name}))
+    assert any(found) if "rank" in case else sum(found) == 2 * 12
+    (ours, our_weights), (theirs, their_weights) = runs
+    assert ours == theirs
+    assert our_weights.keys() == their_weights.keys()
+    assert all(torch.equal(our_weights[name], their_weights[name]) for name in our_weights)
+
+
+def test_two_activations_of_each_gated_feed_forward_are_not_kept(monkeypatch):
+    def kept() -> int:
+        loss = gated_model("llama")(**tiny.batch("llama")).loss
+        return sum(s.shape == (8, 8, SMALL["intermediate_size"]) for s in kept_by_the_graph(loss).values())
+
+    ours = kept()
+    monkeypatch.setattr(layers, "gated", lambda x: None)
+    assert (ours, kept()) == (2 * SMALL["num_hidden_layers"], 4 * SMALL["num_hidden_layers"])
+
+
+def gradients_with(
+    change, monkeypatch: pytest.MonkeyPatch, is_elsewhere: bool = False
+) -> tuple[list[bool], dict[str, Tensor]]:
+    found = found_products(monkeypatch)
+    model = gated_model("llama")
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.1)
+    change(model)
+    with torch.autograd.graph.save_on_cpu() if is_elsewhere else contextlib.nullcontext():
+        model(**tiny.batch("llama")).loss.backward()
+    return found, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def parts(model: nn.Module, ending: str) -> list[nn.Module]:
+    return [module for name, module in model.named_modules() if name.endswith(ending)]
+
+
+def checkpointed(reentrant: bool):
+    def change(model):
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+
+    return change
+
+
+def test_gated_products_under_autocast_are_the_same_to_the_bit(monkeypatch):
+    def gradients() -> list[Tensor]:
+        model = gated_model("llama", init_lora_weights=False)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(**tiny.batch("llama")).loss.backward()
+        return [p.grad for p in model.parameters() if p.requires_grad]
+
+    found = found_products(monkeypatch)
+    ours = gradients()
+    assert any(found)
+    monkeypatch.setattr(layers, "gated", lambda x: None)
+    assert all(torch.equal(a, b) for a, b in zip(ours, gradients()))
+
+
+SEEN: list[Tensor] = []
+CHANGES = {
+    "reentrant checkpointing": (checkpointed(True), True),
+    "checkpointing": (checkpointed(False), False),
+    "a hook that looks at the activation": (
+        lambda model: parts(model, "act_fn")[0].register_forward_hook(lambda m, args, out: SEEN.append(out)),
+        True,
+    ),
+    "a hook on the layer": (
+        lambda model: [
+            m.register_forward_pre_hook(lambda m, args: SEEN.append(args[0])) for m in parts(model, "down_proj")
+        ],
+        False,
+    ),
+    "a full backward hook": (
+        lambda model: [m.register_full_backward_hook(lambda *_: None) for m in parts(model, "act_fn")],
+        False,
+    ),
+    "activations kept elsewhere": (lambda model: None, False),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_gated_products_leave_hooks_and_checkpoints_as_they_are(name, monkeypatch):
+    change, is_found = CHANGES[name]
+    found, ours = gradients_with(change, monkeypatch, is_elsewhere="elsewhere" in name)
+    assert any(found) == is_found
+    monkeypatch.setattr(layers, "gated", lambda x: None)
+    _, theirs = gradients_with(lambda model: None, monkeypatch)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_hook_that_asks_for_the_gradient_of_the_product_gets_it():
+    grads = []
+    for kind in (trimtab.TrimConfig, peft.LoraConfig):
+        torch.manual_seed(0)
+        model = peft.get_peft_model(GATED["llama"](), kind(r=4, target_modules="all-linear")).train()
+        kept = []
+        down = parts(model, "down_proj")[0]
+        down.register_forward_pre_hook(lambda m, args, kept=kept: args[0].retain_grad() or kept.append(args[0]))
+        model(**tiny.batch("llama")).loss.backward()
+        grads.append(kept[0].grad)
+    torch.testing.assert_close(*grads)
 
 
 # -- choice of route ---------------------------------------------------------------------------------------

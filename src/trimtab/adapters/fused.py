@@ -14,6 +14,7 @@ The plain formula (`lowrank.lowrank_delta`) is the definition; this is the same 
 - What is contracted first follows from the shapes (see `Route`). With many tokens and a small weight,
   W + M A costs less than two thin products. With a large rank, gᵀx costs less than four of them.
 - Kept for the backward pass: h, and x where A trains; with dropout two random bytes per input element.
+  Of an x that is a gated feed-forward's product, its two sources instead (`gated`).
 - On a CPU without bf16 (f16) arithmetic, products of such tensors are made in f32: BLAS is an order of
   magnitude faster there, the result is rounded once, and f32 factors on a bf16 base stay as they are.
 """
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .dropout import draw_bits, drop_rate, keep_mask
+from .gated import Gated
 
 # Fixed costs per element of a thin product and of a merged weight, in multiply-adds: reading and writing
 # the large operand. Measured (docs/performance.md); only speed depends on them.
@@ -85,6 +87,7 @@ def lowrank_linear(
     e: Tensor | None = None,
     b: Tensor | None = None,
     dropout: float = 0.0,
+    source: Gated | None = None,
 ) -> Tensor:
     """A frozen linear layer and its low-rank adapter.
 
@@ -95,6 +98,7 @@ def lowrank_linear(
         scale: s.
         e, b: diagonals, shapes (r,) and (out,), or None for ones.
         dropout: rate of dropout on the adapter's input; 0 for none.
+        source: what x is the product of (`gated.gated`); gradients go to its tensors, and x is not kept.
     Returns:
         Tensor of shape (..., out), in x's dtype, or in autocast's.
 
@@ -102,15 +106,18 @@ def lowrank_linear(
     """
     device = x.device.type
     call = _LowRankLinear.apply if torch.is_grad_enabled() else _without_gradient
-    bits = None
+    bits = gate = up = gelu = None
+    if source is not None:
+        x = x.detach()  # lets go of the part of the graph between x and its sources, and of what that keeps
+        gate, up, gelu = source
     if dropout > 0:
         bits = draw_bits(x.numel(), x.device)
         scale = scale / (1 - drop_rate(dropout))
     if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
-            return call(x, weight, bias, A, B, e, b, scale, bits, dropout, dtype)
-    return call(x, weight, bias, A, B, e, b, scale, bits, dropout, x.dtype)
+            return call(x, weight, bias, A, B, e, b, gate, up, gelu, scale, bits, dropout, dtype)
+    return call(x, weight, bias, A, B, e, b, gate, up, gelu, scale, bits, dropout, x.dtype)
 
 
 def _without_gradient(*args: Any) -> Tensor:
@@ -207,6 +214,9 @@ class _LowRankLinear(torch.autograd.Function):
         B: Tensor,
         e: Tensor | None,
         b: Tensor | None,
+        gate: Tensor | None,
+        up: Tensor | None,
+        gelu: str | None,
         scale: float,
         bits: Tensor | None,
         dropout: float,
@@ -215,7 +225,8 @@ class _LowRankLinear(torch.autograd.Function):
         wide = _product_dtype(dtype, x.device.type)
         need_x = need_a = need_g = False
         if ctx is not None:
-            need_x, _, _, need_a, need_b_factor, need_e, need_b, *_ = ctx.needs_input_grad
+            need_x, _, _, need_a, need_b_factor, need_e, need_b, need_gate, need_up, *_ = ctx.needs_input_grad
+            need_x = need_x or need_gate or need_up
             need_g = need_b_factor or need_e or need_b
         n_out, n_in = weight.shape
         shape = x.shape
@@ -242,8 +253,29 @@ class _LowRankLinear(torch.autograd.Function):
         if ctx is not None:
             keeps_x = need_a or (need_g and way.dense)
             keeps_bits = bits if need_x or keeps_x else None
-            ctx.save_for_backward(x if keeps_x else None, h if keeps_h else None, keeps_bits, weight, A, B, e, b)
-            ctx.settings = scale, dropout, wide, way, shape, x.dtype, None if bias is None else bias.dtype
+            ctx.save_for_backward(
+                x if keeps_x and gate is None else None,
+                h if keeps_h else None,
+                keeps_bits,
+                weight,
+                A,
+                B,
+                e,
+                b,
+                gate,
+                up,
+            )
+            ctx.settings = (
+                scale,
+                dropout,
+                wide,
+                way,
+                shape,
+                x.dtype,
+                None if bias is None else bias.dtype,
+                keeps_x,
+                gelu,
+            )
         return _as(y, dtype).view(*shape[:-1], n_out)
 
     @staticmethod
@@ -258,11 +290,17 @@ class _LowRankLinear(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, h, bits, weight, A, B, e, b = ctx.saved_tensors
-    scale, dropout, wide, way, shape, x_dtype, bias_dtype = ctx.settings
-    need_x, _, need_bias, need_a, need_b_factor, need_e, need_b = ctx.needs_input_grad[:7]
+    x, h, bits, weight, A, B, e, b, gate, up_source = ctx.saved_tensors
+    scale, dropout, wide, way, shape, x_dtype, bias_dtype, keeps_x, gelu = ctx.settings
+    need_x, _, need_bias, need_a, need_b_factor, need_e, need_b, *need_sources = ctx.needs_input_grad[:9]
+    need_x = need_x or any(need_sources)
     need_g = need_b_factor or need_e or need_b
     n_out, n_in = weight.shape
+    source: Any = None if gate is None else Gated(gate, up_source, gelu)
+    activated = None
+    if source is not None:
+        activated = source.activated()
+        x = activated * up_source if keeps_x else None
     # What is not needed stays None; the route and ctx.needs_input_grad say what is.
     inputs: Any = None if x is None else _as(x.reshape(-1, n_in), wide)  # (n, in)
     grad_x: Any = None
@@ -302,24 +340,32 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if need_b_factor:
             G = G if column_e is None else G * column_e
             grad_b_factor = _as(G if b is None else G * _as(b, wide), B.dtype).t()
-    if need_x:
-        grad_x = g @ (_merge(weight, M, a, scale, wide) if way.merged else _as(weight, wide))  # (n, in)
-        if bits is None and not way.merged:
-            grad_x.addmm_(gh.t(), a, alpha=scale)
     if need_a and way.dense:
         grad_a = _scaled_product(M.t(), dense, scale, a)  # (r, in)
     elif need_a and bits is None:
         grad_a = _scaled_product(gh, inputs, scale, a)
+    if bits is None and source is not None:
+        x = inputs = None  # rebuilt here, and done with
+    if need_x:
+        grad_x = g @ (_merge(weight, M, a, scale, wide) if way.merged else _as(weight, wide))  # (n, in)
+        if bits is None and not way.merged:
+            grad_x.addmm_(gh.t(), a, alpha=scale)
     if bits is not None and needs_gh:
         thin = inputs if need_a and not way.dense else None
         through = _through_mask(gh, a, scale, thin, bits, dropout, grad_x)
         grad_a = grad_a if thin is None else through
+    grad_gate = grad_up = None
     if need_x:
         grad_x = _as(grad_x, x_dtype).view(shape)
+    if source is not None:
+        x = inputs = None
+        grad_gate, grad_up = source.gradients(grad_x, activated, need_sources)
+        grad_x = None
     if need_a:
         grad_a = _as(grad_a, A.dtype)
     grad_bias = g.sum(0).to(bias_dtype) if need_bias else None
-    return grad_x, None, grad_bias, grad_a, grad_b_factor, grad_e, grad_b, None, None, None, None
+    sources = grad_gate, grad_up, None
+    return grad_x, None, grad_bias, grad_a, grad_b_factor, grad_e, grad_b, *sources, None, None, None, None
 
 
 _gradients_once = once_differentiable(_gradients)
@@ -330,17 +376,21 @@ _gradients_once = once_differentiable(_gradients)
 _PLAIN = (nn.Parameter, Tensor)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    # Asked several times a layer and step, so straight from the module's dictionary.
+    own: Any = module.__dict__
+    return bool(
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    )
+
+
 def is_plain_linear(module: nn.Module) -> bool:
     """Exactly an `nn.Linear` that nothing has been hung on: no hooks, no patched forward, no offloading,
     no quantised or sharded weight."""
-    # Asked three times a layer and step, so straight from the module's dictionaries.
     own: Any = module.__dict__
     return (
         type(module) is nn.Linear
-        and not own["_forward_hooks"]
-        and not own["_forward_pre_hooks"]
-        and not own["_backward_hooks"]
-        and not own["_backward_pre_hooks"]
+        and not has_hooks(module)
         and "forward" not in own
         and type(own["_parameters"].get("weight")) in _PLAIN
     )

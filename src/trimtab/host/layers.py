@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters import fused
+from ..adapters.gated import gated
 from ..adapters.lowrank import delta_weight, fold, lowrank_delta
 from ..errors import ConfigError, ModelError
 from ..plans import Budget, Where
@@ -662,7 +663,9 @@ class TrimLayer(_Mixed):
         elif type(dropout) is not nn.Identity:
             return None
         (weight, bias), (A, _), (B, _) = _weights(base), _weights(down), _weights(up)
-        return fused.lowrank_linear(x, weight, bias, A, B, self.scaling[name], *self.at_work(name), p)
+        # A hook may have kept x to ask for its gradient, which then has to be part of the graph.
+        source = gated(x) if self.training and not fused.has_hooks(self) else None
+        return fused.lowrank_linear(x, weight, bias, A, B, self.scaling[name], *self.at_work(name), p, source)
 
     def _delta(self, name: str, x: Tensor) -> Tensor:
         A, B = self.factors(name)
