@@ -54,6 +54,26 @@ def _own_name(path: str) -> str:
     return path.replace("_checkpoint_wrapped_module.", "")
 
 
+_INPUT_HOOKS = ("make_inputs_require_grads", "make_inputs_require_grad")  # transformers' name for it, and PEFT's
+
+
+def keep_inputs_out_of_the_graph(model: nn.Module) -> None:
+    """Undo what transformers, PEFT and TRL do to embeddings for checkpointing, where checkpointing does not need it.
+
+    They make the embeddings' output want a gradient, without which reentrant checkpointing finds no adapter. Every
+    block below the lowest adapter is then run a second time, and gone through backwards, for a gradient that nobody
+    reads. Non-reentrant checkpointing has no need of that. Where any is reentrant, nothing changes.
+    """
+    kinds = [vars(m).get("_gradient_checkpointing_func") for m in model.modules()]
+    kinds = [getattr(kind, "keywords", {}).get("use_reentrant") for kind in kinds if kind is not None]
+    if not kinds or any(kind is not False for kind in kinds):
+        return
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__name__", "") in _INPUT_HOOKS:
+                del module._forward_hooks[key]
+
+
 def is_adapted(module: nn.Module) -> bool:
     """Whether PEFT has put a layer of a tuner, of any type, in this module's place."""
     return isinstance(module, BaseTunerLayer)

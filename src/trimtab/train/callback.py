@@ -23,7 +23,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..errors import CheckpointError, ConfigError, StaleAdapterError
-from ..host.adapted import adapter_config, peft_model_of
+from ..host.adapted import adapter_config, keep_inputs_out_of_the_graph, peft_model_of
 from ..host.layers import REPLICAS, TrimConfig, hosted_layers
 from ..host.sharding import is_sharded, reshard
 from .checkpoint import (
@@ -132,6 +132,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         if self._hook is not None:
             self._hook.remove()
         self._has_loop = _is_in_training()
+        keep_inputs_out_of_the_graph(model)  # the Trainer has turned checkpointing on by now
         self.controller = Controller(
             model,
             self._optimizer,
