@@ -303,10 +303,9 @@ class AFLoRAFreezer(Freezer):
         window = [self._window[name] for name in names]
         if not window:
             return
-        absolute = [
-            gradients[name].detach().abs().to(w.dtype) if name in gradients else torch.zeros_like(w)
-            for name, w in zip(names, window)
-        ]
+        given = [name for name in names if name in gradients]
+        sizes = dict(zip(given, torch._foreach_abs([gradients[name].detach() for name in given]) if given else ()))
+        absolute = [sizes[name].to(w.dtype) if name in sizes else torch.zeros_like(w) for name, w in zip(names, window)]
         assert all(g.shape == w.shape for g, w in zip(absolute, window)), "a cut without pruned()"
 
         if step // interval != self._last_observed // interval:

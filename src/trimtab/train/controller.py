@@ -213,11 +213,13 @@ class Controller:
         self._seen = (with_gradient[0], gradients[0]) if gradients else None
         self._watch.norms = list(torch._foreach_norm(gradients)) if gradients else []
         if self.freezer is not None and self.freezer.reads_gradients:
-            self._gradients = {
-                name: p.grad.detach() / loss_scale if loss_scale != 1.0 else p.grad.detach().clone()
+            read = {
+                name: p.grad.detach()
                 for name, p in self._tensors.projections().items()
                 if p.requires_grad and p.grad is not None
             }
+            # Copies: they are clipped in place after this. One call, and divided by 1 they stay as they are.
+            self._gradients = dict(zip(read, torch._foreach_div(list(read.values()), loss_scale))) if read else {}
         if self.rank is not None and not self.rank.e_decays:
             self._e_before = {n: e.detach().clone() for n, e in self._tensors.diagonals().items()}
         self._is_ready = self._watch.is_ready = True

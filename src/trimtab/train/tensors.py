@@ -27,6 +27,7 @@ class AdapterTensors:
         self.layers: dict[str, TrimLayer] = hosted_layers(model, adapter_name)
         self.parameters = adapter_parameters(model, adapter_name)
         """All of the adapter, of any kind; heads and other saved modules are not among them."""
+        self._ones: dict[str, Tensor] = {}
 
     # -- one by one ---------------------------------------------------------------------------------
 
@@ -78,9 +79,15 @@ class AdapterTensors:
         for name, layer in self.layers.items():
             A, B = layer.factors(self.adapter_name)
             e, _ = layer.at_work(self.adapter_name)
-            ones_or_e = A.new_ones(A.shape[0]) if e is None else e
-            found[name] = Factors(name, A, ones_or_e, B, has_values)
+            found[name] = Factors(name, A, self._ones_of(name, A) if e is None else e, B, has_values)
         return found
+
+    def _ones_of(self, name: str, A: Tensor) -> Tensor:
+        """(r,); asked for at every step, and the same until a cut."""
+        ones = self._ones.get(name)
+        if ones is None or (ones.shape[0], ones.dtype, ones.device) != (A.shape[0], A.dtype, A.device):
+            self._ones[name] = ones = A.new_ones(A.shape[0])
+        return ones
 
     def at_rest(self) -> list[nn.Parameter]:
         """What waits until it is needed, and is not at work yet."""
