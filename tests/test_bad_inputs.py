@@ -121,6 +121,7 @@ SETTINGS = [
     ("train.report_to=tensorbord", "Did you mean 'tensorboard'?"),
     ("train.deepspeed=ds.json", "no such file"),
     ("train.deepspeed={zero_optimization: {stage: 2}}", "not installed here: pip install deepspeed"),
+    ("train.use_liger_kernel=true", "not installed here: pip install liger-kernel"),
     ("train.fsdp=full_shard", "shards over several processes, and this is one: torchrun"),
     ("train.fsdp_config=missing.json", "no such file"),
     ("train={bf16: true, fp16: true}", "train.bf16 is set too; keep one of them"),
@@ -374,7 +375,7 @@ def alone(place, monkeypatch):
     """Without a network, and without packages that a machine may have."""
     monkeypatch.chdir(place)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    absent = ("wandb", "mlflow", "tensorboard", "tensorboardX", "deepspeed")
+    absent = ("wandb", "mlflow", "tensorboard", "tensorboardX", "deepspeed", "liger_kernel")
     there = trainer_settings._is_there
     monkeypatch.setattr(trainer_settings, "_is_there", lambda package: package not in absent and there(package))
 

@@ -181,6 +181,8 @@ def check_machine(train: Mapping[str, Any]) -> None:
     if train.get("deepspeed"):
         _need_file("train.deepspeed", train["deepspeed"])
         _need_package("train.deepspeed", train["deepspeed"], ("deepspeed",))
+    if train.get("use_liger_kernel"):  # the Trainer asks for it once the model is loaded
+        _need_package("train.use_liger_kernel", True, ("liger_kernel",))
     if train.get("fsdp") and int(os.environ.get("WORLD_SIZE", "1")) < 2:
         cure = "shards over several processes, and this is one: torchrun --nproc-per-node=2 -m trimtab run …"
         raise ConfigError("train.fsdp", train["fsdp"], cure)
