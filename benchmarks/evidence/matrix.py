@@ -93,7 +93,8 @@ SWAPPED = (*FIRST, "cka-lora", "random-lora", "lora-r4", "budget", "uniform-lora
            "aflora-late-vectors", "influence-composition-vectors", "eva", "gora")  # fmt: skip
 # On the other tasks: whether what SST-2 says of layers and of freezing holds there, too.
 PARTS = (*FIRST, "cka-lora", "random-lora", "uniform-lora", "influence-lora", "aflora", "aflora-late", "lora-r4",
-         "lora-r2", "influence-composition")  # fmt: skip
+         "lora-r2", "influence-composition", "influence-salientlora", "aflora-vectors", "aflora-late-vectors",
+         "influence-composition-vectors")  # fmt: skip
 
 TASKS = {
     task.name: task
