@@ -4,4 +4,3 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 """One JSON file a run: ``TASK/ROW/NAME.json``."""
-RECIPE = Path(__file__).parent / "minilm.yaml"

@@ -34,9 +34,16 @@ class Task:
     """Whether all rows are tuned and compared here."""
     folder: str = ""
     """Of the data and of the task in GLUE, where the name is another."""
+    recipe: str = "minilm.yaml"
+    held_out: float | None = None
+    """Share of the rows that is scored, where there is no file of others; the loss on them is the score."""
+    samples: int = 1024
+    """Rows by which layers, ranks and factors are chosen."""
 
     def overrides(self, data: Path) -> list[str]:
         folder = self.folder or self.name
+        if self.held_out:
+            return [f"data.train={data / folder / 'train.jsonl'}", f"data.held_out={self.held_out}", *self.settings]
         files = [f"data.{split}={data / folder / f'{split}.jsonl'}" for split in ("train", "validation")]
         return [f"task.name=glue/{folder}", *files, f"train.num_train_epochs={self.epochs}", *self.settings]
 
@@ -82,7 +89,8 @@ class Run:
         held_out = ["data.held_out=0.2"] if self.tuning else []
         rate = float(self.rate) * self.row.rate_factor
         ends = [f"train.learning_rate={rate:g}", f"seed={self.seed}"]
-        return [*self.task.overrides(data), *rows, *held_out, *self.row.overrides, *ends]
+        row = [text.replace("samples: 1024", f"samples: {self.task.samples}") for text in self.row.overrides]
+        return [*self.task.overrides(data), *rows, *held_out, *row, *ends]
 
 
 # At LoRA's own rate: the first ones answer whether a method can be swapped in, the others what its parts do.
@@ -95,6 +103,9 @@ SWAPPED = (*FIRST, "cka-lora", "random-lora", "lora-r4", "budget", "uniform-lora
 PARTS = (*FIRST, "cka-lora", "random-lora", "uniform-lora", "influence-lora", "aflora", "aflora-late", "lora-r4",
          "lora-r2", "influence-composition", "influence-salientlora", "aflora-vectors", "aflora-late-vectors",
          "influence-composition-vectors")  # fmt: skip
+# On a decoder, at equal steps, by what each part of the composition brings.
+DECODER = ("lora-r8", "cka-lora", "salientlora", "composition", "influence-lora", "influence-composition-vectors",
+           "aflora", "aflora-late", "aflora-late-vectors", "lora-r2", "uniform-lora")  # fmt: skip
 
 TASKS = {
     task.name: task
@@ -106,6 +117,8 @@ TASKS = {
         Task("rte", "RTE", 2490, 3, 1500, swapped=PARTS),
         Task("sst2-first", "SST-2, the file's first rows", 6000, 1, 0, ("data.sample_seed=first",),
              swapped=FIRST, tuned=False, folder="sst2"),
+        Task("code", "SmolLM2, Code Alpaca", 750, 1, 0, swapped=DECODER, tuned=False, folder="code_alpaca",
+             recipe="smollm2.yaml", held_out=0.2, samples=128),
     )
 }  # fmt: skip
 

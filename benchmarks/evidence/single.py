@@ -33,12 +33,10 @@ def record(run: Run, data: Path, target: Path) -> None:
     from trimtab.app.runfolder import RunFolder, write_text
     from trimtab.app.screen import Screen
 
-    from . import RECIPE
-
     torch.set_num_threads(1)
     keep_freed_memory()
     screen = Screen(quiet=True)
-    recipe = recipes.load(RECIPE, run.overrides(data))
+    recipe = recipes.load(Path(__file__).with_name(run.task.recipe), run.overrides(data))
     with tempfile.TemporaryDirectory() as place:
         folder = RunFolder(Path(place))
         job = stages.load(recipe, screen)
@@ -70,6 +68,7 @@ def record(run: Run, data: Path, target: Path) -> None:
         "loss": metrics.get("loss"),
         "metrics": metrics,
         "curve": [[one["step"], round(one["loss"], 4)] for one in curve if "loss" in one],
+        "held_out": [[one["step"], round(one["eval_loss"], 5)] for one in curve if "eval_loss" in one],
         "params": {name: params[name] for name in ("initial", "final", "average")}
         | {"held": params.get("held", params["final"])},
         "cpu_seconds": {"training": round(training, 1), "whole": round(time.process_time(), 1)},
