@@ -156,8 +156,9 @@ def _over(results: Results, names: list[str], one: Question, rate: str | None = 
 
 
 def swapped(results: Results) -> list[str]:
-    """Tasks with rows at the one rate, on drawn rows."""
-    return [name for name, task in TASKS.items() if task.tuned and results.cell(name, BASELINE, UNTUNED)]
+    """Tasks with rows to compare at the one rate, on drawn rows."""
+    return [name for name, task in TASKS.items() if task.tuned and results.cell(name, BASELINE, UNTUNED)
+            and any(results.cell(name, row, UNTUNED) for row in task.swapped if row != BASELINE)]  # fmt: skip
 
 
 def measured(results: Results) -> list[str]:
@@ -167,7 +168,8 @@ def measured(results: Results) -> list[str]:
 
 def untuned(results: Results) -> str:
     """Methods swapped at LoRA's own rate."""
-    names = [task.name for task in TASKS.values() if task.swapped and results.cell(task.name, BASELINE, UNTUNED)]
+    names = [task.name for task in TASKS.values()
+             if task.swapped and not task.held_out and results.cell(task.name, BASELINE, UNTUNED)]  # fmt: skip
     return "\n\n".join(f"### {TASKS[name].title}\n\n{_untuned(results, name)}" for name in names)
 
 
@@ -176,7 +178,6 @@ def _untuned(results: Results, task: str) -> str:
     cells = {row: results.cell(task, row.name, UNTUNED) for row in map(ROWS.__getitem__, TASKS[task].swapped)}
     for row, cell in cells.items():
         if cell is None:
-            rows.append([row.title, *["not run yet"] * 7])
             continue
         apart = None if row.name == BASELINE else results.apart(task, row.name, BASELINE, UNTUNED)
         if row.name in FIRST and apart is not None and apart.mean < -0.02:
@@ -192,7 +193,9 @@ def _untuned(results: Results, task: str) -> str:
         said = f"Of the four methods above, more than two points under LoRA: {listing(behind)}."
     else:
         said = "Of the four methods above none is more than two points under LoRA."
-    return f"{table(columns, rows)}\n\n{said}{_stuck(cells.values())}"
+    left = [row.title for row, cell in cells.items() if cell is None]
+    not_run = f"\n\nNot run yet: {'; '.join(left)}." if left else ""
+    return f"{table(columns, rows)}\n\n{said}{_stuck(cells.values())}{not_run}"
 
 
 def _stuck(cells: Iterable[Cell | None]) -> str:
@@ -200,6 +203,35 @@ def _stuck(cells: Iterable[Cell | None]) -> str:
     found = [f"{ROWS[one['row']].title} with seed {one['seed']}" for cell in cells if cell for one in cell.records
              if len(set(one["rows"]["predicted"])) == 1]  # fmt: skip
     return f" {listing(found)} learned nothing: the same answer for every row." if found else ""
+
+
+def decoder(results: Results) -> str:
+    """The loss on held-out answers at equal steps, with what was trained and how long it took."""
+    parts = []
+    for task in (task for task in TASKS.values() if task.held_out):
+        cells = [(ROWS[name], results.cell(task.name, name, UNTUNED)) for name in task.swapped]
+        if not (known := [(row, cell) for row, cell in cells if cell]):
+            continue
+        rows = []
+        for row, cell in known:
+            apart = None if row.name == BASELINE else results.apart(task.name, row.name, BASELINE, UNTUNED)
+            rows.append([row.title, f"{cell.mean:.3f}", of_losses(apart), str(len(cell.records)),
+                         *(count(cell.of("params", key)) for key in ("final", "average")),
+                         duration(cell.of("cpu_seconds", "training")),
+                         byte_size(max(one["peak_memory_bytes"] for one in cell.records))])  # fmt: skip
+        columns = ["", "loss", "to LoRA r 8", "seeds", "trained at the end", "on average", "CPU time", "peak memory"]
+        left = [row.title for row, cell in cells if cell is None]
+        said = f"\n\nNot run yet: {'; '.join(left)}." if left else ""
+        parts.append(f"### {task.title}\n\n{table(columns, rows)}{said}")
+    return "\n\n".join(parts) or "Not run yet."
+
+
+def of_losses(apart: Difference | None) -> str:
+    """``+0.012 (−0.003 to +0.027)``; above zero is worse."""
+    if apart is None:
+        return "–"
+    ends = [f"{x:+.3f}".replace("-", "−") for x in (apart.mean, apart.low, apart.high) if x is not None]
+    return f"{ends[0]} ({ends[1]} to {ends[2]})" if len(ends) == 3 else ends[0]
 
 
 def tasks(results: Results) -> str:
@@ -269,6 +301,7 @@ def drawn(results: Results) -> str:
 BLOCKS: dict[str, Callable[[Results], str]] = {
     "extent": extent,
     "untuned": untuned,
+    "decoder": decoder,
     "questions": questions,
     "notes": notes,
     "figures": drawn,

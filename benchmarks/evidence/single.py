@@ -68,7 +68,11 @@ def record(run: Run, data: Path, target: Path) -> None:
         "loss": metrics.get("loss"),
         "metrics": metrics,
         "curve": [[one["step"], round(one["loss"], 4)] for one in curve if "loss" in one],
-        "held_out": [[one["step"], round(one["eval_loss"], 5)] for one in curve if "eval_loss" in one],
+        "held_out": [
+            [one["step"], round(one["metrics"]["loss"], 5)]
+            for one in curve
+            if one.get("event") == "eval" and "loss" in one["metrics"]
+        ],
         "params": {name: params[name] for name in ("initial", "final", "average")}
         | {"held": params.get("held", params["final"])},
         "cpu_seconds": {"training": round(training, 1), "whole": round(time.process_time(), 1)},
