@@ -206,7 +206,8 @@ def _stuck(cells: Iterable[Cell | None]) -> str:
 
 
 def decoder(results: Results) -> str:
-    """The loss on held-out answers at equal steps, with what was trained and how long it took."""
+    """The loss on held-out answers at equal steps, with what was trained. Not the time: these runs did not have the
+    machine to themselves."""
     parts = []
     for task in (task for task in TASKS.values() if task.held_out):
         cells = [(ROWS[name], results.cell(task.name, name, UNTUNED)) for name in task.swapped]
@@ -217,9 +218,8 @@ def decoder(results: Results) -> str:
             apart = None if row.name == BASELINE else results.apart(task.name, row.name, BASELINE, UNTUNED)
             rows.append([row.title, f"{cell.mean:.3f}", of_losses(apart), str(len(cell.records)),
                          *(count(cell.of("params", key)) for key in ("final", "average")),
-                         duration(cell.of("cpu_seconds", "training")),
                          byte_size(max(one["peak_memory_bytes"] for one in cell.records))])  # fmt: skip
-        columns = ["", "loss", "to LoRA r 8", "seeds", "trained at the end", "on average", "CPU time", "peak memory"]
+        columns = ["", "loss", "to LoRA r 8", "seeds", "trained at the end", "on average", "peak memory"]
         left = [row.title for row, cell in cells if cell is None]
         said = f"\n\nNot run yet: {'; '.join(left)}." if left else ""
         parts.append(f"### {task.title}\n\n{table(columns, rows)}{said}")

@@ -135,7 +135,9 @@ def test_several_samples_give_pass_at_each_k(tmp_path):
 def test_what_a_model_writes_is_stopped_and_scored_as_failed(tmp_path):
     def reply(prompt):
         return (
-            "\n    while True: pass\n```" if "double" in prompt else "\n    open('/tmp/x', 'w')\n    return x / 2\n```"
+            "\n    while True: pass\n```"
+            if "double" in prompt
+            else "\n    open('/tmp/trimtab-outside', 'w')\n    return x / 2\n```"
         )
 
     assert evaluate(tmp_path, reply, cpu_seconds=1) == {"pass@1": 0.0}
