@@ -20,9 +20,8 @@ CONTRACT := tests/promises/test_contract.py tests/promises/test_every_checkpoint
 	tests/promises/test_resume_is_exact.py tests/promises/test_config_is_a_value.py tests/test_recipe.py \
 	tests/test_checkpoint.py tests/test_what_trains.py tests/test_switching.py tests/test_run.py \
 	tests/tasks/test_task_with_trainer.py tests/tasks/test_vqa.py tests/tasks/test_instruct.py
-# Three for two cores: some wait for processes of their own. One that has nothing left takes over half of what another
-# still has to do.
-PYTEST := python -m pytest -n 3 --dist worksteal
+# A worker that has nothing left takes over half of what another one still has to do. A third one makes two cores slower.
+PYTEST := python -m pytest -n 2 --dist worksteal
 
 .PHONY: help setup demo test test-all test-mutations test-faults soak licences test-oldest test-newest package docs lock lint bench clean
 

@@ -214,7 +214,7 @@ class Habits(RuleBasedStateMachine):
 
 # CI runs a few new sequences every time: TRIMTAB_SEQUENCES says how many.
 Habits.TestCase.settings = settings(
-    max_examples=int(os.environ.get("TRIMTAB_SEQUENCES", "12")), stateful_step_count=12, deadline=None,
+    max_examples=int(os.environ.get("TRIMTAB_SEQUENCES", "5")), stateful_step_count=12, deadline=None,
     phases=(Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink), suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 TestAnySequence = Habits.TestCase
