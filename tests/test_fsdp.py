@@ -91,7 +91,7 @@ SHARDED = {"base": {"DTensor"}, "trains": {"Parameter"}}
 def test_a_trainer_that_shards_equals_one_process(launched, one_process, case):
     one = one_process[0](case.removesuffix(", at load"))
     kinds = [event["event"] for event in one["events"]]
-    assert "rank" in kinds or "freeze" in kinds
+    assert "rank" in kinds or "freeze" in kinds or case.startswith(("eva", "gora"))  # those two decide before training
     for two in (process[case] for process in launched[1]):
         assert two["kinds"] == SHARDED and two["traces"] == []
         assert decisions(two["events"]) == decisions(one["events"])
