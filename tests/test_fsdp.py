@@ -91,7 +91,8 @@ SHARDED = {"base": {"DTensor"}, "trains": {"Parameter"}}
 def test_a_trainer_that_shards_equals_one_process(launched, one_process, case):
     one = one_process[0](case.removesuffix(", at load"))
     kinds = [event["event"] for event in one["events"]]
-    assert "rank" in kinds or "freeze" in kinds or case.startswith(("eva", "gora"))  # those two decide before training
+    ranks = {w.shape[0] for name, w in one["weights"].items() if "lora_A" in name}
+    assert "rank" in kinds or "freeze" in kinds or len(ranks) > 1  # the last of those that decide before training
     for two in (process[case] for process in launched[1]):
         assert two["kinds"] == SHARDED and two["traces"] == []
         assert decisions(two["events"]) == decisions(one["events"])

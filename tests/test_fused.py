@@ -464,7 +464,8 @@ def test_gradients_through_a_gated_product_are_those_of_its_parts_to_the_bit(way
 
 
 def kept_by_the_graph(out: Tensor) -> dict[int, Tensor]:
-    """Storage -> tensor, of all that autograd keeps below; hooks, which would say it as well, make it keep more."""
+    """Storage -> tensor, of all but parameters that autograd keeps below ``out``. Hooks for saved tensors would say it
+    as well, and make it keep more."""
     found, seen, todo = {}, set(), [out.grad_fn]
     while todo:
         if (node := todo.pop()) is None or node in seen:
@@ -473,7 +474,7 @@ def kept_by_the_graph(out: Tensor) -> dict[int, Tensor]:
         todo += [below for below, _ in node.next_functions]
         own = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
         for value in [*own, *getattr(node, "saved_tensors", ())]:
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 found[value.untyped_storage()._cdata] = value
     return found
 

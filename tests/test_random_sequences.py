@@ -212,7 +212,7 @@ class Habits(RuleBasedStateMachine):
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-# CI runs a few new sequences every time: TRIMTAB_SEQUENCES says how many.
+# Every run takes a few new sequences: TRIMTAB_SEQUENCES says how many; `make test-all` more.
 Habits.TestCase.settings = settings(
     max_examples=int(os.environ.get("TRIMTAB_SEQUENCES", "5")), stateful_step_count=12, deadline=None,
     phases=(Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink), suppress_health_check=list(HealthCheck),

@@ -11,6 +11,7 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 
 import tiny
 import trimtab
+from test_fused import kept_by_the_graph
 from trimtab.host.sites import find_stacks
 from trimtab.where import from_mask
 
@@ -49,19 +50,17 @@ class Made(TorchDispatchMode):
         return out
 
 
-def kept_by_the_graph(out: Tensor) -> dict[int, Tensor]:
-    """Storage -> tensor, of all that autograd keeps below ``out``."""
-    found, seen, todo = {}, set(), [out.grad_fn]
-    while todo:
-        if (node := todo.pop()) is None or node in seen:
-            continue
-        seen.add(node)
-        todo += [below for below, _ in node.next_functions]
-        own = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
-        for value in [*own, *getattr(node, "saved_tensors", ())]:
-            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-                found[value.untyped_storage()._cdata] = value
-    return found
+def checkpointed(folder, steps: int, use_reentrant: bool) -> TrainingArguments:
+    return TrainingArguments(
+        folder,
+        max_steps=steps,
+        per_device_train_batch_size=4,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": use_reentrant},
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+    )
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
@@ -94,16 +93,7 @@ def test_under_checkpointing_blocks_below_the_lowest_adapter_are_run_once_a_step
             # Of the block itself hooks are called once; its parts are what is run again.
             part = next(block.children())
             part.register_forward_pre_hook(lambda *_, i=i: counts.__setitem__(i, counts[i] + 1))
-        args = TrainingArguments(
-            tmp_path,
-            max_steps=3,
-            per_device_train_batch_size=4,
-            gradient_checkpointing=True,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
-            save_strategy="no",
-            report_to=[],
-            use_cpu=True,
-        )
+        args = checkpointed(tmp_path, 3, use_reentrant=False)
         rows = tiny.rows(family, 12)
         Trainer(model, args, default_data_collator, rows, callbacks=list(callbacks)).train()
         return counts
@@ -114,15 +104,7 @@ def test_under_checkpointing_blocks_below_the_lowest_adapter_are_run_once_a_step
 
 def test_reentrant_checkpointing_still_finds_its_adapters(tmp_path):
     model = adapted("llama")
-    args = TrainingArguments(
-        tmp_path,
-        max_steps=2,
-        gradient_checkpointing=True,
-        gradient_checkpointing_kwargs={"use_reentrant": True},
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-    )
+    args = checkpointed(tmp_path, 2, use_reentrant=True)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_B" in name}
     Trainer(model, args, default_data_collator, tiny.rows("llama", 16), callbacks=[trimtab.TrimCallback()]).train()
     assert before and not any(torch.equal(before[name], p) for name, p in model.named_parameters() if name in before)

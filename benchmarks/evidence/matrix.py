@@ -38,7 +38,7 @@ class Task:
     held_out: float | None = None
     """Share of the rows that is scored, where there is no file of others; the loss on them is the score."""
     samples: int = 1024
-    """Rows by which layers, ranks and factors are chosen."""
+    """Rows by which layers are chosen."""
 
     def overrides(self, data: Path) -> list[str]:
         folder = self.folder or self.name
@@ -89,7 +89,7 @@ class Run:
         held_out = ["data.held_out=0.2"] if self.tuning else []
         rate = float(self.rate) * self.row.rate_factor
         ends = [f"train.learning_rate={rate:g}", f"seed={self.seed}"]
-        row = [text.replace("samples: 1024", f"samples: {self.task.samples}") for text in self.row.overrides]
+        row = [text.replace("SAMPLES", str(self.task.samples)) for text in self.row.overrides]
         return [*self.task.overrides(data), *rows, *held_out, *row, *ends]
 
 
@@ -122,8 +122,8 @@ TASKS = {
     )
 }  # fmt: skip
 
-CKA = "where={method: cka, ratio: 0.5, samples: 1024}"
-INFLUENCE = "where={method: influence, ratio: 0.5, samples: 1024}"
+CKA = "where={method: cka, ratio: 0.5, samples: SAMPLES}"  # the task says how many
+INFLUENCE = "where={method: influence, ratio: 0.5, samples: SAMPLES}"
 LATE = "freeze={method: aflora, warmup: 0.5, final: 0.1}"
 VECTORS = "rates={vectors: 10}"
 SALIENT = "rank={method: salientlora, target_r: 4}"
@@ -159,7 +159,7 @@ ROWS = {
             note="the one above, with vectors at ten times the rate"),
         Row("grades", "GradES r 8", ("freeze=grades",)),
         Row("budget", "the composition under one budget",
-            ("where={method: cka, samples: 1024}", "rank=salientlora", "freeze={method: aflora, rule: tensor_rank}",
+            ("where={method: cka, samples: SAMPLES}", "rank=salientlora", "freeze={method: aflora, rule: tensor_rank}",
              f"budget={{average_params: {QUARTER}}}"),
             note="on average a quarter of LoRA r 8's parameters; layers, ranks and freezing follow"),
         Row("peft-adalora", "PEFT's AdaLoRA at its defaults", kind="peft_adalora",
@@ -168,7 +168,7 @@ ROWS = {
             note="its threshold decides the size; on SST-2, with 375 steps, this one brings no gate to zero"),
         Row("eva", "EVA, LoRA r 8 in total", ("rank=eva",), note="ranks and A from 1,024 training rows"),
         Row("gora", "GoRA at the cost of LoRA r 8", ("rank=gora",), note="ranks and B from 1,024 training rows"),
-        *(Row(f"{name}-lora", f"{name} half × LoRA r 8", (f"where={{method: {name}, ratio: 0.5, samples: 1024}}",))
+        *(Row(f"{name}-lora", f"{name} half × LoRA r 8", (f"where={{method: {name}, ratio: 0.5, samples: SAMPLES}}",))
           for name in ("gradient", "fisher", "influence")),
         Row("last-lora", "last half × LoRA r 8", ("where={method: last, ratio: 0.5}",)),
         Row("full", "full fine-tuning", kind="full", rate_factor=0.05, core=False),

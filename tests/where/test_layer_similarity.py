@@ -424,5 +424,7 @@ def test_padding_of_sound_has_no_say():
     frames = _positions(model.wav2vec2, mask)(hidden)
     assert frames.sum(1).tolist() == [23, 11, 23, 23]  # as its convolutions have it
     assert _positions(nn.Identity(), mask)(torch.randn(4, 200, 32)).sum(1).tolist() == [200, 100, 200, 200]
+    with pytest.raises(DataError, match="a sample has no token at all"):
+        _positions(nn.Identity(), mask * torch.tensor([[1], [0], [1], [1]]))(torch.randn(4, 200, 32))
     with pytest.raises(DataError, match="7 positions a row; leave it out"):
         _positions(nn.Identity(), mask)(torch.randn(4, 7, 32))

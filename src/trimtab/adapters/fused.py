@@ -290,17 +290,16 @@ class _LowRankLinear(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, h, bits, weight, A, B, e, b, gate, up_source = ctx.saved_tensors
+    x, h, bits, weight, A, B, e, b, gate, up = ctx.saved_tensors
     scale, dropout, wide, way, shape, x_dtype, bias_dtype, keeps_x, gelu = ctx.settings
     need_x, _, need_bias, need_a, need_b_factor, need_e, need_b, *need_sources = ctx.needs_input_grad[:9]
     need_x = need_x or any(need_sources)
     need_g = need_b_factor or need_e or need_b
     n_out, n_in = weight.shape
-    source: Any = None if gate is None else Gated(gate, up_source, gelu)
-    activated = None
-    if source is not None:
-        activated = source.activated()
-        x = activated * up_source if keeps_x else None
+    source = None if gate is None else Gated(gate, up, gelu)
+    activated: Any = None if source is None else source.activated()
+    if source is not None and keeps_x:
+        x = activated * up
     # What is not needed stays None; the route and ctx.needs_input_grad say what is.
     inputs: Any = None if x is None else _as(x.reshape(-1, n_in), wide)  # (n, in)
     grad_x: Any = None
@@ -345,7 +344,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     elif need_a and bits is None:
         grad_a = _scaled_product(gh, inputs, scale, a)
     if bits is None and source is not None:
-        x = inputs = None  # rebuilt here, and done with
+        x = inputs = None  # rebuilt here, and of no use from here on: ∂x takes its place in memory
     if need_x:
         grad_x = g @ (_merge(weight, M, a, scale, wide) if way.merged else _as(weight, wide))  # (n, in)
         if bits is None and not way.merged:
@@ -358,7 +357,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if need_x:
         grad_x = _as(grad_x, x_dtype).view(shape)
     if source is not None:
-        x = inputs = None
+        x = inputs = None  # with dropout, the mask had use for it
         grad_gate, grad_up = source.gradients(grad_x, activated, need_sources)
         grad_x = None
     if need_a:
@@ -377,6 +376,7 @@ _PLAIN = (nn.Parameter, Tensor)
 
 
 def has_hooks(module: nn.Module) -> bool:
+    """Whether anything is called before or after the module, forward or backward."""
     # Asked several times a layer and step, so straight from the module's dictionary.
     own: Any = module.__dict__
     return bool(

@@ -23,6 +23,8 @@ POOLS = ("last", "cls", "mean")
 _TEXT = ("input_ids", "inputs_embeds")
 _OTHER = ("pixel_values", "input_features", "input_values")
 """Images and sound: what a model makes of them has a position a patch or a frame."""
+Mask = Tensor | Callable[[Tensor], Tensor]
+"""(b, t), true on tokens; or what makes it of hidden states (b, t, d), whose t the input does not say."""
 _NOT_INPUTS = {
     "labels",
     "label",
@@ -70,9 +72,7 @@ class StackPooler:
         self._new: list[tuple[int, int]] = []
         self._input = 0
         self._last: tuple[Tensor, int] | None = None  # the tensor that left the last block, and its version
-        self.mask: Tensor | Callable[[Tensor], Tensor] | None = (
-            None  # (b, t), or from hidden states; before each forward
-        )
+        self.mask: Mask | None = None  # set before each forward
 
     def hooks(self) -> list[Any]:
         handles: list[Any] = []
@@ -171,7 +171,7 @@ def run_backbone(model: Any, batch: Mapping[str, Any], poolers: list[StackPooler
     device = next(backbone.parameters()).device
     inputs = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
     main = next((inputs[k] for k in _TEXT if k in inputs), None)
-    mask: Any
+    mask: Mask
     if main is not None:
         mask = _mask(inputs.get("attention_mask"), main)
     elif is_other(inputs):
@@ -236,15 +236,15 @@ def _positions(backbone: Any, given: Tensor | None) -> Callable[[Tensor], Tensor
     def mask(hidden: Tensor) -> Tensor:
         b, t = hidden.shape[:2]
         if given is None or given.shape == (b, t):
-            return torch.ones(b, t, dtype=torch.bool, device=hidden.device) if given is None else given.bool()
+            return _mask(given, hidden)
         if reduced := getattr(backbone, "_get_feature_vector_attention_mask", None):  # wav2vec 2.0 and its like
-            return reduced(t, given).bool()
+            return _mask(reduced(t, given), hidden)
         n = given.shape[-1]
         if given.dim() != 2 or n % t:
             raise DataError(
                 f"batch: attention_mask has shape {tuple(given.shape)}, and the model {t} positions a row; leave it out"
             )
-        return given[:, :: n // t].bool()
+        return _mask(given[:, :: n // t], hidden)
 
     return mask
 
@@ -262,7 +262,7 @@ def _mask(mask: Tensor | None, main: Tensor) -> Tensor:
     return mask
 
 
-def _add_decoder_inputs(base: Any, inputs: dict[str, Tensor], mask: Any) -> Tensor:
+def _add_decoder_inputs(base: Any, inputs: dict[str, Tensor], mask: Mask) -> Tensor:
     """Fill in ``decoder_input_ids`` where needed and return the decoder's mask.
 
     Position t of the shifted targets predicts target t, so it counts wherever target t does.
@@ -281,6 +281,7 @@ def _add_decoder_inputs(base: Any, inputs: dict[str, Tensor], mask: Any) -> Tens
         if not bool(valid.any(1).all()):
             raise DataError("batch: a sample has no label token at all (all -100 or padding)")
     elif not _is_generative(base) and "input_ids" in inputs:  # a classifier's decoder reads the input again
+        assert isinstance(mask, Tensor)  # of text
         targets, valid = inputs["input_ids"], mask
     else:
         raise DataError("batch: an encoder-decoder needs labels or decoder_input_ids beside its input")
