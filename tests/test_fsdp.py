@@ -91,8 +91,9 @@ SHARDED = {"base": {"DTensor"}, "trains": {"Parameter"}}
 def test_a_trainer_that_shards_equals_one_process(launched, one_process, case):
     one = one_process[0](case.removesuffix(", at load"))
     kinds = [event["event"] for event in one["events"]]
-    ranks = {w.shape[0] for name, w in one["weights"].items() if "lora_A" in name}
-    assert "rank" in kinds or "freeze" in kinds or len(ranks) > 1  # the last of those that decide before training
+    _, method, *_ = two_process.CASES[case.removesuffix(", at load")]
+    assert ("rank" in kinds) == two_process.cuts_ranks(method)
+    assert ("freeze" in kinds) == ("freeze" in two_process.METHODS[method])
     for two in (process[case] for process in launched[1]):
         assert two["kinds"] == SHARDED and two["traces"] == []
         assert decisions(two["events"]) == decisions(one["events"])
@@ -107,7 +108,7 @@ def test_a_trainer_that_shards_equals_one_process(launched, one_process, case):
 def test_a_bare_loop_on_a_sharded_base_equals_one_process(launched, one_process, name):
     _, has_head, method = next(one for one in sharded.BARE if sharded.named(*one) == name)
     one = one_process[1](has_head, method)
-    if "rank" in two_process.METHODS[method]:
+    if two_process.cuts_ranks(method):
         assert sum(one["ranks"].values()) < 4 * len(one["ranks"])
     if method == "aflora" or "+" in method:
         assert one["frozen"]

@@ -38,6 +38,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "gora": {"rank": GoRA(gamma=1.0)},
     "salientlora+aflora": {"rank": _SALIENT, "freeze": _AFLORA},
 }
+
+
+def cuts_ranks(method: str) -> bool:
+    """In training: EVA and GoRA choose ranks before it, of the same sum or cost."""
+    rank = METHODS[method].get("rank")
+    return rank is not None and rank.starter is None
+
+
 # name -> family, method, head is trained, dtype
 CASES: dict[str, tuple[str, str, bool, torch.dtype]] = {
     **{f"{m}, {'with' if h else 'no'} head": ("bert", m, h, torch.float64) for m in METHODS for h in (True, False)},

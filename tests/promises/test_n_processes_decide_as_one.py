@@ -51,7 +51,9 @@ def test_two_processes_equal_one(launched, tmp_path, case):
     one = two_process.run(case, tmp_path, processes=1)
     assert first[case]["wrapped"] == "DistributedDataParallel"
     kinds = [event["event"] for event in one["events"]]
-    assert "rank" in kinds or "freeze" in kinds or case.startswith(("eva", "gora"))  # which decide before training
+    _, method, *_ = two_process.CASES[case]
+    assert ("rank" in kinds) == two_process.cuts_ranks(method)
+    assert ("freeze" in kinds) == ("freeze" in two_process.METHODS[method])
     for two in (first[case], second[case]):
         assert two["traces"] == []
         assert decisions(two["events"]) == decisions(one["events"])
@@ -135,7 +137,7 @@ def test_processes_that_hold_other_adapters_are_refused(launched):
 )
 def test_a_bare_loop_in_two_processes_equals_one(launched, kind, has_head, method):
     one = two_process.bare_loop("one", has_head, method)
-    if "rank" in two_process.METHODS[method]:
+    if two_process.cuts_ranks(method):
         assert sum(one["ranks"].values()) < 4 * len(one["ranks"])
     for two in (process[f"{kind}, {has_head}, {method}"] for process in launched[1]):
         assert two["ranks"] == one["ranks"] and two["frozen"] == one["frozen"] and two["traces"] == []
