@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from benchmarks.evidence import RESULTS, chooser
 from benchmarks.evidence.__main__ import go_on, main, options_of
-from benchmarks.evidence.matrix import FIRST, RATES, ROWS, TASKS, TUNING_SEEDS, UNTUNED, Run, plan
+from benchmarks.evidence.matrix import FIRST, RATES, ROWS, TASKS, TUNING_SEEDS, Run, plan
 from benchmarks.evidence.page import PAGE, figures, filled
-from benchmarks.evidence.results import Results
+from benchmarks.evidence.results import Results, chosen_rates
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_a_repeated_command_runs_what_is_missing_and_nothing_twice(tmp_path, cap
         "--results",
         str(tmp_path),
         "--tasks",
-        "stsb",
+        "cola",
         "--rows",
         "lora-r4",
         "--seeds",
@@ -83,7 +83,7 @@ def test_a_repeated_command_runs_what_is_missing_and_nothing_twice(tmp_path, cap
     ]
     options = options_of(arguments)
     assert go_on(options, learn) == 1  # one run failed
-    done = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("stsb/lora-r4/*.json")}
+    done = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("cola/lora-r4/*.json")}
     assert set(done) == {
         *(f"tuning-{rate}-seed{seed}.json" for rate in RATES for seed in TUNING_SEEDS),
         "1e-3-seed0.json",
@@ -93,15 +93,35 @@ def test_a_repeated_command_runs_what_is_missing_and_nothing_twice(tmp_path, cap
     assert go_on(options, learn) == 1  # only the one that failed
     assert "1e-3-seed1.json: failed" in (said := capsys.readouterr().out)
     assert "done" not in said
-    assert done == {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("stsb/lora-r4/*.json")}
+    assert done == {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("cola/lora-r4/*.json")}
 
     assert main([*arguments, "--list"]) == 0
     assert "7 of 8 done" in capsys.readouterr().out
 
 
+def test_a_rate_at_which_a_whole_run_learns_nothing_gives_way_to_the_best_lower_one(tmp_path):
+    def write(name, score, predicted):
+        record = {"rate": name.removeprefix("tuning-").split("-seed")[0], "score": score, "loss": 1 - score}
+        folder = tmp_path / "sst2" / "lora-r8"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(record | {"rows": {"predicted": predicted}}))
+
+    for rate, score in {"5e-4": 0.7, "1e-3": 0.8, "2e-3": 0.9}.items():
+        for seed in TUNING_SEEDS:
+            write(f"tuning-{rate}-seed{seed}", score, [0, 1])
+    assert chosen_rates(tmp_path) == {("sst2", "lora-r8"): "2e-3"}
+    write("2e-3-seed0", 0.9, [0, 1])
+    assert chosen_rates(tmp_path) == {("sst2", "lora-r8"): "2e-3"}
+    write("2e-3-seed1", 0.5, [1, 1])
+    assert chosen_rates(tmp_path) == {("sst2", "lora-r8"): "1e-3"}
+    for rate in ("1e-3", "5e-4"):
+        write(f"{rate}-seed0", 0.5, [0, 0])
+    assert chosen_rates(tmp_path) == {("sst2", "lora-r8"): None}
+
+
 def test_rows_that_a_user_would_swap_are_run_at_one_rate_before_anything_is_tuned():
     first = [run for run, _ in zip(plan(["sst2"], list(ROWS), (0, 1, 2), {}), range(15))]
-    assert all(run.rate == UNTUNED and not run.tuning for run in first)
+    assert all(run.rate == run.task.rate and not run.tuning for run in first)
     assert {run.row.name for run in first} == set(FIRST)
 
 

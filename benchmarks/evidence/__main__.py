@@ -21,7 +21,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 from . import RESULTS
-from .matrix import ROWS, SEEDS, TASKS, UNTUNED, Run, plan
+from .matrix import ROWS, SEEDS, TASKS, Run, plan
 from .results import chosen_rates, is_done
 from .single import PRELOAD, in_own_process
 
@@ -46,7 +46,9 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--untuned", action="store_true", help=f"only what is run at {UNTUNED} for all rows alike")
+    parser.add_argument(
+        "--untuned", action="store_true", help="only what is run at a task's own rate, for all rows alike"
+    )
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the JSON files are")
     parser.add_argument("--list", action="store_true", help="what there is to run, and what is done")

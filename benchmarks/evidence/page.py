@@ -14,8 +14,8 @@ from trimtab.app.report.pairing import Difference
 from trimtab.app.report.words import byte_size, count, duration, listing, number, plural
 
 from .figures import dots, pareto
-from .matrix import FIRST, RATES, ROWS, SEEDS, TASKS, UNTUNED, Row
-from .results import BASELINE, Cell, Results
+from .matrix import FIRST, RATES, ROWS, SEEDS, TASKS, UNTUNED, Row, Task
+from .results import BASELINE, Cell, Results, learned_nothing
 
 PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
 _BLOCK = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -140,8 +140,8 @@ def questions(results: Results) -> str:
         elif known is not None and not tuned:
             verdict += ", untuned"
         rows.append([one.text, *map(interval, each), interval(over_all), interval(tuned), f"**{verdict}**"])
-    titles = [f"{TASKS[name].title} at {UNTUNED}" for name in untuned]
-    return table(["", *titles, f"pooled at {UNTUNED}", "tuned, pooled", "holds here?"], rows)
+    titles = [f"{TASKS[name].title} at {TASKS[name].rate}" for name in untuned]
+    return table(["", *titles, "untuned, pooled", "tuned, pooled", "holds here?"], rows)
 
 
 def _over(results: Results, names: list[str], one: Question, rate: str | None = None) -> Difference | None:
@@ -169,8 +169,11 @@ def measured(results: Results) -> list[str]:
 def untuned(results: Results) -> str:
     """Methods swapped at LoRA's own rate."""
     names = [task.name for task in TASKS.values()
-             if task.swapped and not task.held_out and results.cell(task.name, BASELINE, UNTUNED)]  # fmt: skip
-    return "\n\n".join(f"### {TASKS[name].title}\n\n{_untuned(results, name)}" for name in names)
+             if task.swapped and not task.held_out
+             and (results.cell(task.name, BASELINE, UNTUNED) or results.cell(task.name, BASELINE, Task.rate))]  # fmt: skip
+    return "\n\n".join(
+        f"### {TASKS[name].title}, rate {TASKS[name].rate}\n\n{_untuned(results, name)}" for name in names
+    )
 
 
 def _untuned(results: Results, task: str) -> str:
@@ -185,6 +188,8 @@ def _untuned(results: Results, task: str) -> str:
         rows.append([row.title, spread(cell), interval(apart), number(cell.of("loss"), 3), str(len(cell.records)),
                      ", ".join(f"{100 * one['score']:.1f}" for one in cell.records),
                      *(count(cell.of("params", key)) for key in ("final", "average"))])  # fmt: skip
+    if not rows:
+        return f"Not run yet.{_at_the_common_rate(results, task)}"
     metric = next(one["metric"] for one in results.records if one["task"] == task).replace("_", " ")
     columns = ["", metric, "points to LoRA r 8", "loss", "seeds", "each seed", "trained at the end", "on average"]
     if any(_seeds(cells[ROWS[name]]) < len(SEEDS) for name in FIRST):
@@ -195,13 +200,26 @@ def _untuned(results: Results, task: str) -> str:
         said = "Of the four methods above none is more than two points under LoRA."
     left = [row.title for row, cell in cells.items() if cell is None]
     not_run = f"\n\nNot run yet: {'; '.join(left)}." if left else ""
-    return f"{table(columns, rows)}\n\n{said}{_stuck(cells.values())}{not_run}"
+    return f"{table(columns, rows)}\n\n{said}{_stuck(cells.values())}{_at_the_common_rate(results, task)}{not_run}"
+
+
+def _at_the_common_rate(results: Results, task: str) -> str:
+    """What was run at most tasks' rate before this one was given its own."""
+    common = Task.rate
+    cells = [results.cell(task, name, common) for name in TASKS[task].swapped] if TASKS[task].rate != common else []
+    if not (known := [cell for cell in cells if cell]):
+        return ""
+    each = {
+        ROWS[cell.row].title: [f"{100 * one['score']:.1f}".replace("-", "−") for one in cell.records] for cell in known
+    }
+    scores = "; ".join(f"{title} {listing(scores)}" for title, scores in each.items())
+    return f"\n\nAt {common}, by seed: {scores}.{_stuck(known)}"
 
 
 def _stuck(cells: Iterable[Cell | None]) -> str:
     """Names the runs that answer every row alike: a mean over seeds hides them."""
     found = [f"{ROWS[one['row']].title} with seed {one['seed']}" for cell in cells if cell for one in cell.records
-             if len(set(one["rows"]["predicted"])) == 1]  # fmt: skip
+             if learned_nothing(one)]  # fmt: skip
     return f" {listing(found)} learned nothing: the same answer for every row." if found else ""
 
 
@@ -244,9 +262,20 @@ def tasks(results: Results) -> str:
         tuning = f"rates chosen with {count(setting.tuning_rows)} of them, a fifth held out"
         columns = ["", metric.replace("_", " "), "points to LoRA r 8", "loss", "rate", "seeds",
                    "parameters, initial", "final", "average", "CPU time", "peak memory"]  # fmt: skip
-        stuck = _stuck(results.cell(task, row) for row in ROWS)
-        parts.append(f"### {setting.title}\n\n{length}; {tuning}.{stuck}\n\n{table(columns, rows)}")
+        said = _stuck(results.cell(task, row) for row in ROWS) + _lowered(results, task)
+        parts.append(f"### {setting.title}\n\n{length}; {tuning}.{said}\n\n{table(columns, rows)}")
     return "\n\n".join(parts) or "No row is tuned on its task yet."
+
+
+def _lowered(results: Results, task: str) -> str:
+    """Names the rows whose first rate failed in a whole run."""
+    found = []
+    for row in ROWS.values():
+        *failed, chosen = results.turns.get((task, row.name), [None])
+        if failed:
+            found.append(f"{row.title} ({listing([str(rate) for rate in failed])}, now {chosen or 'none'})")
+    said = "Given a lower rate, since with one seed or more the one chosen taught nothing"
+    return f" {said}: {'; '.join(found)}." if found else ""
 
 
 def _of_task(results: Results, task: str, row: Row) -> list[str]:
@@ -321,7 +350,7 @@ FIGURES = {
 
 def figures(results: Results) -> dict[str, str]:
     """File name -> SVG."""
-    untuned = [(f"{TASKS[name].title} at {UNTUNED}", name, UNTUNED) for name in swapped(results)]
+    untuned = [(f"{TASKS[name].title} at {TASKS[name].rate}", name, UNTUNED) for name in swapped(results)]
     tuned = [(f"{TASKS[name].title}, tuned", name, None) for name in measured(results)]
     columns = [*untuned, *tuned]
     rows = [row for row in ROWS.values() if any(results.cell(task, row.name, rate) for _, task, rate in columns)]

@@ -13,7 +13,7 @@ from typing import Any
 
 from trimtab.app.report.pairing import Difference, Scored, difference
 
-from .matrix import ROWS, TASKS, Run, tuning_of
+from .matrix import ROWS, TASKS, UNTUNED, Run, tuning_of
 
 BASELINE = "lora-r8"
 
@@ -23,14 +23,36 @@ def is_done(run: Run, results: Path) -> bool:
 
 
 def chosen_rates(results: Path) -> dict[tuple[str, str], str | None]:
-    """The rate of each row of each task all of whose tuning runs are done."""
-    found: dict[tuple[str, str], str | None] = {}
+    """The rate of each row of each task all of whose tuning runs are done.
+
+    Where a whole run at that rate learns nothing, which the shorter ones that chose it do not show, the best of the
+    lower ones is taken, as anybody would.
+    """
+    return {place: rates[-1] for place, rates in rates_in_turn(results).items()}
+
+
+def rates_in_turn(results: Path) -> dict[tuple[str, str], list[str | None]]:
+    """The same, after the rates that were chosen before it."""
+    found: dict[tuple[str, str], list[str | None]] = {}
     for task in TASKS.values():
         for row in ROWS.values():
             files = [results / run.file for run in tuning_of(task, row)]
             if all(file.is_file() for file in files):
-                found[task.name, row.name] = best_rate([json.loads(file.read_text()) for file in files])
+                tried = [json.loads(file.read_text()) for file in files]
+                turn = found[task.name, row.name] = [best_rate(tried)]
+                while (rate := turn[-1]) is not None and _fails(results / task.name / row.name, rate):
+                    tried = [one for one in tried if float(one["rate"]) < float(rate)]
+                    turn.append(best_rate(tried))
     return found
+
+
+def _fails(folder: Path, rate: str) -> bool:
+    return any(learned_nothing(json.loads(file.read_text())) for file in folder.glob(f"{rate}-seed*.json"))
+
+
+def learned_nothing(record: dict[str, Any]) -> bool:
+    """Whether a run gives the same answer for every row."""
+    return len(set(record.get("rows", {}).get("predicted", ()))) == 1
 
 
 def best_rate(tried: Iterable[dict[str, Any]]) -> str | None:
@@ -98,11 +120,13 @@ class Results:
 
     def __init__(self, folder: Path) -> None:
         self.records = [json.loads(path.read_text()) for path in sorted(folder.glob("*/*/*.json"))]
-        self.rates = chosen_rates(folder)
+        self.turns = rates_in_turn(folder)
+        self.rates = {place: rates[-1] for place, rates in self.turns.items()}
 
     def cell(self, task: str, row: str, rate: str | None = None) -> Cell | None:
-        """The row's runs at a rate, at the one that tuning chose if none is named; None where there is no run."""
-        rate = rate or self.rates.get((task, row))
+        """The row's runs at a rate, at the task's own (`UNTUNED`), or at the one that tuning chose if none is named;
+        None where there is no run."""
+        rate = TASKS[task].rate if rate == UNTUNED else rate or self.rates.get((task, row))
         found = tuple(
             one
             for one in self.records
