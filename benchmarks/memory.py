@@ -1,4 +1,4 @@
-"""How much memory does a step hold at its peak, beside stock PEFT's? Counted, not sampled.
+"""How much memory does a step hold at its peak, beside stock PEFT's and transformers'? Counted, not sampled.
 
 python -m benchmarks.memory [--short]
 """
@@ -7,7 +7,27 @@ from __future__ import annotations
 
 import torch
 
-from .common import BERT, MINILM, SMOLLM2, PeakBytes, Row, adapted, lora, main, training_step
+from trimtab.app.answer_head import AnswerHead
+
+from .common import (
+    BERT,
+    MINILM,
+    SMOLLM2,
+    PeakBytes,
+    Row,
+    Shape,
+    Step,
+    adapted,
+    batch,
+    lora,
+    main,
+    paired,
+    ratio,
+    training_step,
+)
+
+# A decoder of few blocks and a long vocabulary; widths as in Gemma 3 270M.
+GEMMA3 = Shape("Gemma 3's vocabulary 2 x 256", 640, 2, 4, 2048, 262144, 2, 256, kv_heads=1)
 
 
 def peak(shape, ours: bool, p: float, checkpointing: bool, dtype: torch.dtype) -> int:
@@ -20,6 +40,43 @@ def peak(shape, ours: bool, p: float, checkpointing: bool, dtype: torch.dtype) -
     with PeakBytes() as counter:
         step()
     return counter.peak
+
+
+def head_step(shape: Shape, learned: float, on_answers: bool) -> Step:
+    """Forward and backward; the last ``learned`` of each row's tokens have labels."""
+    model, data = adapted(shape, lora(True)), batch(shape)
+    data["labels"] = data["labels"].clone()
+    data["labels"][:, : round(shape.length * (1 - learned))] = -100
+    head = AnswerHead(model)
+    assert head.serves(model, data)
+
+    def step() -> None:
+        if on_answers:
+            with head.on(data["labels"]) as loss:
+                loss(model(data["input_ids"], data["attention_mask"]), data["labels"]).backward()
+        else:
+            model(**data).loss.backward()
+        model.zero_grad()
+
+    return step
+
+
+def head_rows(rounds: int) -> list[Row]:
+    """The command's loss (`trimtab.app.answer_head`) beside transformers'."""
+    out = []
+    for shape in (Shape(**{**vars(SMOLLM2), "layers": 2}), GEMMA3):
+        for learned in (1.0, 0.5):
+            steps = {how: head_step(shape, learned, how == "ours") for how in ("ours", "transformers'")}
+            peaks = []
+            for step in steps.values():
+                with PeakBytes() as counter:
+                    step()
+                peaks.append(counter.peak)
+            case = f"{shape.name}, 2 blocks, {learned:.0%} of the tokens learned: loss, ours / transformers'"
+            note = " and ".join(f"{peak / 2**20:.0f}" for peak in peaks) + " MiB"
+            out.append(Row(f"{case}, peak", peaks[0] / peaks[1], 1.0, None, note))
+            out.append(ratio(paired(steps, rounds), *steps, case=f"{case}, time"))
+    return out
 
 
 def rows(short: bool) -> list[Row]:
@@ -35,7 +92,7 @@ def rows(short: bool) -> list[Row]:
                     out.append(
                         Row(f"{case}: ours / PEFT", a / b, 1.0, None, f"{a / 2**20:.0f} and {b / 2**20:.0f} MiB")
                     )
-    return out
+    return out + head_rows(3 if short else 9)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from marks import slow
 from tasks.stand_ins import write_jsonl
 from test_run import tiny_model
 from trimtab.app import memory
+from trimtab.app.answer_head import AnswerHead
 from trimtab.app.cli import cli
 
 SIZES = dict(vocab_size=512, hidden_size=96, num_hidden_layers=6, num_attention_heads=4, intermediate_size=256)
@@ -44,7 +45,11 @@ def allocated(kind, batch, tokens, is_checkpointing):
     ids = torch.randint(5, 100, (batch, tokens))
     labels = ids if task_type == "CAUSAL_LM" else torch.zeros(batch, dtype=torch.long)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        model(input_ids=ids, labels=labels).loss.backward()
+        if (head := AnswerHead(model)).serves(model, batch := {"input_ids": ids, "labels": labels}):
+            with head.on(labels) as loss:  # as the command trains
+                loss(model(input_ids=ids), labels).backward()
+        else:
+            model(**batch).loss.backward()
     held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     return held + spread_step.height(found) + 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)
 

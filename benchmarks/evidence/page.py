@@ -170,7 +170,7 @@ def untuned(results: Results) -> str:
     """Methods swapped at LoRA's own rate."""
     names = [task.name for task in TASKS.values()
              if task.swapped and not task.held_out
-             and (results.cell(task.name, BASELINE, UNTUNED) or results.cell(task.name, BASELINE, Task.rate))]  # fmt: skip
+             and any(results.cell(task.name, BASELINE, rate) for rate in (UNTUNED, Task.rate))]  # fmt: skip
     return "\n\n".join(
         f"### {TASKS[name].title}, rate {TASKS[name].rate}\n\n{_untuned(results, name)}" for name in names
     )

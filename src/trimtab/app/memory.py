@@ -18,6 +18,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from .answer_head import AnswerHead
+
 if TYPE_CHECKING:
     from peft import PeftConfig
 
@@ -198,8 +200,16 @@ def _height(model: Any, batch: int, tokens: int, device: str) -> int | None:
     if getattr(model.config, "problem_type", None) == "regression" or getattr(model.config, "num_labels", 2) == 1:
         labels = torch.zeros(batch, device="meta") if labels is not ids else ids
     try:
-        with _attention(device), _Alive(model) as alive:
-            model(input_ids=ids, labels=labels).loss.backward()
+        head = AnswerHead(model)
+        with _attention(device):
+            if labels is ids and head.is_same is None:
+                head.assume(model, ids[:1])
+            with _Alive(model) as alive:
+                if head.is_same:
+                    with head.on(labels) as loss:
+                        loss(model(input_ids=ids), labels).backward()
+                else:
+                    model(input_ids=ids, labels=labels).loss.backward()
     except (TypeError, ValueError, NotImplementedError, RuntimeError):
         return None
     finally:

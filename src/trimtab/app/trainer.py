@@ -51,7 +51,7 @@ def make_trainer(
         args.run_name = folder.run_name()
     trainer = _reaching_the_hub(
         args,
-        Trainer,
+        _answer_trainer() if job.task.task_type == "CAUSAL_LM" else Trainer,
         model=model,
         train_dataset=job.ready.get("train"),
         eval_dataset=job.ready[watched] if watched else None,
@@ -71,6 +71,35 @@ def make_trainer(
         # accumulated batches times the number of processes.
         trainer.model_accepts_loss_kwargs = False
     return trainer
+
+
+def _answer_trainer() -> type[Trainer]:
+    from transformers import Trainer
+
+    from .answer_head import AnswerHead, OtherTokens
+
+    class AnswerTrainer(Trainer):
+        """The stock Trainer, but that while training the head is given only tokens that are learned (`AnswerHead`)."""
+
+        answer_head: AnswerHead | None = None
+
+        def compute_loss(
+            self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            self.answer_head = self.answer_head or AnswerHead(model)
+            # A replica of nn.DataParallel has hooks of its own, and a compiled model does not see new ones.
+            is_plain = self.label_smoother is None and self.args.n_gpu <= 1 and not self.args.torch_compile
+            if is_plain and not return_outputs and self.answer_head.serves(model, inputs):
+                try:
+                    with self.answer_head.on(inputs["labels"]) as self.compute_loss_func:
+                        return super().compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
+                except OtherTokens:
+                    self.answer_head.is_same = False
+                finally:
+                    self.compute_loss_func = None
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    return AnswerTrainer
 
 
 def _log_beside_checkpoints(trainer: Trainer, folder: RunFolder) -> None:
