@@ -83,18 +83,22 @@ def _answer_trainer() -> type[Trainer]:
 
         answer_head: AnswerHead | None = None
 
+        def _head_for(self, model: nn.Module) -> AnswerHead:
+            self.answer_head = self.answer_head or AnswerHead(model)
+            return self.answer_head
+
         def compute_loss(
             self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
-            self.answer_head = self.answer_head or AnswerHead(model)
             # A replica of nn.DataParallel has hooks of its own, and a compiled model does not see new ones.
             is_plain = self.label_smoother is None and self.args.n_gpu <= 1 and not self.args.torch_compile
-            if is_plain and not return_outputs and self.answer_head.serves(model, inputs):
+            head = self._head_for(model) if is_plain and model.training and not return_outputs else None
+            if head is not None and head.serves(model, inputs):
                 try:
-                    with self.answer_head.on(inputs["labels"]) as self.compute_loss_func:
+                    with head.on(inputs["labels"]) as self.compute_loss_func:
                         return super().compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
                 except OtherTokens:
-                    self.answer_head.is_same = False
+                    head.is_same = False
                 finally:
                     self.compute_loss_func = None
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
