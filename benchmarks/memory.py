@@ -5,6 +5,8 @@ python -m benchmarks.memory [--short]
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from trimtab.app.answer_head import AnswerHead
@@ -51,10 +53,7 @@ def head_step(shape: Shape, learned: float, on_answers: bool) -> Step:
     assert head.serves(model, data)
 
     def step() -> None:
-        if on_answers:
-            with head.on(data["labels"]) as loss:
-                loss(model(data["input_ids"], data["attention_mask"]), data["labels"]).backward()
-        else:
+        with head.on() if on_answers else contextlib.nullcontext():
             model(**data).loss.backward()
         model.zero_grad()
 

@@ -9,6 +9,7 @@ import transformers as tf
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+import trimtab
 from trimtab.app import answer_head
 from trimtab.app.trainer import _answer_trainer
 
@@ -43,14 +44,16 @@ def rows(n=24, learned=0.4):
     return out
 
 
-def trained(base, kind, tmp_path, data=None, targets="all-linear", saved=None, **settings):
+def trained(base, kind, tmp_path, data=None, targets="all-linear", saved=None, methods=None, **settings):
     torch.manual_seed(0)
     settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 1e-2} | settings
-    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=targets, modules_to_save=saved)
+    config = trimtab.TrimConfig(
+        task_type="CAUSAL_LM", target_modules=targets, modules_to_save=saved, **copy.deepcopy(methods or {})
+    )
     model = peft.get_peft_model(copy.deepcopy(base), config)
     args = tf.TrainingArguments(output_dir=str(tmp_path), report_to="none", save_strategy="no", logging_steps=1,
                                 disable_tqdm=True, use_cpu=True, **settings)  # fmt: skip
-    trainer = kind(model, args, train_dataset=data or rows())
+    trainer = kind(model, args, train_dataset=data or rows(), callbacks=[trimtab.TrimCallback()] if methods else None)
     trainer.train()
     losses = [one["loss"] for one in trainer.state.log_history if "loss" in one]
     return trainer, losses, {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -94,9 +97,22 @@ def test_logits_are_made_of_answer_tokens_and_where_nothing_follows_the_head_in_
     batch = {key: torch.stack([row[key] for row in rows(4)]) for key in rows(1)[0]}
     head = answer_head.AnswerHead(model)
     assert head.serves(model, batch)
-    with _Logits() as seen, head.on(batch["labels"]) as loss:
-        loss(model(input_ids=batch["input_ids"]), batch["labels"]).backward()
+    with _Logits() as seen, head.on():
+        model(**batch).loss.backward()
     assert 0 < seen.most <= most < batch["labels"].numel()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma 2, which caps logits"])
+def test_ranks_and_frozen_projections_are_decided_as_under_the_stock_trainer(name, tmp_path):
+    """The controller finds its gradients, and the loss, by what the model returns."""
+    torch.manual_seed(0)
+    base = MODELS[name]()
+    methods = {"rank": trimtab.SalientLoRA(target_r=4), "freeze": trimtab.AFLoRA()}
+    settings = {"methods": methods, "num_train_epochs": 8, "learning_rate": 1e-3}
+    ours, theirs = (trained(base, kind, tmp_path, **settings) for kind in (_answer_trainer(), tf.Trainer))
+    ranks = [{n: tuple(p.shape) for n, p in m.model.named_parameters() if "lora_" in n} for m in (ours[0], theirs[0])]
+    assert ranks[0] == ranks[1] and len(set(ranks[0].values())) > 8
+    assert_alike(ours, theirs, tolerance=2e-3)
 
 
 @pytest.mark.parametrize("targets, saved", [("all-linear", ["lm_head"]), (["q_proj", "lm_head"], None)])

@@ -1,5 +1,6 @@
 """The memory of a step, forecast from shapes, beside what the allocator counts in a real one."""
 
+import contextlib
 import json
 import os
 import sys
@@ -45,11 +46,9 @@ def allocated(kind, batch, tokens, is_checkpointing):
     ids = torch.randint(5, 100, (batch, tokens))
     labels = ids if task_type == "CAUSAL_LM" else torch.zeros(batch, dtype=torch.long)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        if (head := AnswerHead(model)).serves(model, batch := {"input_ids": ids, "labels": labels}):
-            with head.on(labels) as loss:  # as the command trains
-                loss(model(input_ids=ids), labels).backward()
-        else:
-            model(**batch).loss.backward()
+        head = AnswerHead(model)  # as the command trains
+        with head.on() if head.serves(model, {"input_ids": ids, "labels": labels}) else contextlib.nullcontext():
+            model(input_ids=ids, labels=labels).loss.backward()
     held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     return held + spread_step.height(found) + 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)
 

@@ -10,9 +10,9 @@ The model itself is asked once whether its loss is the same; where it is not, it
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,6 @@ from torch import Tensor, nn
 
 from ..adapters.fused import is_plain_linear
 from ..host.adapted import peft_model_of
-
-if TYPE_CHECKING:
-    Loss = Callable[..., Tensor]  # of (outputs, labels, num_items_in_batch)
 
 _PIECE = 2**25
 """Logits at a time: 128 MiB in float32."""
@@ -67,7 +64,9 @@ class AnswerHead:
         """Whether the model's own loss is this one; None before it was asked."""
         self.is_last = False
         """Whether the head's output is what the model returns as logits."""
-        base: Any = peft_model_of(model).get_base_model()
+        adapted = peft_model_of(model)
+        base: Any = adapted.get_base_model()
+        self._tuner = cast(nn.Module, adapted.base_model)  # PEFT calls this one's hooks, and not the base model's
         self.head: nn.Module | None = base.get_output_embeddings()
         if self.head is None or base.config.is_encoder_decoder:
             self.is_same = False
@@ -81,56 +80,62 @@ class AnswerHead:
         return bool(self.is_same) and bool(_counted(inputs["labels"]).any())
 
     @contextmanager
-    def on(self, labels: Tensor) -> Iterator[Loss]:
-        """Within, the head sees tokens with a label alone; yields their loss, as Trainer's ``compute_loss_func``."""
+    def on(self) -> Iterator[None]:
+        """Within, the model is not given its labels, and the loss that it returns is made here."""
         head: Any = self.head
         in_pieces = self.is_last and is_plain_linear(head) and not any(p.requires_grad for p in head.parameters())
-        counted = _counted(labels)
+        given: dict[str, Any] = {}
         rows: list[Tensor] = []
 
+        def take(tuner: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            given.update(labels=kwargs["labels"], items=kwargs.get("num_items_in_batch"))
+            return args, kwargs | {"labels": None}
+
         def select(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            hidden = args[0]  # (batch, tokens, width)
-            if rows or hidden.shape[:-1] != labels.shape:
+            hidden, labels = args[0], given.get("labels")  # (batch, tokens, width), (batch, tokens)
+            if rows or labels is None or hidden.shape[:-1] != labels.shape:
                 raise OtherTokens
-            rows.append(_taken(hidden[:, :-1], counted))  # (n, width)
+            rows.append(_taken(hidden[:, :-1], _counted(labels)))  # (n, width)
             # In pieces, the model's own logits are of no use: one row keeps its code going.
             return rows[0][None, : 1 if in_pieces else None], *args[1:]
 
-        def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        def give(tuner: nn.Module, args: Any, output: Any) -> Any:
             if not rows:
                 raise OtherTokens
-            target = _taken(labels[:, 1:], counted).to(rows[0].device)
+            labels, items = given["labels"], given["items"]
+            target = _taken(labels[:, 1:], _counted(labels)).to(rows[0].device)
             if in_pieces:
                 total = _SummedLoss.apply(rows[0], head.weight, head.bias, target)
             else:
-                total = F.cross_entropy(_logits(outputs)[0].float(), target, reduction="sum")
-            items = len(target) if num_items_in_batch is None else num_items_in_batch
-            return total / (items.to(total.device) if isinstance(items, Tensor) else items)
+                total = F.cross_entropy(_logits(output)[0].float(), target, reduction="sum")
+            items = items.to(total.device) if isinstance(items, Tensor) else items or len(target)
+            if not isinstance(output, Mapping):
+                return total / items, *output
+            output["loss"] = total / items  # type: ignore[index]
+            return output
 
-        hook = head.register_forward_pre_hook(select)
+        hooks = [
+            self._tuner.register_forward_pre_hook(take, with_kwargs=True),
+            head.register_forward_pre_hook(select),
+            self._tuner.register_forward_hook(give),
+        ]
         try:
-            yield loss
+            yield
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
 
     @torch.no_grad()
     def _ask(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         """Compare on the row with most labels: without dropout, so that no random number is drawn."""
-        assert self.head is not None
         row = int(_counted(inputs["labels"]).sum(1).argmax())
         one = {key: value[row : row + 1] for key, value in inputs.items()}
-        made: list[Tensor] = []
         was_training = model.training
         model.eval()
         try:
-            theirs = model(**one)["loss"]
-            with self.on(one["labels"]) as loss:
-                watch = self.head.register_forward_hook(lambda head, args, output: made.append(output))
-                try:
-                    outputs = model(**{key: value for key, value in one.items() if key != "labels"})
-                finally:
-                    watch.remove()
-                ours = loss(outputs, one["labels"])
+            theirs = _loss(model(**one))
+            with self.on(), self._watched() as made:
+                output = model(**one)
         except OtherTokens:
             self.is_same = False
             return
@@ -138,20 +143,26 @@ class AnswerHead:
             model.train(was_training)
         # Other row counts round otherwise in half precision; another convention is off by far more.
         near = 1e-4 if made[0].dtype == torch.float32 else 1e-2
-        self.is_same = math.isclose(float(theirs), float(ours), rel_tol=near)
-        self.is_last = self.is_same and torch.equal(made[0].float(), _logits(outputs).float())
+        self.is_same = math.isclose(float(theirs), float(_loss(output)), rel_tol=near)
+        self.is_last = self.is_same and torch.equal(made[0].float(), _logits(output).float())
 
     @torch.no_grad()
     def assume(self, model: nn.Module, ids: Tensor) -> None:
         """Take for granted what only values can tell: for a model on the meta device. Args: ids: (batch, tokens)."""
+        with self._watched() as made:
+            self.is_last = _logits(model(input_ids=ids)) is made[0]
+        self.is_same = True
+
+    @contextmanager
+    def _watched(self) -> Iterator[list[Tensor]]:
+        """What the head returns within."""
         assert self.head is not None
         made: list[Tensor] = []
-        watch = self.head.register_forward_hook(lambda head, args, output: made.append(output))
+        hook = self.head.register_forward_hook(lambda head, args, output: made.append(output))
         try:
-            self.is_last = _logits(model(input_ids=ids)) is made[0]
+            yield made
         finally:
-            watch.remove()
-        self.is_same = True
+            hook.remove()
 
 
 def _counted(labels: Tensor) -> Tensor:
@@ -164,5 +175,11 @@ def _taken(tensor: Tensor, counted: Tensor) -> Tensor:
     return tensor.flatten(0, 1) if counted.is_meta else tensor[counted.to(tensor.device)]
 
 
-def _logits(outputs: Any) -> Tensor:
-    return outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+def _loss(output: Any) -> Tensor:
+    return output["loss"] if isinstance(output, Mapping) else output[0]
+
+
+def _logits(output: Any) -> Tensor:
+    if isinstance(output, Mapping):
+        return output["logits"]
+    return next(one for one in output if one.ndim > 0)

@@ -204,12 +204,8 @@ def _height(model: Any, batch: int, tokens: int, device: str) -> int | None:
         with _attention(device):
             if labels is ids and head.is_same is None:
                 head.assume(model, ids[:1])
-            with _Alive(model) as alive:
-                if head.is_same:
-                    with head.on(labels) as loss:
-                        loss(model(input_ids=ids), labels).backward()
-                else:
-                    model(input_ids=ids, labels=labels).loss.backward()
+            with _Alive(model) as alive, head.on() if head.is_same else contextlib.nullcontext():
+                model(input_ids=ids, labels=labels).loss.backward()
     except (TypeError, ValueError, NotImplementedError, RuntimeError):
         return None
     finally:

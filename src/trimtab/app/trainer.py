@@ -95,12 +95,10 @@ def _answer_trainer() -> type[Trainer]:
             head = self._head_for(model) if is_plain and model.training and not return_outputs else None
             if head is not None and head.serves(model, inputs):
                 try:
-                    with head.on(inputs["labels"]) as self.compute_loss_func:
-                        return super().compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
+                    with head.on():
+                        return super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
                 except OtherTokens:
                     head.is_same = False
-                finally:
-                    self.compute_loss_func = None
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     return AnswerTrainer
