@@ -97,18 +97,19 @@ class Run:
 
 
 # At LoRA's own rate: the first ones answer whether a method can be swapped in, the others what its parts do.
-FIRST = ("lora-r8", "salientlora", "adalora", "cka-salientlora", "composition")
+FIRST = ("lora-r8", "salientlora", "adalora", "cka-salientlora", "composition-late")
 SWAPPED = (*FIRST, "cka-lora", "random-lora", "lora-r4", "budget", "uniform-lora", "lora-r2", "aflora", "aflora-late",
-           "composition-late", "peft-adalora", "sora", "gradient-lora", "fisher-lora", "influence-lora",
+           "composition", "peft-adalora", "sora", "gradient-lora", "fisher-lora", "influence-lora",
            "grades", "influence-salientlora", "influence-composition", "aflora-vectors",
            "aflora-late-vectors", "influence-composition-vectors", "eva", "gora")  # fmt: skip
 # On the other tasks: whether what SST-2 says of layers and of freezing holds there, too.
-PARTS = (*FIRST, "cka-lora", "random-lora", "uniform-lora", "influence-lora", "aflora", "aflora-late", "lora-r4",
-         "lora-r2", "influence-composition", "influence-salientlora", "aflora-vectors", "aflora-late-vectors",
-         "influence-composition-vectors")  # fmt: skip
+PARTS = (*FIRST, "composition", "cka-lora", "random-lora", "uniform-lora", "influence-lora", "aflora", "aflora-late",
+         "lora-r4", "lora-r2", "influence-composition", "influence-salientlora", "aflora-vectors",
+         "aflora-late-vectors", "influence-composition-vectors")  # fmt: skip
 # On a decoder, at equal steps, by what each part of the composition brings.
-DECODER = ("lora-r8", "cka-lora", "salientlora", "composition", "influence-lora", "influence-composition-vectors",
-           "aflora", "aflora-late", "aflora-late-vectors", "lora-r2", "uniform-lora")  # fmt: skip
+DECODER = ("lora-r8", "cka-lora", "salientlora", "composition", "composition-late", "influence-lora",
+           "influence-composition-vectors", "aflora", "aflora-late", "aflora-late-vectors",
+           "lora-r2", "uniform-lora")  # fmt: skip
 
 TASKS = {
     task.name: task
@@ -119,7 +120,7 @@ TASKS = {
         Task("cola", "CoLA", 6000, 3, 3600, swapped=PARTS),
         Task("rte", "RTE", 2490, 3, 1500, rate="5e-4", swapped=PARTS),
         Task("sst2-first", "SST-2, the file's first rows", 6000, 1, 0, ("data.sample_seed=first",),
-             swapped=FIRST, tuned=False, folder="sst2"),
+             swapped=(*FIRST, "composition"), tuned=False, folder="sst2"),
         Task("code", "SmolLM2, Code Alpaca", 750, 1, 0, swapped=DECODER, tuned=False, folder="code_alpaca",
              recipe="smollm2.yaml", held_out=0.2, samples=128),
     )
@@ -127,6 +128,7 @@ TASKS = {
 
 CKA = "where={method: cka, ratio: 0.5, samples: SAMPLES}"  # the task says how many
 INFLUENCE = "where={method: influence, ratio: 0.5, samples: SAMPLES}"
+EARLY = "freeze={method: aflora, warmup: 0.3, final: 0.3}"  # the default until it was seen on two tasks
 LATE = "freeze={method: aflora, warmup: 0.5, final: 0.1}"
 VECTORS = "rates={vectors: 10}"
 SALIENT = "rank={method: salientlora, target_r: 4}"
@@ -139,30 +141,30 @@ ROWS = {
         Row("salientlora", "SalientLoRA 8→4", (SALIENT,)),
         Row("adalora", "AdaLoRA 8→4", ("rank={method: adalora, target_r: 4}",)),
         Row("cka-salientlora", "CKA half × SalientLoRA 8→4", (CKA, SALIENT)),
-        Row("composition", "CKA half × SalientLoRA 8→4 × AFLoRA", (CKA, SALIENT, "freeze=aflora")),
+        Row("composition", "CKA half × SalientLoRA 8→4 × AFLoRA, freezing early", (CKA, SALIENT, EARLY),
+            note="phases of 0.3 and 0.3"),
         Row("lora-r4", "LoRA r 4", ("adapter.r=4", "adapter.alpha=8")),
         Row("cka-lora", "CKA half × LoRA r 8", (CKA,)),
         Row("random-lora", "random half × LoRA r 8", ("where={method: random, ratio: 0.5}",),
             note="which half follows the seed"),
         Row("uniform-lora", "uniform half × LoRA r 8", ("where={method: uniform, ratio: 0.5}",)),
         Row("lora-r2", "LoRA r 2", ("adapter.r=2", "adapter.alpha=4"), note="holds what the composition holds"),
-        Row("aflora", "AFLoRA r 8", ("freeze=aflora",)),
-        Row("aflora-late", "AFLoRA r 8, freezing later",
-            (LATE,), note="the default's phases are 0.3 and 0.3"),
-        Row("composition-late", "the composition, freezing later",
-            (CKA, SALIENT, LATE), note="phases of 0.5 and 0.1, too"),
+        Row("aflora", "AFLoRA r 8, freezing early", (EARLY,), note="phases of 0.3 and 0.3"),
+        Row("aflora-late", "AFLoRA r 8", (LATE,)),
+        Row("composition-late", "CKA half × SalientLoRA 8→4 × AFLoRA", (CKA, SALIENT, LATE)),
         Row("influence-salientlora", "influence half × SalientLoRA 8→4", (INFLUENCE, SALIENT)),
-        Row("influence-composition", "influence half × SalientLoRA 8→4 × AFLoRA, freezing later",
-            (INFLUENCE, SALIENT, LATE), note="the composition with another half, and phases of 0.5 and 0.1"),
-        Row("aflora-vectors", "AFLoRA r 8, faster vectors", ("freeze=aflora", VECTORS),
+        Row("influence-composition", "influence half × SalientLoRA 8→4 × AFLoRA",
+            (INFLUENCE, SALIENT, LATE), note="the composition with another half"),
+        Row("aflora-vectors", "AFLoRA r 8, freezing early, faster vectors", (EARLY, VECTORS),
             note="the vectors e and b at ten times the rate"),
-        Row("aflora-late-vectors", "AFLoRA r 8, freezing later, faster vectors", (LATE, VECTORS), note="both"),
-        Row("influence-composition-vectors", "influence half × SalientLoRA 8→4 × AFLoRA, later, faster vectors",
+        Row("aflora-late-vectors", "AFLoRA r 8, faster vectors", (LATE, VECTORS)),
+        Row("influence-composition-vectors", "influence half × SalientLoRA 8→4 × AFLoRA, faster vectors",
             (INFLUENCE, SALIENT, LATE, VECTORS),
             note="the one above, with vectors at ten times the rate"),
         Row("grades", "GradES r 8", ("freeze=grades",)),
         Row("budget", "the composition under one budget",
-            ("where={method: cka, samples: SAMPLES}", "rank=salientlora", "freeze={method: aflora, rule: tensor_rank}",
+            ("where={method: cka, samples: SAMPLES}", "rank=salientlora",
+             "freeze={method: aflora, warmup: 0.3, final: 0.3, rule: tensor_rank}",
              f"budget={{average_params: {QUARTER}}}"),
             note="on average a quarter of LoRA r 8's parameters; layers, ranks and freezing follow"),
         Row("peft-adalora", "PEFT's AdaLoRA at its defaults", kind="peft_adalora",

@@ -35,7 +35,7 @@ SCHEDULES = {"cubic": lambda u: (1 - u) ** 3, "quadratic": lambda u: 1 - u**2}
 MEANS = {"cubic": 1 / 4, "quadratic": 2 / 3}
 """Integral of each schedule over [0, 1]."""
 
-RAMP = 0.3, 0.3
+RAMP = 0.5, 0.1
 """Default warm-up and final phase: the projections of a short run must have learnt something before they freeze."""
 
 
