@@ -264,6 +264,10 @@ FAULTS = [
     ),
     Fault("train/rates.py", "learning_rate * multiples.get(role, 1.0)", "learning_rate", "test_rates.py"),
     Fault("train/rates.py", "weight_decay if is_decayed else 0.0", "weight_decay", "test_rates.py"),
+    # -- a decoder's loss --------------------------------------------------------------------------------
+    Fault("app/answer_head.py", "_taken(hidden[:, :-1], ", "_taken(hidden[:, 1:], ", "test_answer_head.py"),
+    Fault("app/answer_head.py", "self.is_same and torch.equal(", "self.is_same or torch.equal(", "test_answer_head.py"),
+    Fault("app/answer_head.py", "ctx.saved_tensors[0] * grad", "ctx.saved_tensors[0]", "test_answer_head.py"),
 ]
 
 
