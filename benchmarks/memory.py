@@ -46,7 +46,7 @@ def peak(shape, ours: bool, p: float, checkpointing: bool, dtype: torch.dtype) -
 
 def head_step(shape: Shape, learned: float, on_answers: bool) -> Step:
     """Forward and backward; the last ``learned`` of each row's tokens have labels."""
-    model, data = adapted(shape, lora(True)), batch(shape)
+    model, data = adapted(shape, lora(True, task_type="CAUSAL_LM")), batch(shape)
     data["labels"] = data["labels"].clone()
     data["labels"][:, : round(shape.length * (1 - learned))] = -100
     head = AnswerHead(model)
