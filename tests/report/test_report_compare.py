@@ -325,3 +325,14 @@ def test_settings_that_do_the_same_are_all_on_the_front_and_none_is_called_highe
     assert compare(folders).finding.startswith("All 2 settings have the same matthews_correlation")
     compare(folders, tmp_path / "compare.html")
     assert "give the best mean" in (tmp_path / "compare.html").read_text(encoding="utf-8")
+
+
+def test_settings_of_one_score_and_other_sizes_are_told_by_what_one_saves(tmp_path: Path) -> None:
+    folders = [runs.full_run(tmp_path / name, layers=3, events=4, rank=name) for name in ("salientlora", "adalora")]
+    file = folders[0] / "metrics.json"
+    metrics = json.loads(file.read_text())
+    metrics["params"]["final"] //= 2
+    file.write_text(json.dumps(metrics))
+    said = compare(folders).finding
+    assert said.startswith("All 2 settings have the same matthews_correlation") and "highest" not in said
+    assert "% of `" in said and "final parameters" in said

@@ -426,8 +426,13 @@ def _finding(table: CompareTable, top: int | None) -> str:
         return told[0] if len(rows) == 1 and told else f"{plural(len(rows), 'setting')} side by side"
     first = rows[top]
     alike = [row for row in rows if row.score == first.score]
-    if len(alike) == len(rows) and len({row.params["final"] for row in rows}) == 1:
-        return f"All {len(rows)} settings have the same {metric}, {first.score_text}, and as many final parameters"
+    if len(alike) == len(rows):
+        same = f"All {len(rows)} settings have the same {metric}, {first.score_text}"
+        if len({row.params["final"] for row in rows}) == 1:
+            return f"{same}, and as many final parameters"
+        *_, largest = sized = sorted(rows, key=lambda row: row.params["final"] or 0)
+        least = next((row for row in sized if row.params["final"]), largest)
+        return f"{same}; `{least.name}` with {_saved(least, largest)}" if least is not largest else same
     if table.best is not None:
         finding = f"`{first.name}` scored best: {metric} {first.score_text}"
     else:
@@ -440,11 +445,17 @@ def _finding(table: CompareTable, top: int | None) -> str:
     if (least.params["final"] or 0) >= first.params["final"]:
         return finding + (", with the fewest final parameters" if least is first else "")
     gap = abs((first.score or 0.0) - (least.score or 0.0))
-    saved = [f"{100 * least.params['final'] / first.params['final']:.3g} % of its final parameters"]  # type: ignore[operator]
-    if first.seconds and least.seconds:
-        saved.append(f"{100 * least.seconds / first.seconds:.3g} % of its time")
     within = " (within chance)" if (d := least.difference) and d.low is not None and not d.is_clear else ""
-    return f"{finding}; `{least.name}` is {number(gap, 2)} behind{within} with {' and '.join(saved)}"
+    return f"{finding}; `{least.name}` is {number(gap, 2)} behind{within} with {_saved(least, first)}"
+
+
+def _saved(least: CompareRow, other: CompareRow) -> str:
+    """What one has of another's parameters and time."""
+    whose = "its" if other.score != least.score else f"`{other.name}`'s"
+    saved = [f"{100 * least.params['final'] / other.params['final']:.3g} % of {whose} final parameters"]  # type: ignore[operator]
+    if other.seconds and least.seconds:
+        saved.append(f"{100 * least.seconds / other.seconds:.3g} % of its time")
+    return " and ".join(saved)
 
 
 def _unclear(table: CompareTable, top: int) -> str:
