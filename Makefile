@@ -27,7 +27,7 @@ PYTEST := python -m pytest -n 2 --dist worksteal
 
 help:
 	@echo "make demo   the main job on a small real model and real text, offline once set up"
-	@echo "make test   the tests, in about five minutes on two idle cores"
+	@echo "make test   the tests, in three to five minutes on two idle cores"
 	@echo "make test-all  these, and the slow ones: every method in every family, repeated kills, the demo"
 	@echo "make test-mutations  faults put into the core one by one: the tests must see each"
 	@echo "make test-faults  full disks, damage, signals, kills, lost memory and numbers, as a table"

@@ -3,8 +3,9 @@
 transformers' models make the logits of every token, prompt and padding too, (tokens, vocabulary) in float32, and keep
 them until the backward pass. Here a hook gives the head only those hidden states whose next token has a label; the
 model's own code after the head (soft caps, scales) sees their logits. Where there is no such code, they are made and
-taken back in pieces. (torch 2.13's `linear_cross_entropy` does that, too, but sums a loss in bfloat16: 9.25 for 11.14.)
-The model itself is asked once whether its loss is the same; where it is not, it keeps its own way.
+taken back in pieces, an idea of Liger Kernel (arXiv 2410.10989). torch 2.13's `linear_cross_entropy` does that, too,
+but sums a loss in bfloat16: 9.25 for 11.14. The model itself is asked once whether its loss is the same; where it is
+not, it keeps its own way.
 """
 
 from __future__ import annotations
@@ -32,7 +33,13 @@ class OtherTokens(Exception):
 
 class _SummedLoss(torch.autograd.Function):
     """Cross-entropy of a frozen head, summed over the rows. A piece of them at a time goes forward and back, so that
-    its logits can go before the next one's come."""
+    its logits can go before the next one's come: the gradient of the rows is known at the end of the forward pass.
+
+    Args:
+        rows: hidden states, (n, width); weight, bias: of the head, (vocabulary, width) and (vocabulary,); target: (n,).
+    Returns:
+        A float32 scalar. No second derivative.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
@@ -81,7 +88,11 @@ class AnswerHead:
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        """Within, the model is not given its labels, and the loss that it returns is made here."""
+        """Within, the model is not given its labels, and the loss that it returns is made here.
+
+        Raises:
+            OtherTokens: out of the model's forward pass, which can be made again without this.
+        """
         head: Any = self.head
         in_pieces = self.is_last and is_plain_linear(head) and not any(p.requires_grad for p in head.parameters())
         given: dict[str, Any] = {}

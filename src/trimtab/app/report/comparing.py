@@ -430,9 +430,12 @@ def _finding(table: CompareTable, top: int | None) -> str:
         same = f"All {len(rows)} settings have the same {metric}, {first.score_text}"
         if len({row.params["final"] for row in rows}) == 1:
             return f"{same}, and as many final parameters"
-        *_, largest = sized = sorted(rows, key=lambda row: row.params["final"] or 0)
-        least = next((row for row in sized if row.params["final"]), largest)
-        return f"{same}; `{least.name}` with {_saved(least, largest)}" if least is not largest else same
+        counted = sorted((row for row in rows if row.params["final"]), key=lambda row: row.params["final"] or 0)
+        if len(counted) < 2:
+            return same
+        least, *_, largest = counted
+        whose = f"`{largest.name}`'s"
+        return f"{same}; `{least.name}` with {_saved(least, largest, whose)}"
     if table.best is not None:
         finding = f"`{first.name}` scored best: {metric} {first.score_text}"
     else:
@@ -446,12 +449,11 @@ def _finding(table: CompareTable, top: int | None) -> str:
         return finding + (", with the fewest final parameters" if least is first else "")
     gap = abs((first.score or 0.0) - (least.score or 0.0))
     within = " (within chance)" if (d := least.difference) and d.low is not None and not d.is_clear else ""
-    return f"{finding}; `{least.name}` is {number(gap, 2)} behind{within} with {_saved(least, first)}"
+    return f"{finding}; `{least.name}` is {number(gap, 2)} behind{within} with {_saved(least, first, 'its')}"
 
 
-def _saved(least: CompareRow, other: CompareRow) -> str:
-    """What one has of another's parameters and time."""
-    whose = "its" if other.score != least.score else f"`{other.name}`'s"
+def _saved(least: CompareRow, other: CompareRow, whose: str) -> str:
+    """What one has of another's parameters and time. Args: whose: the other, where it is first spoken of."""
     saved = [f"{100 * least.params['final'] / other.params['final']:.3g} % of {whose} final parameters"]  # type: ignore[operator]
     if other.seconds and least.seconds:
         saved.append(f"{100 * least.seconds / other.seconds:.3g} % of its time")
