@@ -22,6 +22,10 @@ CUT = 10
 """Points from the baseline, or from the best, that are shown; one run that learned nothing would squeeze the rest."""
 
 
+_WIDE = 7.2
+"""Units that a letter of a row's name takes at most on average, in the fonts that ``system-ui`` stands for."""
+
+
 def _svg(width: int, height: int, title: str, parts: Sequence[str]) -> str:
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">'
     return "\n".join([head, f"<title>{html.escape(title)}</title>", _STYLE, *parts, "</svg>"]) + "\n"
@@ -37,7 +41,8 @@ def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
 
 def dots(rows: Sequence[str], columns: Sequence[str], apart: Sequence[Sequence[Difference | None]]) -> str:
     """Differences to LoRA r 8 with their intervals: a line a row, a panel a task. Orange where zero is outside."""
-    left, panel, gap, step, top = 260, 190, 44, 24, 44
+    left = 20 + math.ceil(_WIDE * max(map(len, rows)))
+    panel, gap, step, top = 190, 44, 24, 44
     ends = [100 * x for line in apart for d in line if d for x in (d.mean, d.low, d.high) if x is not None]
     low, high = max(math.floor(min([*ends, -1])), -CUT), min(math.ceil(max([*ends, 1])), CUT)
     width, height = left + len(columns) * (panel + gap), top + step * len(rows) + 34
@@ -71,7 +76,8 @@ def dots(rows: Sequence[str], columns: Sequence[str], apart: Sequence[Sequence[D
 
 def pareto(marks: Sequence[tuple[str, float, float]], what: str) -> str:
     """Score against average trainable parameters on a log axis; numbers stand for the names beside the plot."""
-    width, plot, height, top, bottom, left = 860, 520, 60 + 20 * max(len(marks), 14), 20, 40, 56
+    plot, height, top, bottom, left = 520, 60 + 20 * max(len(marks), 14), 20, 40, 56
+    width = plot + 24 + math.ceil(_WIDE * (max(len(name) for name, _, _ in marks) + 10))  # and its number and score
     sizes, scores = [size for _, size, _ in marks], [100 * score for _, _, score in marks]
     high = math.ceil(max(scores)) + 0.5
     low = max(math.floor(min(scores)) - 0.5, high - CUT)  # what is further down lies on the edge
