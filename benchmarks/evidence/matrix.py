@@ -37,6 +37,12 @@ class Task:
     """Whether all rows are tuned and compared here."""
     folder: str = ""
     """Of the data and of the task in GLUE, where the name is another."""
+    glue: str = ""
+    """Task in GLUE, where its folder has another name."""
+    splits: tuple[str, str] = ("train", "validation")
+    """Files to learn from and to score on."""
+    scored: int | None = None
+    """Rows that are scored, drawn from their file; all of them without it."""
     recipe: str = "minilm.yaml"
     held_out: float | None = None
     """Share of the rows that is scored, where there is no file of others; the loss on them is the score."""
@@ -47,8 +53,9 @@ class Task:
         folder = self.folder or self.name
         if self.held_out:
             return [f"data.train={data / folder / 'train.jsonl'}", f"data.held_out={self.held_out}", *self.settings]
-        files = [f"data.{split}={data / folder / f'{split}.jsonl'}" for split in ("train", "validation")]
-        return [f"task.name=glue/{folder}", *files, f"train.num_train_epochs={self.epochs}", *self.settings]
+        splits = zip(("train", "validation"), self.splits)
+        files = [f"data.{split}={data / folder / f'{file}.jsonl'}" for split, file in splits]
+        return [f"task.name=glue/{self.glue or folder}", *files, f"train.num_train_epochs={self.epochs}", *self.settings]
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,10 @@ class Run:
         return Path(self.task.name, self.row.name, f"{self.name}.json")
 
     def overrides(self, data: Path) -> list[str]:
-        rows = [f"data.max_samples={{train: {self.task.tuning_rows if self.tuning else self.task.rows}}}"]
+        limits = f"train: {self.task.tuning_rows if self.tuning else self.task.rows}"
+        if self.task.scored:
+            limits += f", validation: {self.task.scored}"
+        rows = [f"data.max_samples={{{limits}}}"]
         held_out = ["data.held_out=0.2"] if self.tuning else []
         rate = float(self.rate) * self.row.rate_factor
         ends = [f"train.learning_rate={rate:g}", f"seed={self.seed}"]
@@ -119,6 +129,7 @@ TASKS = {
         Task("mrpc", "MRPC", 3668, 2, 1800, rate="5e-4", swapped=PARTS),
         Task("cola", "CoLA", 6000, 3, 3600, swapped=PARTS),
         Task("rte", "RTE", 2490, 3, 1500, rate="5e-4", swapped=PARTS),
+        Task("snli", "SNLI", 6000, 1, 2400, swapped=PARTS, glue="mnli", splits=("validation", "test"), scored=1500),
         Task("sst2-first", "SST-2, the file's first rows", 6000, 1, 0, ("data.sample_seed=first",),
              swapped=(*FIRST, "composition"), tuned=False, folder="sst2"),
         Task("code", "SmolLM2, Code Alpaca", 750, 1, 0, swapped=DECODER, tuned=False, folder="code_alpaca",
