@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 
+import peft
 import torch
 
 from trimtab.app.answer_head import AnswerHead
@@ -20,12 +21,14 @@ from .common import (
     Shape,
     Step,
     adapted,
+    base_model,
     batch,
     lora,
     main,
     paired,
     ratio,
     training_step,
+    want_gradients_from_the_bottom,
 )
 
 # A decoder of few blocks and a long vocabulary; widths as in Gemma 3 270M.
@@ -78,6 +81,52 @@ def head_rows(rounds: int) -> list[Row]:
     return out
 
 
+def quantised(shape: Shape, bits: int) -> torch.nn.Module:
+    """A bfloat16 model whose blocks' linears hold their weights in so many bits, by bitsandbytes."""
+    import bitsandbytes as bnb
+
+    base = base_model(shape, torch.bfloat16)
+    for name, linear in list(base.base_model.named_modules()):
+        if type(linear) is torch.nn.Linear:
+            widths = linear.in_features, linear.out_features, False
+            if bits == 4:
+                few = bnb.nn.Linear4bit(*widths, compute_dtype=torch.bfloat16, quant_type="nf4")
+            else:
+                few = bnb.nn.Linear8bitLt(*widths, has_fp16_weights=False)
+            few.load_state_dict({"weight": linear.weight.data})
+            base.base_model.set_submodule(name, few.to("cpu"))
+    setattr(base, f"is_loaded_in_{bits}bit", True)
+    want_gradients_from_the_bottom(base)
+    return base
+
+
+def quantised_rows(rounds: int) -> list[Row]:
+    """Plain LoRA on a base in few bits: the base's product is bitsandbytes' own, the adapter's part differs."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        return []
+    shape = Shape(**{**vars(SMOLLM2.cut(2)), "batch": 4, "length": 256})
+    out = []
+    for bits in (4, 8):
+        for p in (0.0, 0.1):
+            steps, peaks = {}, {}
+            for who in ("ours", "PEFT"):
+                config = lora(who == "ours", dropout=p)
+                config.target_modules = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+                model = peft.get_peft_model(quantised(shape, bits), config).train()
+                steps[who] = step = training_step(model, shape)
+                step()
+                with PeakBytes() as counter:
+                    step()
+                peaks[who] = counter.peak
+            case = f"SmolLM2-135M 4 x 256, 2 blocks in {bits} bits{', dropout .1' if p else ''}: ours / PEFT"
+            note = " and ".join(f"{peak / 2**20:.0f}" for peak in peaks.values()) + " MiB"
+            out.append(Row(f"{case}, peak", peaks["ours"] / peaks["PEFT"], 1.0, None, note))
+            out.append(ratio(paired(steps, rounds), "ours", "PEFT", 1.0, f"{case}, time"))
+    return out
+
+
 def rows(short: bool) -> list[Row]:
     out = []
     for whole in (MINILM, SMOLLM2) if short else (MINILM, BERT, SMOLLM2):
@@ -91,7 +140,8 @@ def rows(short: bool) -> list[Row]:
                     out.append(
                         Row(f"{case}: ours / PEFT", a / b, 1.0, None, f"{a / 2**20:.0f} and {b / 2**20:.0f} MiB")
                     )
-    return out + head_rows(3 if short else 9)
+    rounds = 3 if short else 9
+    return out + quantised_rows(rounds) + head_rows(rounds)
 
 
 if __name__ == "__main__":

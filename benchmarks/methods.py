@@ -2,8 +2,8 @@
 
     python -m benchmarks.methods [--short]
 
-Every method's step alternates with a LoRA step at the mean rank that the method had over its schedule. From the
-papers' start, where the diagonals are at work in every step.
+Every method's step alternates with a LoRA step of the very ranks that the method has in it: what is left is what
+deciding costs. From LoRA's start, the default, and from the papers' own, where the diagonals are at work in every step.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import peft
 
 import trimtab
 
-from .common import MINILM, Row, adapted, lora, main, ratio, timed, training_step
+from .common import MINILM, Row, Shape, Step, adapted, lora, main, ratio, timed, training_step
 
 R = 12
 
 
-def methods(total: int) -> dict[str, dict]:
+def methods(total: int, start: str) -> dict[str, dict]:
     return {
         "SalientLoRA": {
             "rank": trimtab.SalientLoRA(
-                start="svd",
+                start=start,
                 target_r=8,
                 warmup=total // 10,
                 allocation=total // 2,
@@ -29,46 +29,52 @@ def methods(total: int) -> dict[str, dict]:
                 final_window=total // 4,
             )
         },
-        "AdaLoRA": {"rank": trimtab.AdaLoRA(start="svd", target_r=8)},
-        "SoRA": {"rank": trimtab.SoRA(start="svd", prox_threshold=1e-3)},
-        "AFLoRA": {"freeze": trimtab.AFLoRA(start="svd", warmup="auto", final=0.7, interval_steps=max(2, total // 10))},
+        "AdaLoRA": {"rank": trimtab.AdaLoRA(start=start, target_r=8)},
+        "SoRA": {"rank": trimtab.SoRA(start=start, prox_threshold=1e-3)},
+        "AFLoRA": {"freeze": trimtab.AFLoRA(start=start, warmup="auto", final=0.7, interval_steps=max(2, total // 10))},
     }
 
 
 def rows(short: bool) -> list[Row]:
     total, schedules, out = 20 if short else 40, 3 if short else 5, []
-    for name in methods(total):
-        seconds = [one_schedule(name, total) for _ in range(schedules)]
-        times = {who: [run[who] for run in seconds] for who in seconds[0]}
-        note = f"{schedules} schedules of {total} steps"
-        case = f"MiniLM, 1 block: {name} / our LoRA at the same rank"
-        out.append(ratio(times, "own", "LoRA", 1.05, case, note))
-        if "PEFT" in times:
-            case = "MiniLM, 1 block: our AdaLoRA / PEFT AdaLoRA"
-            out.append(ratio(times, "own", "PEFT", 0.85, case, f"r {R} to 8, {note}"))
+    for start, words, target in (("lora", "LoRA's start", 1.02), ("svd", "the papers'", 1.05)):
+        for name in methods(total, start):
+            seconds = [one_schedule(name, total, start) for _ in range(schedules)]
+            times = {who: [run[who] for run in seconds] for who in seconds[0]}
+            note = f"{schedules} schedules of {total} steps"
+            case = f"MiniLM, 1 block, {words}: {name} / our LoRA at the same rank"
+            out.append(ratio(times, "own", "LoRA", target, case, note))
+            if "PEFT" in times:
+                case = f"MiniLM, 1 block, {words}: our AdaLoRA / PEFT AdaLoRA"
+                out.append(ratio(times, "own", "PEFT", 0.85, case, f"r {R} to 8, {note}"))
     return out
 
 
-def one_schedule(name: str, total: int) -> dict[str, float]:
+def one_schedule(name: str, total: int, start: str) -> dict[str, float]:
     """Seconds of a whole schedule, its steps alternating with those of what it is compared with."""
     shape = MINILM.cut(1)
-    step = training_step(adapted(shape, lora(True, R, **methods(total)[name])), shape, total)
+    step = training_step(adapted(shape, lora(True, R, **methods(total, start)[name])), shape, total)
     control = step.control  # type: ignore[attr-defined]
-    baselines = {r: training_step(adapted(shape, lora(True, r)), shape) for r in (8, R)}
-    for baseline in baselines.values():
-        baseline()
-    rival = peft_adalora(shape, total) if name == "AdaLoRA" else None
+    rival = peft_adalora(shape, total) if name == "AdaLoRA" and start == "svd" else None
     spent = {"own": 0.0, "LoRA": 0.0, **({"PEFT": 0.0} if rival else {})}
+    baseline, of = step, {}
     for _ in range(total):
-        current = control.ranks()
-        mean = sum(current.values()) / max(1, len(current))
-        high = min(1.0, max(0.0, (mean - 8) / (R - 8)))
+        if of != (current := control.ranks() or of):  # a finished run has no ranks to change
+            baseline, of = lora_of(current, shape), current
         spent["own"] += timed(step)
-        seconds = {r: timed(baseline) for r, baseline in baselines.items()}
-        spent["LoRA"] += high * seconds[R] + (1 - high) * seconds[8]
+        spent["LoRA"] += timed(baseline)
         if rival:
             spent["PEFT"] += timed(rival)
     return spent
+
+
+def lora_of(ranks: dict[str, int], shape: Shape) -> Step:
+    """A step of our LoRA of these ranks, warm."""
+    kept = {name: r for name, r in ranks.items() if r}
+    config = trimtab.TrimConfig(r=R, lora_alpha=16, target_modules=list(kept), rank_pattern=kept)
+    step = training_step(adapted(shape, config), shape)
+    step()
+    return step
 
 
 def peft_adalora(shape, total: int):

@@ -57,7 +57,12 @@ FAULTS = [
     Fault(
         "rank/adalora.py", "torch._foreach_mul_(spread, b2)", "torch._foreach_mul_(spread, b1)", "rank/test_adalora.py"
     ),
-    Fault("rank/adalora.py", "torch._foreach_sub_(now, mean)", "torch._foreach_sub_(now, old)", "rank/test_adalora.py"),
+    Fault(
+        "rank/adalora.py",
+        "torch._foreach_sub_(seen, mean)",
+        "torch._foreach_sub_(seen, spread)",
+        "rank/test_adalora.py",
+    ),
     Fault(
         "rank/adalora.py",
         "score_A.mean(dim=1) + score_B.mean(dim=0)",
@@ -65,12 +70,16 @@ FAULTS = [
         "rank/test_adalora.py",
     ),
     Fault("rank/sora.py", "torch._foreach_clamp_min_(sizes, 0.0)", "pass", "rank/test_sora.py"),
-    Fault("rank/orthogonality.py", "gram.diagonal().sub_(1)", "gram.diagonal().sub_(0)", "rank/test_adalora.py"),
+    Fault("rank/orthogonality.py", "diagonal.sub_(keep)", "diagonal.sub_(0)", "rank/test_adalora.py"),
+    Fault("rank/orthogonality.py", ").sub_(along)", ")", "promises/test_drop_in.py"),
+    Fault("rank/adalora.py", 'found[f"{site.name}.e"] = product.sum(dim=along)', "pass", "promises/test_drop_in.py"),
+    Fault("rank/base.py", "device) * e.abs()", "device) * e", "promises/test_drop_in.py"),
+    Fault("train/steps.py", "id(g) not in known and", "id(g) in known and", "test_not_finite.py"),
     Fault(
-        "adapters/lowrank.py",
-        "return sizes if e is None else sizes * e.abs()",
-        "return sizes if e is None else sizes * e",
-        "promises/test_drop_in.py",
+        "adapters/fused.py",
+        "grad if weight is None else g.sum(0)",
+        "g if weight is not None else g.sum(0)",
+        "test_fused.py",
     ),
     # -- rank: schedules, order and masks --------------------------------------------------------------
     Fault("rank/adalora.py", "* left**3 + self.final_total", "* left**2 + self.final_total", "rank/test_adalora.py"),

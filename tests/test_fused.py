@@ -20,7 +20,7 @@ import tiny
 import trimtab
 from marks import slow
 from trimtab.adapters import dropout, fused
-from trimtab.adapters.fused import Route, lowrank_linear
+from trimtab.adapters.fused import Route, lowrank_added, lowrank_linear
 from trimtab.adapters.gated import gated
 from trimtab.adapters.lowrank import lowrank_delta
 from trimtab.host import layers
@@ -50,6 +50,11 @@ def chosen(x: bool, A: bool, B: bool, e: bool | None, b: bool | None) -> tuple[d
 
 def apply(t: dict[str, Tensor | None], p: float = 0.0, scale: float = 0.7) -> Tensor:
     return lowrank_linear(t["x"], t["W"], t["bias"], t["A"], t["B"], scale, t["e"], t["b"], p)
+
+
+def added(t: dict[str, Tensor | None], p: float = 0.0, scale: float = 0.7) -> Tensor:
+    base = F.linear(t["x"], t["W"], t["bias"])
+    return lowrank_added(base, t["x"], t["A"], t["B"], scale, t["e"], t["b"], p)
 
 
 def plain(t: dict[str, Tensor | None], mask: Tensor | float = 1.0, scale: float = 0.7) -> Tensor:
@@ -87,9 +92,10 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("apply", [apply, added])
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize("way", ROUTES, ids=str)
-def test_gradients_are_exact_for_every_combination_of_frozen_and_trained(way, p, monkeypatch):
+def test_gradients_are_exact_for_every_combination_of_frozen_and_trained(way, p, apply, monkeypatch):
     force(monkeypatch, way)
     for combination in COMBINATIONS:
         t, wanted = chosen(*combination)
@@ -187,9 +193,10 @@ def test_the_input_is_kept_only_where_the_down_projection_trains(monkeypatch):
     assert not {x, h} & kept(x=True)
 
 
+@pytest.mark.parametrize("apply", [apply, added])
 @pytest.mark.parametrize("way", ROUTES, ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.4])
-def test_inputs_of_any_layout_and_shape_work(way, p, monkeypatch):
+def test_inputs_of_any_layout_and_shape_work(way, p, apply, monkeypatch):
     force(monkeypatch, way)
     t = tensors()
     make = torch.Generator().manual_seed(1)
@@ -273,6 +280,23 @@ def test_a_factor_changed_between_forward_and_backward_is_noticed():
         t["B"].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+def test_a_base_of_another_kind_keeps_its_product_and_no_widened_copy_of_the_input():
+    t = {name: value.to(torch.bfloat16) for name, value in tensors().items()}
+    t["A"], t["B"] = t["A"].float().requires_grad_(), t["B"].float().requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda s: kept.append(s) or s, lambda s: s):
+        out = lowrank_added(F.linear(t["x"], t["W"]), t["x"], t["A"], t["B"], 0.7)
+    assert out.dtype == torch.bfloat16 and {s.dtype for s in kept if s.shape == (N, IN)} == {torch.bfloat16}
+    exact = {name: value.detach().double() for name, value in t.items()}
+    wanted = plain({**exact, "bias": None, "e": None, "b": None})
+    torch.testing.assert_close(out.double(), wanted, rtol=2e-2, atol=5e-2)
+    with torch.autocast("cpu", torch.bfloat16):  # the base's own dtype stays, as with PEFT
+        whole = lowrank_added(F.linear(t["x"], t["W"]).float(), t["x"].float(), t["A"], t["B"], 0.7)
+    assert whole.dtype == torch.float32
+    (grad_a,) = torch.autograd.grad(out.sum(), t["A"])
+    assert grad_a.dtype == torch.float32
 
 
 # -- dropout -------------------------------------------------------------------------------------------

@@ -55,7 +55,8 @@ class Task:
             return [f"data.train={data / folder / 'train.jsonl'}", f"data.held_out={self.held_out}", *self.settings]
         splits = zip(("train", "validation"), self.splits)
         files = [f"data.{split}={data / folder / f'{file}.jsonl'}" for split, file in splits]
-        return [f"task.name=glue/{self.glue or folder}", *files, f"train.num_train_epochs={self.epochs}", *self.settings]
+        name, epochs = f"task.name=glue/{self.glue or folder}", f"train.num_train_epochs={self.epochs}"
+        return [name, *files, epochs, *self.settings]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from functools import partial
 
 import peft
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -156,6 +157,33 @@ def test_bitsandbytes_bases_carry_adaptive_layers(bits, tmp_path):
     expected = layer.base_layer(x) + x @ A.T @ B.T * layer.scaling["default"]
     assert torch.allclose(out.float(), expected.float(), atol=1e-2)
     assert layer.lora_e["default"].grad is not None
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_plain_lora_over_bitsandbytes_is_peft_s_own_and_keeps_less_for_the_backward_pass(bits, tmp_path):
+    bnb = pytest.importorskip("bitsandbytes")
+    found = []
+    for kind in (TrimConfig, peft.LoraConfig):
+        torch.manual_seed(0)
+        linear = partial(bnb.nn.Linear8bitLt, has_fp16_weights=False) if bits == 8 else bnb.nn.Linear4bit
+        net = nn.Sequential(linear(64, 64, bias=False), linear(64, 64, bias=False)).to("cpu").to(torch.bfloat16)
+        net.config = {"model_type": "none"}
+        model = peft.get_peft_model(net, kind(r=4, target_modules=["0", "1"], init_lora_weights=False))
+        x = torch.randn(30, 64, dtype=torch.bfloat16, requires_grad=True)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda s, kept=kept: kept.append(s) or s, lambda s: s):
+            out = model(x)
+        out.float().square().sum().backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None] + [x.grad]
+        found.append((out, gradients, sum(s.nbytes for s in kept if s.shape == x.shape)))
+        model.save_pretrained(tmp_path / kind.__name__)
+    (ours, gradients, kept), (theirs, wanted, kept_by_peft) = found
+    torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
+    assert all((a - b).norm() < 0.03 * b.norm() for a, b in zip(gradients, wanted, strict=True))
+    assert 0 < kept <= kept_by_peft / 2
+    files = [tmp_path / kind / "adapter_model.safetensors" for kind in ("TrimConfig", "LoraConfig")]
+    ours, theirs = map(safetensors.torch.load_file, files)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def test_the_saved_config_names_live_ranks_and_leaves_out_rank_zero():

@@ -15,6 +15,8 @@ The plain formula (`lowrank.lowrank_delta`) is the definition; this is the same 
   W + M A costs less than two thin products. With a large rank, gᵀx costs less than four of them.
 - Kept for the backward pass: h, and x where A trains; with dropout two random bytes per input element.
   Of an x that is a gated feed-forward's product, its two sources instead (`gated`).
+- On a base of another kind (quantised, hooked, training) the base's own product stays, and the low-rank path is
+  added to it by the same function (`lowrank_added`): no widened copy of x is made or kept.
 - On a CPU without bf16 (f16) arithmetic, products of such tensors are made in f32: BLAS is an order of
   magnitude faster there, the result is rounded once, and f32 factors on a bf16 base stay as they are.
 """
@@ -104,6 +106,40 @@ def lowrank_linear(
 
     Gradients are exact, and can be taken once: a second derivative raises.
     """
+    return _apply(x, weight, bias, A, B, scale, e, b, dropout, source)
+
+
+def lowrank_added(
+    base: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    e: Tensor | None = None,
+    b: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """What a base layer gave for x, plus the low-rank path; new, in the dtype of ``base``.
+
+    Args:
+        base: shape (..., out).
+        x, A, B, scale, e, b, dropout: as in `lowrank_linear`.
+    """
+    return _apply(x, None, base, A, B, scale, e, b, dropout, None)
+
+
+def _apply(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    e: Tensor | None,
+    b: Tensor | None,
+    dropout: float,
+    source: Gated | None,
+) -> Tensor:
     device = x.device.type
     call = _LowRankLinear.apply if torch.is_grad_enabled() else _without_gradient
     bits = gate = up = gelu = None
@@ -113,11 +149,13 @@ def lowrank_linear(
     if dropout > 0:
         bits = draw_bits(x.numel(), x.device)
         scale = scale / (1 - drop_rate(dropout))
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = x.dtype if weight is not None or bias is None else bias.dtype
+    if dtype != torch.float64 and torch.is_autocast_enabled(device):
+        if weight is not None:
+            dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             return call(x, weight, bias, A, B, e, b, gate, up, gelu, scale, bits, dropout, dtype)
-    return call(x, weight, bias, A, B, e, b, gate, up, gelu, scale, bits, dropout, x.dtype)
+    return call(x, weight, bias, A, B, e, b, gate, up, gelu, scale, bits, dropout, dtype)
 
 
 def _without_gradient(*args: Any) -> Tensor:
@@ -208,8 +246,8 @@ class _LowRankLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,  # without a weight: all that the base gave
         A: Tensor,
         B: Tensor,
         e: Tensor | None,
@@ -228,7 +266,7 @@ class _LowRankLinear(torch.autograd.Function):
             need_x, _, _, need_a, need_b_factor, need_e, need_b, need_gate, need_up, *_ = ctx.needs_input_grad
             need_x = need_x or need_gate or need_up
             need_g = need_b_factor or need_e or need_b
-        n_out, n_in = weight.shape
+        n_out, n_in = B.shape[0], A.shape[1]
         shape = x.shape
         rows = _as(x.reshape(-1, n_in), wide)  # (n, in)
         a = _as(A, wide)
@@ -239,16 +277,22 @@ class _LowRankLinear(torch.autograd.Function):
             n_out,
             a.shape[0],
             (need_x, need_a, need_g),
-            bits is None and wide in (torch.float32, torch.float64),
-            weight.dtype is not wide,
+            weight is not None and bits is None and wide in (torch.float32, torch.float64),
+            weight is None or weight.dtype is not wide,
         )
-        product = _merge(weight, M, a, scale, wide) if way.merged else _as(weight, wide)
-        y = F.linear(rows, product, None if bias is None else _as(bias, wide))  # (n, out)
+        if weight is None:
+            assert bias is not None
+            y = _as(bias.reshape(-1, n_out), wide)
+        else:
+            product = _merge(weight, M, a, scale, wide) if way.merged else _as(weight, wide)
+            y = F.linear(rows, product, None if bias is None else _as(bias, wide))  # (n, out)
         h = None
         keeps_h = need_g and not way.dense
         if keeps_h or not way.merged:
             h = F.linear(a, rows) if bits is None else _down_dropped(rows, bits, dropout, a)  # (r, n)
-            if not way.merged:
+            if weight is None:  # what the base gave may be a view, or kept by it
+                y = torch.addmm(y, h.t(), M.t(), alpha=scale)
+            elif not way.merged:
                 y.addmm_(h.t(), M.t(), alpha=scale)
         if ctx is not None:
             keeps_x = need_a or (need_g and way.dense)
@@ -295,7 +339,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     need_x, _, need_bias, need_a, need_b_factor, need_e, need_b, *need_sources = ctx.needs_input_grad[:9]
     need_x = need_x or any(need_sources)
     need_g = need_b_factor or need_e or need_b
-    n_out, n_in = weight.shape
+    n_out, n_in = B.shape[0], A.shape[1]
     source = None if gate is None else Gated(gate, up, gelu)
     activated: Any = None if source is None else source.activated()
     if source is not None and keeps_x:
@@ -346,9 +390,14 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if bits is None and source is not None:
         x = inputs = None  # rebuilt here, and of no use from here on: ∂x takes its place in memory
     if need_x:
-        grad_x = g @ (_merge(weight, M, a, scale, wide) if way.merged else _as(weight, wide))  # (n, in)
-        if bits is None and not way.merged:
-            grad_x.addmm_(gh.t(), a, alpha=scale)
+        if weight is not None:
+            grad_x = g @ (_merge(weight, M, a, scale, wide) if way.merged else _as(weight, wide))  # (n, in)
+            if bits is None and not way.merged:
+                grad_x.addmm_(gh.t(), a, alpha=scale)
+        elif bits is None:
+            grad_x = _scaled_product(gh.t(), a, scale, a[0])
+        else:
+            grad_x = g.new_zeros(g.shape[0], n_in)
     if bits is not None and needs_gh:
         thin = inputs if need_a and not way.dense else None
         through = _through_mask(gh, a, scale, thin, bits, dropout, grad_x)
@@ -362,7 +411,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = None
     if need_a:
         grad_a = _as(grad_a, A.dtype)
-    grad_bias = g.sum(0).to(bias_dtype) if need_bias else None
+    grad_bias = None if not need_bias else grad if weight is None else g.sum(0).to(bias_dtype)
     sources = grad_gate, grad_up, None
     return grad_x, None, grad_bias, grad_a, grad_b_factor, grad_e, grad_b, *sources, None, None, None, None
 
@@ -402,19 +451,28 @@ def can_fuse(x: Tensor, base: nn.Module, down: nn.Module, up: nn.Module) -> bool
     A trainable base weight, a bias in the adapter, tracing (`torch.compile`, `torch.func`) and anything
     that is not a plain tensor on one device take the plain formula.
     """
-    if not (is_plain_linear(base) and is_plain_linear(down) and is_plain_linear(up)) or type(x) not in _PLAIN:
+    if not is_plain_linear(base):
         return False
     weight: Any = base._parameters["weight"]
+    return (
+        weight.dtype.is_floating_point
+        and not weight.requires_grad
+        and x.device == weight.device
+        and (x.dtype is weight.dtype or torch.is_autocast_enabled(x.device.type))
+        and can_add(x, down, up)
+    )
+
+
+def can_add(x: Tensor, down: nn.Module, up: nn.Module) -> bool:
+    """Whether `lowrank_added` may stand for the adapter with factors ``down`` and ``up``, whatever its base is."""
+    if not (is_plain_linear(down) and is_plain_linear(up)) or type(x) not in _PLAIN:
+        return False
     A: Any = down._parameters["weight"]
     B: Any = up._parameters["weight"]
-    dtype, device = x.dtype, x.device
-    if not (dtype.is_floating_point and weight.dtype.is_floating_point and device.type != "meta"):
-        return False
-    if dtype is not weight.dtype and not torch.is_autocast_enabled(device.type):
-        return False
+    device = x.device
     return not (
-        weight.requires_grad
-        or device != weight.device
+        not x.dtype.is_floating_point
+        or device.type == "meta"
         or device != A.device
         or device != B.device
         or down._parameters["bias"] is not None

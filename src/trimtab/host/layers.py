@@ -486,8 +486,11 @@ class TrimLayer(_Mixed):
 
     def factors(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """The raw parameters ``(A, B)`` of shapes (r, in) and (out, r)."""
-        return cast(nn.Parameter, self.lora_A[adapter_name].weight), cast(
-            nn.Parameter, self.lora_B[adapter_name].weight
+        # Asked for every site several times a step: nn.Module's attribute look-up would be most of what it costs.
+        own: Any = self._modules
+        return (
+            own["lora_A"]._modules[adapter_name]._parameters["weight"],
+            own["lora_B"]._modules[adapter_name]._parameters["weight"],
         )
 
     def folded(self, adapter_name: str) -> tuple[Tensor, Tensor]:
@@ -635,13 +638,17 @@ class TrimLayer(_Mixed):
                 return result
         names = [n for n in self.active_adapters if n in self.lora_A]
         mixed = kwargs.get("adapter_names") is not None
-        if mixed or self.disable_adapters or self.merged or not any(self.is_adaptive(n) for n in names):
+        if mixed or self.disable_adapters or self.merged or not self._is_ours(names, kwargs):
             return super().forward(x, *args, **kwargs)
         result = self.base_layer(x, *args, **kwargs)
         dtype = result.dtype
         for name in names:
-            result = result + self._delta(name, x)
+            result = self._added(result, name, x)
         return result.to(dtype)
+
+    def _is_ours(self, names: list[str], kwargs: dict[str, Any]) -> bool:
+        """Whether the adapters' part is made here, and not by PEFT."""
+        return any(self.is_adaptive(name) for name in names)
 
     def _fused(self, x: Tensor) -> Tensor | None:
         """Base and adapter in one function, plain LoRA included; None where the plain formula has to do it."""
@@ -657,20 +664,21 @@ class TrimLayer(_Mixed):
         base, down, up = modules["base_layer"], downs.get(name), modules["lora_B"]._modules.get(name)
         if down is None or name in self.lora_variant or not fused.can_fuse(x, base, down, up):
             return None
-        dropout, p = modules["lora_dropout"]._modules[name], 0.0
-        if type(dropout) is nn.Dropout:
-            p = dropout.p if dropout.training else 0.0
-        elif type(dropout) is not nn.Identity:
+        if (p := _drop_rate(modules["lora_dropout"]._modules[name])) is None:
             return None
         (weight, bias), (A, _), (B, _) = _weights(base), _weights(down), _weights(up)
         # A hook may have kept x to ask for its gradient, which then has to be part of the graph.
         source = gated(x) if self.training and not fused.has_hooks(self) else None
         return fused.lowrank_linear(x, weight, bias, A, B, self.scaling[name], *self.at_work(name), p, source)
 
-    def _delta(self, name: str, x: Tensor) -> Tensor:
+    def _added(self, result: Tensor, name: str, x: Tensor) -> Tensor:
+        """What the base gave, and the adapter's part."""
         A, B = self.factors(name)
+        p = _drop_rate(self.lora_dropout[name])
+        if p is not None and type(result) is Tensor and fused.can_add(x, self.lora_A[name], self.lora_B[name]):
+            return fused.lowrank_added(result, x, A, B, self.scaling[name], *self.at_work(name), p)
         x = self.lora_dropout[name](self._cast_input_dtype(x, A.dtype))
-        return lowrank_delta(x, A, B, self.scaling[name], *self.at_work(name))
+        return result + lowrank_delta(x, A, B, self.scaling[name], *self.at_work(name))
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         if not any(self.is_adaptive(n) for n in set(adapter_names)):
@@ -743,6 +751,13 @@ def set_data(parameter: nn.Parameter, data: Tensor) -> None:
     parameter.data = data
 
 
+def _drop_rate(dropout: nn.Module) -> float | None:
+    """Of an adapter's dropout at the moment; None where it is of a kind that is not known here."""
+    if type(dropout) is nn.Dropout:
+        return dropout.p if dropout.training else 0.0
+    return 0.0 if type(dropout) is nn.Identity else None
+
+
 def _weights(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     own: Any = linear._parameters
     return own["weight"], own["bias"]
@@ -786,6 +801,11 @@ def _quantized_classes() -> dict[type[nn.Module], type[nn.Module]]:
         def __init__(self, *args: Any, target_name: str = "", **kwargs: Any) -> None:
             object.__setattr__(self, "site_name", target_name)
             super().__init__(*args, **kwargs)
+
+        def _is_ours(self, names: list[str], kwargs: dict[str, Any]) -> bool:
+            # Plain LoRA, too: for it PEFT makes and keeps a float32 copy of every input, twice as large as that.
+            is_plain = not any(name in self.lora_variant for name in names) and all(v is None for v in kwargs.values())
+            return is_plain or super()._is_ours(names, kwargs)
 
     class TrimLinear8bitLt(TrimQuantized, Linear8bitLt):
         """Over `bitsandbytes.nn.Linear8bitLt`."""
@@ -832,7 +852,7 @@ def host(target: nn.Module, adapter_name: str, config: TrimConfig, **kwargs: Any
     if kind is Conv1D and kwargs.get("parameter_name") is None:
         config.fan_in_fan_out = True
         return TrimLinear(target, adapter_name, config=config, is_target_conv_1d_layer=True, **kwargs)
-    if kind.__module__.startswith("bitsandbytes") and config.is_adaptive:
+    if kind.__module__.startswith("bitsandbytes") and kwargs.get("parameter_name") is None:
         _quantized = _quantized_classes() if _quantized is None else _quantized
         if kind in _quantized:
             return _bnb_layer(_quantized[kind], target, base, adapter_name, config, kwargs)

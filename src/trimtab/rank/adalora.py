@@ -12,7 +12,7 @@ equal start and target is no error, and a frozen factor keeps its last score.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -38,7 +38,7 @@ from .orthogonality import Norm, Orthogonality
 from .topk import keep_top
 
 _LOGGED = 200  # allocations per run that are worth a line in the history
-_GROUP = 48  # tensors updated at once: few kernel launches, little scratch memory
+_GROUP = 16  # sites updated at once: few kernel launches, little scratch memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,44 +240,39 @@ class AdaAllocator(Allocator):
         return self._pruning(budget)
 
     def _best(self, budget: int, factors: Mapping[str, Factors]) -> Tensor:
-        scores = torch.cat([self._score(factors[name]) for name in self.names])
+        scores = self._scores(factors)
         self._require_finite(scores, "the sensitivity")
         return keep_top(scores, budget, None if self.limit is None else self._per_living(self.limit.costs))
 
     @torch.no_grad()
     def _observe(self, factors: Mapping[str, Factors]) -> None:
         """One update of the averages from ``|w · g|`` of every entry that has a gradient."""
-        # A frozen factor has no gradient: its average keeps the last value.
-        seen = [
-            (f"{name}.{side}", factor, gradient)
-            for name in self.names
-            for side, factor, gradient in _with_gradients(factors[name])
-            if factor.numel()
-        ]
         b1, b2 = self.settings.beta1, self.settings.beta2
-        for start in range(0, len(seen), _GROUP):
-            group = seen[start : start + _GROUP]
-            mean = [_held(self.sensitivity, key, factor) for key, factor, _ in group]
-            spread = [_held(self.uncertainty, key, factor) for key, factor, _ in group]
-            now = [factor.to(m.dtype) for (_, factor, _), m in zip(group, mean)]
-            old = [gradient.to(m.dtype) for (_, _, gradient), m in zip(group, mean)]
-            now = list(torch._foreach_mul(now, old))
-            torch._foreach_abs_(now)
+        for start in range(0, len(self.names), _GROUP):
+            now = _products([factors[name] for name in self.names[start : start + _GROUP]])
+            mean = [_held(self.sensitivity, key, value) for key, value in now.items()]
+            spread = [_held(self.uncertainty, key, value) for key, value in now.items()]
+            seen = list(now.values())
+            if not seen:
+                continue
+            torch._foreach_abs_(seen)
             torch._foreach_mul_(mean, b1)
-            torch._foreach_add_(mean, now, alpha=1 - b1)
-            torch._foreach_sub_(now, mean)
-            torch._foreach_abs_(now)
+            torch._foreach_add_(mean, seen, alpha=1 - b1)
+            torch._foreach_sub_(seen, mean)
+            torch._foreach_abs_(seen)
             torch._foreach_mul_(spread, b2)
-            torch._foreach_add_(spread, now, alpha=1 - b2)
+            torch._foreach_add_(spread, seen, alpha=1 - b2)
 
     @torch.no_grad()
-    def _score(self, site: Factors) -> Tensor:
-        """(r,) scores of one site's triplets; 0 for a part that never had a gradient."""
-        parts = {}
-        for side, factor in _sides(site):
-            key = f"{site.name}.{side}"
-            parts[side] = _held(self.sensitivity, key, factor) * _held(self.uncertainty, key, factor)
-        return triplet_scores(parts["A"], parts["e"], parts["B"]).to(self.alive.device, torch.float64)
+    def _scores(self, factors: Mapping[str, Factors]) -> Tensor:
+        """(n,) scores of all held triplets; 0 for a part that never had a gradient."""
+        parts = [(f"{name}.{side}", factor) for name in self.names for side, factor in _sides(factors[name])]
+        scores = torch._foreach_mul(
+            [_held(self.sensitivity, *part) for part in parts], [_held(self.uncertainty, *part) for part in parts]
+        )
+        home = self.alive.device
+        triplets = [triplet_scores(*scores[i : i + 3]).to(home) for i in range(0, len(scores), 3)]
+        return torch.cat(triplets).double()
 
     def _select(self, kept: Tensor) -> None:
         self._defects.forget()
@@ -311,21 +306,32 @@ def _sides(site: Factors) -> tuple[tuple[str, Tensor], ...]:
     return ("A", site.A), ("e", site.e), ("B", site.B)
 
 
-def _with_gradients(site: Factors) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(side, weight, gradient) of what has one, detached.
+def _products(sites: Sequence[Factors]) -> dict[str, Tensor]:
+    """ "<site>.<side>" -> ``w · g`` of what has a gradient, new tensors in at least float32.
 
+    A frozen factor has none: its average keeps the last value.
     Without a diagonal of its own a rank's value is its scale, and ``Σ_out B_i ⊙ ∂B_i = ∂L/∂ log(scale of rank i)``;
     the same is Σ_in A_i ⊙ ∂A_i, and e_i ∂e_i where AFLoRA's vector is at work.
     """
-    for side, factor in _sides(site):
-        if factor.grad is not None:
-            yield side, factor.detach(), factor.grad
-    if not site.has_values and site.e.grad is None:
-        side, factor = next(((s, f) for s, f in (("B", site.B), ("A", site.A)) if f.grad is not None), ("", site.e))
-        if factor.grad is not None:
-            wide = torch.promote_types(factor.dtype, torch.float32)
-            value = (factor.detach().to(wide) * factor.grad).sum(dim=0 if side == "B" else 1)
-            yield "e", value, torch.ones_like(value)
+    moved = {
+        f"{site.name}.{side}": factor
+        for site in sites
+        for side, factor in _sides(site)
+        if factor.grad is not None and factor.numel()
+    }
+    if not moved:
+        return {}
+    wide = [torch.promote_types(factor.dtype, torch.float32) for factor in moved.values()]
+    weights = [factor.detach().to(dtype) for factor, dtype in zip(moved.values(), wide)]
+    gradients = [factor.grad.to(dtype) for factor, dtype in zip(moved.values(), wide)]  # type: ignore[union-attr]
+    found = dict(zip(moved, torch._foreach_mul(weights, gradients)))
+    for site in sites:
+        if not site.has_values and site.e.grad is None:
+            for side, along in (("B", 0), ("A", 1)):
+                if (product := found.get(f"{site.name}.{side}")) is not None:
+                    found[f"{site.name}.e"] = product.sum(dim=along)
+                    break
+    return found
 
 
 def _held(averages: dict[str, Tensor], key: str, factor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ LoRA's own start, at its rate and scale, without any ``e``; the singular values 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
@@ -43,9 +43,16 @@ class Factors:
     def values(self) -> Tensor:
         """(r,) value of each rank: ``e`` with its signs, or ``|e_i| · ‖B_i‖ · ‖A_i‖`` in float64, what the singular
         values of ΔW/s are where rows of A and columns of B are orthogonal."""
-        if self.has_values:
-            return self.e.detach()
-        return rank_sizes(self.A.detach(), self.B.detach(), self.e.detach())
+        return values_of([self], self.e.device)
+
+
+def values_of(sites: Sequence[Factors], device: torch.device) -> Tensor:
+    """`Factors.values` of many sites, one after the other, in as few calls as there can be."""
+    e = torch.cat([site.e.detach().to(device) for site in sites])
+    if all(site.has_values for site in sites):
+        return e
+    A, B = ([getattr(site, side).detach() for site in sites] for side in "AB")
+    return rank_sizes(A, B, device) * e.abs()
 
 
 @dataclass(frozen=True)
@@ -271,7 +278,7 @@ class Allocator:
 
     def _values(self, factors: Mapping[str, Factors]) -> Tensor:
         """Values of all living ranks, sites one after the other, (n,) float64."""
-        values = torch.cat([factors[name].values().to(self.alive.device) for name in self.names])
+        values = values_of([factors[name] for name in self.names], self.alive.device)
         return (values if self._index is None else values.index_select(0, self._index)).double()
 
     def _flat_mask(self, keep: Mapping[str, Tensor]) -> Tensor:

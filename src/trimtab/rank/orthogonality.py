@@ -10,7 +10,8 @@ factors with their vectors at length 1, and zero vectors (all of B at first) lef
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -27,11 +28,12 @@ def defect(factor: Tensor, norm: Norm = "fro") -> Tensor:
     >>> defect(torch.tensor([[1.0, 1.0], [0.0, 1.0]]).T, "fro2").item()
     3.0
     """
-    return _Defects.apply(norm == "fro2", False, (False,), factor)
+    living = torch.ones(1, len(factor), dtype=torch.bool, device=factor.device)
+    return _Defects.apply(norm == "fro2", False, living, (False,), factor)[0]
 
 
 class Orthogonality:
-    """The mean defect over the factors of all sites, with the norms of frozen factors remembered.
+    """The mean defect over the factors of all sites.
 
     The mean runs over every factor there was at the start, so that pruning a site away or freezing a
     factor does not raise the weight of the others.
@@ -41,111 +43,109 @@ class Orthogonality:
         self.factors = 2 * sites
         self.only_angles = only_angles
         self.norm: Norm = norm
-        self._frozen: dict[tuple[str, str], Tensor] = {}
+        self._living: tuple[list[tuple[str, bool, int]], Tensor] | None = None
 
     def forget(self) -> None:
-        """Shapes or values of frozen factors changed."""
-        self._frozen.clear()
+        """Which ranks count has changed."""
+        self._living = None
 
-    def __call__(
-        self, factors: Mapping[str, Factors], living: Mapping[str, Tensor]
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def __call__(self, factors: Mapping[str, Factors], living: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor]:
         """Defect of what trains, and of everything.
 
         Args:
             factors: by site.
             living: site -> positions of the ranks that count, where the site holds dead ones, too.
         Returns:
-            (differentiable mean defect of the trainable factors or None, detached mean of all or None)
+            (differentiable mean defect of the trainable factors or None, detached mean of all)
         """
-        training: list[Tensor] = []
-        columns: list[bool] = []
-        still: list[Tensor] = []
-        for name, site in factors.items():
-            index = living.get(name)
-            for side, factor in (("A", site.A), ("B", site.B)):
-                by_column = side == "B"
-                if index is not None and index.device != factor.device:  # a model spread over devices
-                    index = index.to(factor.device)
-                if factor.requires_grad:
-                    self._frozen.pop((name, side), None)
-                    training.append(factor if index is None else factor.index_select(int(by_column), index))
-                    columns.append(by_column)
-                else:
-                    if (name, side) not in self._frozen:
-                        part = factor.detach()
-                        part = part if index is None else part.index_select(int(by_column), index)
-                        self._frozen[name, side] = self._of(part, by_column)
-                    still.append(self._frozen[name, side])
-        moving = None
-        if training:
-            moving = self._sum(tuple(columns), *training) / self.factors
-        total = None if moving is None else moving.detach()
-        if still:
-            rest = torch.stack([value.to(still[0].device) for value in still]).sum() / self.factors
-            total = rest if total is None else total + rest.to(total.device)
-        return moving, total
+        held = [
+            (name, factor, by_column)
+            for name, site in factors.items()
+            for factor, by_column in ((site.A, False), (site.B, True))
+            if factor.numel()
+        ]
+        held.sort(key=lambda one: not one[1].requires_grad)  # what trains first, otherwise in their order
+        if not held:
+            return None, torch.zeros(())
+        training = sum(factor.requires_grad for _, factor, _ in held)
+        columns = tuple(by_column for _, _, by_column in held)
+        values = _Defects.apply(
+            self.norm == "fro2", self.only_angles, self._which(held, living), columns, *(f for _, f, _ in held)
+        )
+        moving = values[:training].sum() / self.factors if training else None
+        return moving, values.detach().sum() / self.factors
 
-    def _of(self, factor: Tensor, by_column: bool) -> Tensor:
-        return self._sum((by_column,), factor)
-
-    def _sum(self, columns: tuple[bool, ...], *factors: Tensor) -> Tensor:
-        return _Defects.apply(self.norm == "fro2", self.only_angles, columns, *factors)
+    def _which(self, held: list[tuple[str, Tensor, bool]], living: Mapping[str, Tensor]) -> Tensor:
+        """(factors, largest rank) bool: the ranks that count; the same from one cut to the next."""
+        sizes = [(name, by_column, factor.shape[by_column]) for name, factor, by_column in held]
+        if self._living is None or self._living[0] != sizes:
+            which = torch.zeros(len(sizes), max(r for _, _, r in sizes), dtype=torch.bool)
+            for row, (name, _, r) in zip(which, sizes):
+                row[living[name].to(row.device) if name in living else slice(r)] = True
+            self._living = sizes, which.to(held[0][1].device)
+        return self._living[1]
 
 
 class _Defects(torch.autograd.Function):
-    """Sum of the defects of many factors: one node instead of a graph of several per factor.
+    """The defect of each of many factors, (n,): their Gram matrices side by side in one tensor, so that all but one
+    product a factor is done for all of them at once, on a GPU in one kernel each.
 
     d‖FFᵀ − I‖_F / dF = 2 (FFᵀ − I) F / ‖FFᵀ − I‖_F, taken as 0 where the norm is 0; without the division and
-    twice that for the square. Of angles alone, the gradient of the unit vectors less its part along them,
-    divided by the vector's length.
+    twice that for the square. Of angles alone, with C the cosines between rows, 0 on the diagonal, and l their
+    lengths: 2 / ‖C‖_F · l⁻¹ ⊙ (C − diag(Σ_j C_ij²)) (l⁻¹ ⊙ F), the unit vectors' gradient less its part along them.
     """
 
     @staticmethod
-    def forward(ctx: Any, squared: bool, only_angles: bool, columns: tuple[bool, ...], *factors: Tensor) -> Tensor:
-        grams: list[Tensor] = []
-        with torch.autocast(factors[0].device.type, enabled=False):
-            for factor, by_column in zip(factors, columns):
-                wide = _units(factor, by_column)[0] if only_angles else _wide(factor)
-                gram = wide.T @ wide if by_column else wide @ wide.T  # (r, r)
-                if only_angles:
-                    gram.fill_diagonal_(0)
-                else:
-                    gram.diagonal().sub_(1)
-                grams.append(gram)
-        norms = list(torch._foreach_norm(grams))
-        ctx.squared, ctx.only_angles, ctx.columns, ctx.count = squared, only_angles, columns, len(factors)
-        ctx.save_for_backward(*factors, *grams, *norms)
-        home = norms[0].device
-        values = torch.stack([norm.to(home) for norm in norms])
-        return (values.square() if squared else values).sum()
+    def forward(
+        ctx: Any, squared: bool, only_angles: bool, living: Tensor, columns: tuple[bool, ...], *factors: Tensor
+    ) -> Tensor:
+        dtype = functools.reduce(torch.promote_types, (f.dtype for f in factors), torch.float32)
+        n, r = living.shape
+        off = torch.zeros(n, r, r, dtype=dtype, device=living.device)  # what should be 0
+        with torch.autocast(living.device.type, enabled=False):
+            for gram, factor, by_column in zip(_corners(off, factors, columns), factors, columns):
+                rows = factor.T if by_column else factor
+                if factor.dtype is dtype and factor.device == off.device:
+                    torch.mm(rows, rows.T, out=gram)
+                else:  # narrower than others, or a model spread over devices
+                    rows = rows.to(dtype)
+                    gram.copy_(rows @ rows.T)
+        keep = living.to(dtype)
+        diagonal = off.diagonal(dim1=1, dim2=2)
+        if only_angles:
+            length = diagonal.sqrt()
+            keep = torch.where(length > 0, keep / length, 0)
+        off.mul_(keep.unsqueeze(2)).mul_(keep.unsqueeze(1))
+        if only_angles:
+            diagonal.zero_()
+        else:
+            diagonal.sub_(keep)
+        norms = torch.linalg.vector_norm(off, dim=(1, 2))
+        ctx.squared, ctx.only_angles, ctx.columns = squared, only_angles, columns
+        ctx.save_for_backward(off, norms, keep, *factors)
+        return norms.square() if squared else norms
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        n = ctx.count
-        saved = ctx.saved_tensors
-        factors, grams, norms = saved[:n], saved[n : 2 * n], saved[2 * n :]
+        off, norms, keep, *factors = ctx.saved_tensors
+        slope = outer[0] * (4.0 if ctx.squared else torch.where(norms > 0, 2 / norms, 0))
+        middle = off * slope[:, None, None]
+        if ctx.only_angles:
+            along = (middle * off).sum(2)
+            middle.diagonal(dim1=1, dim2=2).sub_(along)
+            middle.mul_(keep.unsqueeze(2)).mul_(keep.unsqueeze(1))
         grads: list[Tensor | None] = []
-        with torch.autocast(factors[0].device.type, enabled=False):
-            for factor, gram, norm, by_column in zip(factors, grams, norms, ctx.columns):
-                slope = 4.0 if ctx.squared else torch.where(norm > 0, 2 / norm, 0)
-                gram = gram * (outer[0].to(gram) * slope)
-                wide, inverse = _units(factor, by_column) if ctx.only_angles else (_wide(factor), None)
-                grad = wide @ gram if by_column else gram @ wide
-                if inverse is not None:
-                    along = (grad * wide).sum(dim=int(not by_column), keepdim=True)
-                    grad = (grad - along * wide) * inverse
-                grads.append(grad.to(factor.dtype))
-        return (None, None, None, *grads)
+        with torch.autocast(off.device.type, enabled=False):
+            each = zip(_corners(middle, factors, ctx.columns), factors, ctx.columns, ctx.needs_input_grad[4:])
+            for part, factor, by_column, is_needed in each:
+                part, wide = part.to(factor.device), factor.to(off.dtype)
+                grad = (wide @ part if by_column else part @ wide) if is_needed else None
+                grads.append(grad if grad is None else grad.to(factor.dtype))
+        return (None, None, None, None, *grads)
 
 
-def _units(factor: Tensor, by_column: bool) -> tuple[Tensor, Tensor]:
-    """The vectors at length 1, those of length 0 as they are, and 1 / length of each, 0 for those."""
-    wide = _wide(factor)
-    length = torch.linalg.vector_norm(wide, dim=int(not by_column), keepdim=True)
-    inverse = torch.where(length > 0, 1 / length, 0)
-    return wide * inverse, inverse
-
-
-def _wide(factor: Tensor) -> Tensor:
-    return factor.float() if factor.dtype in (torch.float16, torch.bfloat16) else factor
+def _corners(square: Tensor, factors: Sequence[Tensor], columns: Sequence[bool]) -> Iterator[Tensor]:
+    """Of (n, r, r) the part of each factor, of its own rank."""
+    for one, factor, by_column in zip(square.unbind(), factors, columns):
+        r = factor.shape[by_column]
+        yield one if r == len(one) else one[:r, :r]

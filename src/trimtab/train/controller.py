@@ -212,6 +212,7 @@ class Controller:
         gradients = [p.grad for p in with_gradient if p.grad is not None]
         self._seen = (with_gradient[0], gradients[0]) if gradients else None
         self._watch.norms = list(torch._foreach_norm(gradients)) if gradients else []
+        self._watch.normed = gradients
         if self.freezer is not None and self.freezer.reads_gradients:
             read = {
                 name: p.grad.detach()
@@ -221,7 +222,8 @@ class Controller:
             # Copies: they are clipped in place after this. One call, and divided by 1 they stay as they are.
             self._gradients = dict(zip(read, torch._foreach_div(list(read.values()), loss_scale))) if read else {}
         if self.rank is not None and not self.rank.e_decays:
-            self._e_before = {n: e.detach().clone() for n, e in self._tensors.diagonals().items()}
+            gates = self._tensors.diagonals()  # copies, in one call
+            self._e_before = dict(zip(gates, torch._foreach_mul([e.detach() for e in gates.values()], 1)))
         self._is_ready = self._watch.is_ready = True
 
     def after_step(self, skipped: bool = False) -> None:
@@ -269,7 +271,7 @@ class Controller:
         if self.freezer is not None and (not skipped or self._has_purse()):
             is_due = self.freezer.is_due(self.step - 1)
             self._freeze(self.freezer.decide(self.step - 1, self._allowance()), is_due)
-        self._gradients, self._e_before, self._watch.norms, self._seen = {}, {}, [], None
+        self._gradients, self._e_before, self._watch.norms, self._watch.normed, self._seen = {}, {}, [], [], None
 
     def finish(self) -> None:
         """Cut to the target, fold the diagonals, leave plain LoRA factors. Safe to call twice."""
@@ -579,10 +581,13 @@ class Controller:
             if decouples_decay(self.optimizer, group)
             for p in group["params"]
         }
+        pulled: dict[float, list[tuple[Tensor, Tensor]]] = {}
         for name, e in self._tensors.diagonals().items():
-            rate = rates.get(e, 0.0)
+            rate = float(rates.get(e, 0.0))
             if rate and e.grad is not None:
-                e.data.add_(self._e_before[name], alpha=float(rate))
+                pulled.setdefault(rate, []).append((e.data, self._e_before[name]))
+        for rate, pairs in pulled.items():
+            torch._foreach_add_(*zip(*pairs), alpha=rate)
 
     def _masked_for_good(self) -> Decision | None:
         """Ranks that are gone but could only be masked so far; None if there are none."""
@@ -630,7 +635,7 @@ class Controller:
             if self.freezer is not None:
                 self.freezer.pruned(decision.keep)
         if decision.event:
-            alive = self.ranks() if cut else {n: int(k.sum()) for n, k in decision.keep.items()}
+            alive = self.ranks() if cut else _counts(decision.keep)
             self._emit(
                 {
                     "event": "rank",
@@ -645,11 +650,20 @@ class Controller:
                 {
                     "event": "values",
                     "step": self.step,
-                    "values": {n: f.values().abs().tolist() for n, f in self._factors().items()},
+                    "values": self._values(),
                 }
             )
             if cut:
                 self._emit_params()
+
+    def _values(self) -> dict[str, list[float]]:
+        """Site -> size of each rank that it holds."""
+        from ..rank.base import values_of
+
+        factors = self._factors()
+        home = next(iter(factors.values())).A.device
+        parts = values_of(list(factors.values()), home).abs().cpu().split([len(f.e) for f in factors.values()])
+        return dict(zip(factors, [part.tolist() for part in parts]))
 
     def _freeze(self, names: set[str], is_due: bool) -> None:
         if names or is_due:  # a process that freezes nothing must take part where another one may
@@ -688,6 +702,12 @@ class Controller:
         if ranks:
             row["total_rank"] = sum(ranks)
         self._emit(row)
+
+
+def _counts(keep: Mapping[str, Tensor]) -> dict[str, int]:
+    """Site -> how many ranks stay. Brought over once, not site by site."""
+    flat = torch.cat(list(keep.values())).cpu().split([len(mask) for mask in keep.values()])
+    return {name: int(mask.sum()) for name, mask in zip(keep, flat)}
 
 
 def is_count(value: Any) -> bool:
