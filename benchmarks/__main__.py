@@ -5,7 +5,19 @@ Prints every row with its target and leaves one JSON file a question in benchmar
 
 from __future__ import annotations
 
-from . import cola_selection, freed_memory, freezing, memory, methods, products, scale, selection, startup, steps
+from . import (
+    cola_selection,
+    freed_memory,
+    freezing,
+    memory,
+    methods,
+    products,
+    scale,
+    selection,
+    startup,
+    steps,
+    whole_runs,
+)
 from . import salience as salience_script
 from .common import Row, parser_for, prepared, save, show
 
@@ -33,6 +45,7 @@ QUESTIONS = {
     "salience": salience,
     "startup": startup.rows,
     "scale": scale.rows,
+    "whole_runs": whole_runs.rows,
 }
 
 

@@ -11,16 +11,20 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import peft
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import trimtab
 
-from .common import Row, Step, main, paired, ratio
+from .common import MINILM, Row, Shape, Step, adapted, lora, main, paired, ratio, training_step
+from .methods import methods, peft_adalora
 
 R, LAYERS = 8, 50
+SIBLINGS = ((2048, 384, 384, 384), (1024, 768, 768, 768), (256, 576, 192, 192))  # tokens, in, out of k and v
 SHAPES = ((2048, 384), (1024, 768), (256, 576))
 
 
@@ -69,9 +73,77 @@ def rows(short: bool) -> list[Row]:
                 case = f"{n} tokens, {width}: {name}"
                 out.append(Row(f"{case}, microseconds", found[1]))
                 out.append(Row(f"{case}, speed-up by a second thread", found[1] / found[2]))
+        torch.set_num_threads(1)
+        for n, *widths in SIBLINGS[:1] if short else SIBLINGS:
+            for r in (R, 2):
+                out += siblings(n, widths, r, times)
     finally:
         torch.set_num_threads(before)
-    return [*out, *calls(short)]
+    return [*out, *calls(short), *launched()]
+
+
+def siblings(n: int, widths: list[int], r: int, times: int) -> list[Row]:
+    """q, k and v, which read the same input: h, ∂A and the thin part of ∂x one by one, and with A stacked."""
+    n_in, make = widths[0], torch.Generator().manual_seed(0)
+    x, grad_x = (torch.randn(n, n_in, generator=make) for _ in range(2))
+    weights = [torch.randn(width, n_in, generator=make) for width in widths]
+    grads = [torch.randn(n, width, generator=make) for width in widths]
+    A = [torch.randn(r, n_in, generator=make) for _ in widths]
+    gh = [torch.randn(r, n, generator=make) for _ in widths]
+    apart = (
+        lambda: [F.linear(a, x) for a in A],
+        lambda: [g @ x for g in gh],
+        lambda: [grad_x.addmm_(g.t(), a) for g, a in zip(gh, A)],
+    )
+    stacked = (
+        lambda: F.linear(torch.cat(A), x),
+        lambda: torch.cat(gh) @ x,
+        lambda: grad_x.addmm_(torch.cat(gh).t(), torch.cat(A)),
+    )
+    base = best(lambda: [F.linear(x, w) for w in weights] + [g @ w for g, w in zip(grads, weights)], times)
+    found = [sum(best(run, times) for run in runs) for runs in (apart, stacked)]
+    case = f"{n} tokens, {n_in} to {', '.join(map(str, widths))}, r={r}"
+    return [
+        Row(f"{case}: thin products of x, one by one, microseconds", found[0]),
+        Row(f"{case}: the same with A stacked, microseconds", found[1]),
+        Row(f"{case}: saved, as a share of the base products", (found[0] - found[1]) / base),
+    ]
+
+
+class Kernels(TorchDispatchMode):
+    """Counts operations that compute something; a view does not."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not (func.is_view or func.overloadpacket.__name__ in ("promote_types", "detach", "_unsafe_view"))
+        return func(*args, **(kwargs or {}))
+
+
+def launched() -> list[Row]:
+    """Operations of a step and of its controller, as counted after a fifth of a schedule, between two events."""
+    shape, total = MINILM.cut(2), 1000
+    tiny = Shape(**{**vars(shape), "batch": 1, "length": 8})
+
+    def count(step: Step, warm: int) -> int:
+        for _ in range(warm):
+            step()
+        with Kernels() as counter:
+            step()
+        return counter.count
+
+    lora_step, theirs = (count(training_step(adapted(tiny, lora(ours, 12)), tiny), 2) for ours in (True, False))
+    out = [Row("operations of a step, LoRA: ours / PEFT", lora_step / theirs, 1.0, None, f"{lora_step} and {theirs}")]
+    rival = count(peft_adalora(tiny, total), 2)
+    for start in ("lora", "svd"):
+        for name, settings in methods(total, start).items():
+            ours = count(training_step(adapted(tiny, lora(True, 12, **settings)), tiny, total), total // 5)
+            case = f"operations of a step, {name}, start {start}: ours / our LoRA"
+            out.append(Row(case, ours / lora_step, None, None, f"{ours} and {lora_step}"))
+            if name == "AdaLoRA":
+                case = f"operations of a step, {name}, start {start}: ours / PEFT"
+                out.append(Row(case, ours / rival, 1.0, None, f"{ours} and {rival}"))
+    return out
 
 
 def calls(short: bool) -> list[Row]:

@@ -131,6 +131,8 @@ TASKS = {
         Task("cola", "CoLA", 6000, 3, 3600, swapped=PARTS),
         Task("rte", "RTE", 2490, 3, 1500, rate="5e-4", swapped=PARTS),
         Task("snli", "SNLI", 6000, 1, 2400, swapped=PARTS, glue="mnli", splits=("validation", "test"), scored=1500),
+        Task("snli-long", "SNLI, three epochs", 6000, 3, 0, swapped=(*FIRST, "lora-r4", "cka-lora", "uniform-lora"),
+             tuned=False, folder="snli", glue="mnli", splits=("validation", "test"), scored=1500),
         Task("sst2-first", "SST-2, the file's first rows", 6000, 1, 0, ("data.sample_seed=first",),
              swapped=(*FIRST, "composition"), tuned=False, folder="sst2"),
         Task("code", "SmolLM2, Code Alpaca", 750, 1, 0, swapped=DECODER, tuned=False, folder="code_alpaca",
