@@ -71,6 +71,7 @@ class Shape:
         return Shape(**{**asdict(self), "layers": min(layers, self.layers), "vocabulary": 1000})
 
 
+BF16 = torch.bfloat16
 MINILM = Shape("MiniLM 32 x 64", 384, 6, 12, 1536, 30522, 32, 64)
 BERT = Shape("BERT-base 8 x 128", 768, 12, 12, 3072, 30522, 8, 128)
 SMOLLM2 = Shape("SmolLM2-135M 2 x 128", 576, 30, 9, 1536, 49152, 2, 128, kv_heads=3)
@@ -145,15 +146,17 @@ def loralib_model(shape: Shape, r: int = 8) -> nn.Module | None:
     return model.train()
 
 
-def training_step(model: nn.Module, shape: Shape, total_steps: int | None = None) -> Step:
-    """Forward, backward, AdamW; with ``total_steps`` also Trimtab's controller."""
+def training_step(model: nn.Module, shape: Shape, total_steps: int | None = None, autocast: bool = False) -> Step:
+    """Forward, backward, AdamW; with ``total_steps`` also Trimtab's controller; with ``autocast`` to bf16."""
     data = batch(shape)
     # A step so small that the values stay in their range however many steps are timed.
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     control = trimtab.Controller(model, optimizer, total_steps=total_steps) if total_steps else None
 
     def step() -> None:
-        model(**data).loss.backward()
+        with torch.autocast("cpu", BF16, enabled=autocast):
+            loss = model(**data).loss
+        loss.backward()
         if control:
             control.before_step()
         optimizer.step()

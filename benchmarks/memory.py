@@ -108,19 +108,23 @@ def quantised_rows(rounds: int) -> list[Row]:
         return []
     shape = Shape(**{**vars(SMOLLM2.cut(2)), "batch": 4, "length": 256})
     out = []
-    for bits in (4, 8):
+    for bits, autocast in ((4, False), (8, False), (4, True)):
         for p in (0.0, 0.1):
             steps, peaks = {}, {}
             for who in ("ours", "PEFT"):
                 config = lora(who == "ours", dropout=p)
                 config.target_modules = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-                model = peft.get_peft_model(quantised(shape, bits), config).train()
-                steps[who] = step = training_step(model, shape)
+                base = quantised(shape, bits)
+                if autocast:
+                    base = peft.prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+                model = peft.get_peft_model(base, config).train()
+                steps[who] = step = training_step(model, shape, autocast=autocast)
                 step()
                 with PeakBytes() as counter:
                     step()
                 peaks[who] = counter.peak
-            case = f"SmolLM2-135M 4 x 256, 2 blocks in {bits} bits{', dropout .1' if p else ''}: ours / PEFT"
+            case = f"SmolLM2-135M 4 x 256, 2 blocks in {bits} bits{', dropout .1' if p else ''}"
+            case += f"{', the rest in f32 under autocast' if autocast else ''}: ours / PEFT"
             note = " and ".join(f"{peak / 2**20:.0f}" for peak in peaks.values()) + " MiB"
             out.append(Row(f"{case}, peak", peaks["ours"] / peaks["PEFT"], 1.0, None, note))
             out.append(ratio(paired(steps, rounds), "ours", "PEFT", 1.0, f"{case}, time"))

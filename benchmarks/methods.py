@@ -73,7 +73,8 @@ def lora_of(ranks: dict[str, int], shape: Shape) -> Step:
     kept = {name: r for name, r in ranks.items() if r}
     config = trimtab.TrimConfig(r=R, lora_alpha=16, target_modules=list(kept), rank_pattern=kept)
     step = training_step(adapted(shape, config), shape)
-    step()
+    for _ in range(2):
+        step()
     return step
 
 

@@ -11,6 +11,7 @@ import torch
 
 from .common import (
     BERT,
+    BF16,
     MINILM,
     SMOLLM2,
     Row,
@@ -27,7 +28,6 @@ from .common import (
 
 # Of the frozen model's time on one thread and on more; of PEFT's.
 TARGETS = {MINILM.name: (1.08, 1.12, 0.80), BERT.name: (1.05, 1.08, 0.90), SMOLLM2.name: (1.08, 1.12, 0.90)}
-BF16 = torch.bfloat16
 
 
 def rows(short: bool) -> list[Row]:

@@ -292,11 +292,32 @@ def test_a_base_of_another_kind_keeps_its_product_and_no_widened_copy_of_the_inp
     exact = {name: value.detach().double() for name, value in t.items()}
     wanted = plain({**exact, "bias": None, "e": None, "b": None})
     torch.testing.assert_close(out.double(), wanted, rtol=2e-2, atol=5e-2)
-    with torch.autocast("cpu", torch.bfloat16):  # the base's own dtype stays, as with PEFT
-        whole = lowrank_added(F.linear(t["x"], t["W"]).float(), t["x"].float(), t["A"], t["B"], 0.7)
-    assert whole.dtype == torch.float32
     (grad_a,) = torch.autograd.grad(out.sum(), t["A"])
     assert grad_a.dtype == torch.float32
+
+
+def test_under_autocast_the_products_are_autocasts_and_the_result_has_the_base_s_dtype():
+    t = tensors(torch.float32)
+    t["A"].requires_grad_(), t["x"].requires_grad_()
+    base = F.linear(t["x"], t["W"])
+
+    seen = set()
+
+    class Dtypes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_"):
+                seen.add(args[-1].dtype)
+            return func(*args, **(kwargs or {}))
+
+    with torch.autocast("cpu", torch.bfloat16), Dtypes():
+        out = lowrank_added(base, t["x"], t["A"], t["B"], 0.7)
+        gradients = torch.autograd.grad(out.sum(), (t["x"], t["A"]))
+    assert fused._product_dtype(torch.bfloat16, "cpu") in seen
+    assert out.dtype == torch.float32 and all(g.dtype == torch.float32 for g in gradients)
+    wanted = plain({**t, "bias": None, "e": None, "b": None})
+    torch.testing.assert_close(out, wanted, rtol=2e-2, atol=5e-2)
+    exact = torch.autograd.grad(wanted.sum(), (t["x"], t["A"]))
+    torch.testing.assert_close(gradients, exact, rtol=2e-2, atol=5e-2)
 
 
 # -- dropout -------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from functools import partial
 
 import peft
@@ -184,6 +185,37 @@ def test_plain_lora_over_bitsandbytes_is_peft_s_own_and_keeps_less_for_the_backw
     files = [tmp_path / kind / "adapter_model.safetensors" for kind in ("TrimConfig", "LoraConfig")]
     ours, theirs = map(safetensors.torch.load_file, files)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_plain_lora_over_bitsandbytes_leaves_to_peft_what_the_function_does_not_cover():
+    bnb = pytest.importorskip("bitsandbytes")
+    x, calls, outputs = torch.randn(5, 64), [], []
+    for kind in (TrimConfig, peft.LoraConfig):
+        torch.manual_seed(0)
+        net = nn.Sequential(bnb.nn.Linear4bit(64, 64, bias=False)).to("cpu")
+        net.config = {"model_type": "none"}
+        config = kind(r=4, target_modules=["0"], init_lora_weights=False, lora_bias=True)
+        layer = peft.get_peft_model(net, config).base_model.model[0]
+        nn.init.constant_(layer.lora_B["default"].bias, 3.0)
+        layer.lora_A["default"].register_forward_hook(lambda *_: calls.append(1))
+        out = layer(x)
+        out.sum().backward()
+        outputs.append((out, layer.lora_B["default"].bias.grad))
+    assert len(calls) == 2
+    torch.testing.assert_close(outputs[0], outputs[1])
+
+
+def test_a_pickled_model_over_bitsandbytes_can_be_pickled_again():
+    bnb = pytest.importorskip("bitsandbytes")
+
+    def model() -> nn.Module:
+        net = nn.Sequential(bnb.nn.Linear4bit(64, 64, bias=False)).to("cpu")
+        net.config = {"model_type": "none"}
+        return peft.get_peft_model(net, TrimConfig(r=4, target_modules=["0"]))
+
+    first = pickle.loads(pickle.dumps(model().base_model.model[0]))
+    again = pickle.loads(pickle.dumps(first))
+    assert type(again) is type(first) is type(model().base_model.model[0])
 
 
 def test_the_saved_config_names_live_ranks_and_leaves_out_rank_zero():

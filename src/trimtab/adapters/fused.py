@@ -106,7 +106,7 @@ def lowrank_linear(
 
     Gradients are exact, and can be taken once: a second derivative raises.
     """
-    return _apply(x, weight, bias, A, B, scale, e, b, dropout, source)
+    return _apply(x, weight, bias, A, B, scale, e, b, dropout, source, None)
 
 
 def lowrank_added(
@@ -124,8 +124,10 @@ def lowrank_added(
     Args:
         base: shape (..., out).
         x, A, B, scale, e, b, dropout: as in `lowrank_linear`.
+
+    Products are made in x's dtype, or in autocast's. Gradients can be taken once: a second derivative raises.
     """
-    return _apply(x, None, base, A, B, scale, e, b, dropout, None)
+    return _apply(x, None, None, A, B, scale, e, b, dropout, None, base)
 
 
 def _apply(
@@ -139,6 +141,7 @@ def _apply(
     b: Tensor | None,
     dropout: float,
     source: Gated | None,
+    base: Tensor | None,
 ) -> Tensor:
     device = x.device.type
     call = _LowRankLinear.apply if torch.is_grad_enabled() else _without_gradient
@@ -149,13 +152,11 @@ def _apply(
     if dropout > 0:
         bits = draw_bits(x.numel(), x.device)
         scale = scale / (1 - drop_rate(dropout))
-    dtype = x.dtype if weight is not None or bias is None else bias.dtype
-    if dtype != torch.float64 and torch.is_autocast_enabled(device):
-        if weight is not None:
-            dtype = torch.get_autocast_dtype(device)
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
-            return call(x, weight, bias, A, B, e, b, gate, up, gelu, scale, bits, dropout, dtype)
-    return call(x, weight, bias, A, B, e, b, gate, up, gelu, scale, bits, dropout, dtype)
+            return call(x, weight, bias, A, B, e, b, gate, up, gelu, scale, bits, dropout, dtype, base)
+    return call(x, weight, bias, A, B, e, b, gate, up, gelu, scale, bits, dropout, x.dtype, base)
 
 
 def _without_gradient(*args: Any) -> Tensor:
@@ -198,6 +199,13 @@ def _merge(weight: Tensor, M: Tensor, a: Tensor, scale: float, dtype: torch.dtyp
 def _scaled_product(left: Tensor, right: Tensor, scale: float, like: Tensor) -> Tensor:
     """s · left @ right in one call; ``like`` only has the result's shape: with beta 0 it is not read."""
     return torch.addmm(like, left, right, beta=0, alpha=scale)
+
+
+def _plus(base: Tensor, h: Tensor, M: Tensor, scale: float) -> Tensor:
+    """base + s · hᵀ Mᵀ, (n, out), new: what the base gave may be a view, or kept by it. In its dtype."""
+    if base.dtype is h.dtype:
+        return torch.addmm(base, h.t(), M.t(), alpha=scale)
+    return torch.add(base, h.t() @ M.t(), alpha=scale).to(base.dtype)
 
 
 # Elements of the input that are masked at a time: they stay in the processor's cache between the mask, the
@@ -247,7 +255,7 @@ class _LowRankLinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weight: Tensor | None,
-        bias: Tensor | None,  # without a weight: all that the base gave
+        bias: Tensor | None,
         A: Tensor,
         B: Tensor,
         e: Tensor | None,
@@ -259,6 +267,7 @@ class _LowRankLinear(torch.autograd.Function):
         bits: Tensor | None,
         dropout: float,
         dtype: torch.dtype,
+        base: Tensor | None,  # what a base of another kind gave, instead of weight and bias
     ) -> Tensor:
         wide = _product_dtype(dtype, x.device.type)
         need_x = need_a = need_g = False
@@ -280,18 +289,16 @@ class _LowRankLinear(torch.autograd.Function):
             weight is not None and bits is None and wide in (torch.float32, torch.float64),
             weight is None or weight.dtype is not wide,
         )
-        if weight is None:
-            assert bias is not None
-            y = _as(bias.reshape(-1, n_out), wide)
-        else:
+        y: Any = None
+        if weight is not None:
             product = _merge(weight, M, a, scale, wide) if way.merged else _as(weight, wide)
             y = F.linear(rows, product, None if bias is None else _as(bias, wide))  # (n, out)
         h = None
         keeps_h = need_g and not way.dense
         if keeps_h or not way.merged:
             h = F.linear(a, rows) if bits is None else _down_dropped(rows, bits, dropout, a)  # (r, n)
-            if weight is None:  # what the base gave may be a view, or kept by it
-                y = torch.addmm(y, h.t(), M.t(), alpha=scale)
+            if base is not None:
+                y, dtype = _plus(base.reshape(-1, n_out), h, M, scale), base.dtype
             elif not way.merged:
                 y.addmm_(h.t(), M.t(), alpha=scale)
         if ctx is not None:
@@ -340,6 +347,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     need_x = need_x or any(need_sources)
     need_g = need_b_factor or need_e or need_b
     n_out, n_in = B.shape[0], A.shape[1]
+    need_base = ctx.needs_input_grad[-1]
     source = None if gate is None else Gated(gate, up, gelu)
     activated: Any = None if source is None else source.activated()
     if source is not None and keeps_x:
@@ -411,9 +419,10 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = None
     if need_a:
         grad_a = _as(grad_a, A.dtype)
-    grad_bias = None if not need_bias else grad if weight is None else g.sum(0).to(bias_dtype)
+    grad_bias = g.sum(0).to(bias_dtype) if need_bias else None
+    grad_base = grad if need_base else None
     sources = grad_gate, grad_up, None
-    return grad_x, None, grad_bias, grad_a, grad_b_factor, grad_e, grad_b, *sources, None, None, None, None
+    return grad_x, None, grad_bias, grad_a, grad_b_factor, grad_e, grad_b, *sources, None, None, None, None, grad_base
 
 
 _gradients_once = once_differentiable(_gradients)
@@ -448,8 +457,7 @@ def is_plain_linear(module: nn.Module) -> bool:
 def can_fuse(x: Tensor, base: nn.Module, down: nn.Module, up: nn.Module) -> bool:
     """Whether `lowrank_linear` may stand for ``base(x)`` plus the adapter with factors ``down`` and ``up``.
 
-    A trainable base weight, a bias in the adapter, tracing (`torch.compile`, `torch.func`) and anything
-    that is not a plain tensor on one device take the plain formula.
+    A base weight that trains, or that is no plain tensor on the input's device, keeps its own product.
     """
     if not is_plain_linear(base):
         return False
@@ -464,7 +472,11 @@ def can_fuse(x: Tensor, base: nn.Module, down: nn.Module, up: nn.Module) -> bool
 
 
 def can_add(x: Tensor, down: nn.Module, up: nn.Module) -> bool:
-    """Whether `lowrank_added` may stand for the adapter with factors ``down`` and ``up``, whatever its base is."""
+    """Whether `lowrank_added` may stand for the adapter with factors ``down`` and ``up``, whatever its base is.
+
+    A bias in the adapter, tracing (`torch.compile`, `torch.func`) and anything that is not a plain tensor on one
+    device take the plain formula.
+    """
     if not (is_plain_linear(down) and is_plain_linear(up)) or type(x) not in _PLAIN:
         return False
     A: Any = down._parameters["weight"]

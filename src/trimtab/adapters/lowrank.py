@@ -53,23 +53,21 @@ def fold(A: Tensor, B: Tensor, e: Tensor | None = None, b: Tensor | None = None)
     return (A if e is None else A * e.unsqueeze(1)), (B if b is None else B * b.unsqueeze(1))
 
 
-def rank_sizes(A: Sequence[Tensor], B: Sequence[Tensor], device: torch.device | None = None) -> Tensor:
-    """``‖B_i‖ · ‖A_i‖``, float64: the size of each rank's part of ΔW/s where there are no diagonals, layer after layer.
+def rank_sizes(A: Sequence[Tensor], B: Sequence[Tensor], device: torch.device) -> Tensor:
+    """``‖B_i‖ · ‖A_i‖``, float64: the size of each rank's part of ΔW/s before diagonals, layer after layer.
 
     With p_i, q_i the unit vectors along B's columns and A's rows, ``ΔW/s = Σ ± size_i · p_i q_iᵀ`` always, and the
     sizes are its singular values where rows of A and columns of B are orthogonal.
 
     Args:
         A, B: factors of each layer, shapes (r, in) and (out, r).
-        device: where the result is wanted; None for where they are.
+        device: where the result is wanted.
 
-    >>> rank_sizes([torch.tensor([[3.0, 4.0]])], [torch.tensor([[0.0], [2.0]])]).tolist()
+    >>> rank_sizes([torch.tensor([[3.0, 4.0]])], [torch.tensor([[0.0], [2.0]])], torch.device("cpu")).tolist()
     [10.0]
     """
-    sizes = [torch.linalg.vector_norm(a, dim=1, dtype=torch.float64).to(device=device) for a in A]
-    return torch.cat(sizes) * torch.cat(
-        [torch.linalg.vector_norm(b, dim=0, dtype=torch.float64).to(device=device) for b in B]
-    )
+    sizes = [torch.linalg.vector_norm(a, dim=1, dtype=torch.float64).to(device) for a in A]
+    return torch.cat(sizes) * torch.cat([torch.linalg.vector_norm(b, dim=0, dtype=torch.float64).to(device) for b in B])
 
 
 def delta_weight(A: Tensor, B: Tensor, scale: float, e: Tensor | None = None, b: Tensor | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import math
 import re
@@ -489,8 +490,8 @@ class TrimLayer(_Mixed):
         # Asked for every site several times a step: nn.Module's attribute look-up would be most of what it costs.
         own: Any = self._modules
         return (
-            own["lora_A"]._modules[adapter_name]._parameters["weight"],
-            own["lora_B"]._modules[adapter_name]._parameters["weight"],
+            own["lora_A"]._modules[adapter_name].weight,
+            own["lora_B"]._modules[adapter_name].weight,
         )
 
     def folded(self, adapter_name: str) -> tuple[Tensor, Tensor]:
@@ -638,7 +639,7 @@ class TrimLayer(_Mixed):
                 return result
         names = [n for n in self.active_adapters if n in self.lora_A]
         mixed = kwargs.get("adapter_names") is not None
-        if mixed or self.disable_adapters or self.merged or not self._is_ours(names, kwargs):
+        if mixed or self.disable_adapters or self.merged or not self._is_ours(names, x, kwargs):
             return super().forward(x, *args, **kwargs)
         result = self.base_layer(x, *args, **kwargs)
         dtype = result.dtype
@@ -646,9 +647,15 @@ class TrimLayer(_Mixed):
             result = self._added(result, name, x)
         return result.to(dtype)
 
-    def _is_ours(self, names: list[str], kwargs: dict[str, Any]) -> bool:
+    def _is_ours(self, names: list[str], x: Tensor, kwargs: dict[str, Any]) -> bool:
         """Whether the adapters' part is made here, and not by PEFT."""
         return any(self.is_adaptive(name) for name in names)
+
+    def _can_add(self, name: str, x: Tensor) -> bool:
+        """Whether `fused.lowrank_added` may stand for an adapter's part."""
+        return _drop_rate(self.lora_dropout[name]) is not None and fused.can_add(
+            x, self.lora_A[name], self.lora_B[name]
+        )
 
     def _fused(self, x: Tensor) -> Tensor | None:
         """Base and adapter in one function, plain LoRA included; None where the plain formula has to do it."""
@@ -674,8 +681,8 @@ class TrimLayer(_Mixed):
     def _added(self, result: Tensor, name: str, x: Tensor) -> Tensor:
         """What the base gave, and the adapter's part."""
         A, B = self.factors(name)
-        p = _drop_rate(self.lora_dropout[name])
-        if p is not None and type(result) is Tensor and fused.can_add(x, self.lora_A[name], self.lora_B[name]):
+        if type(result) is Tensor and self._can_add(name, x):
+            p = _drop_rate(self.lora_dropout[name]) or 0.0
             return fused.lowrank_added(result, x, A, B, self.scaling[name], *self.at_work(name), p)
         x = self.lora_dropout[name](self._cast_input_dtype(x, A.dtype))
         return result + lowrank_delta(x, A, B, self.scaling[name], *self.at_work(name))
@@ -787,6 +794,7 @@ def _is_outside(parameter: str, config: LoraConfig) -> bool:
     return where is not None and re.fullmatch(where.outside, parameter) is not None
 
 
+@functools.cache  # one set of classes a process, which is what a pickle finds again
 def _quantized_classes() -> dict[type[nn.Module], type[nn.Module]]:
     """Exact bitsandbytes types -> hosted layers; empty where bitsandbytes is not installed."""
     try:
@@ -802,10 +810,13 @@ def _quantized_classes() -> dict[type[nn.Module], type[nn.Module]]:
             object.__setattr__(self, "site_name", target_name)
             super().__init__(*args, **kwargs)
 
-        def _is_ours(self, names: list[str], kwargs: dict[str, Any]) -> bool:
-            # Plain LoRA, too: for it PEFT makes and keeps a float32 copy of every input, twice as large as that.
-            is_plain = not any(name in self.lora_variant for name in names) and all(v is None for v in kwargs.values())
-            return is_plain or super()._is_ours(names, kwargs)
+        def _is_ours(self, names: list[str], x: Tensor, kwargs: dict[str, Any]) -> bool:
+            # Plain LoRA, too: outside of autocast PEFT makes and keeps a float32 copy of every input for it. But only
+            # what the function covers: variants, biases, hooks and wrapped factors are PEFT's.
+            return super()._is_ours(names, x, kwargs) or (
+                all(value is None for value in kwargs.values())
+                and all(name not in self.lora_variant and self._can_add(name, x) for name in names)
+            )
 
     class TrimLinear8bitLt(TrimQuantized, Linear8bitLt):
         """Over `bitsandbytes.nn.Linear8bitLt`."""
@@ -826,16 +837,12 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-_quantized: dict[type[nn.Module], type[nn.Module]] | None = None
-
-
 def host(target: nn.Module, adapter_name: str, config: TrimConfig, **kwargs: Any) -> nn.Module | None:
     """PEFT asks this first for every target; None hands the target to PEFT's own layers.
 
     Exact types only: `Linear4bit` is an `nn.Linear`, and other quantised linears wrap their weights.
     Raises `ModelError` where a rank or freeze method is asked for on a base that cannot carry it.
     """
-    global _quantized
     if kwargs.get("parameter_name") is not None and not config.is_adaptive:
         if _is_outside(kwargs["target_name"], config):
             return target  # PEFT puts it back where it was
@@ -853,9 +860,9 @@ def host(target: nn.Module, adapter_name: str, config: TrimConfig, **kwargs: Any
         config.fan_in_fan_out = True
         return TrimLinear(target, adapter_name, config=config, is_target_conv_1d_layer=True, **kwargs)
     if kind.__module__.startswith("bitsandbytes") and kwargs.get("parameter_name") is None:
-        _quantized = _quantized_classes() if _quantized is None else _quantized
-        if kind in _quantized:
-            return _bnb_layer(_quantized[kind], target, base, adapter_name, config, kwargs)
+        hosted = _quantized_classes().get(kind)
+        if hosted is not None:
+            return _bnb_layer(hosted, target, base, adapter_name, config, kwargs)
     if config.is_adaptive:
         what = "rank" if config.rank is not None else "freeze"
         raise ModelError(

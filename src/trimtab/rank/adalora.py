@@ -266,12 +266,14 @@ class AdaAllocator(Allocator):
     @torch.no_grad()
     def _scores(self, factors: Mapping[str, Factors]) -> Tensor:
         """(n,) scores of all held triplets; 0 for a part that never had a gradient."""
-        parts = [(f"{name}.{side}", factor) for name in self.names for side, factor in _sides(factors[name])]
-        scores = torch._foreach_mul(
-            [_held(self.sensitivity, *part) for part in parts], [_held(self.uncertainty, *part) for part in parts]
-        )
-        home = self.alive.device
-        triplets = [triplet_scores(*scores[i : i + 3]).to(home) for i in range(0, len(scores), 3)]
+        home, triplets = self.alive.device, []
+        for start in range(0, len(self.names), _GROUP):
+            names = self.names[start : start + _GROUP]
+            parts = [(f"{name}.{side}", factor) for name in names for side, factor in _sides(factors[name])]
+            scores = torch._foreach_mul(
+                [_held(self.sensitivity, *part) for part in parts], [_held(self.uncertainty, *part) for part in parts]
+            )
+            triplets += [triplet_scores(*scores[i : i + 3]).to(home) for i in range(0, len(scores), 3)]
         return torch.cat(triplets).double()
 
     def _select(self, kept: Tensor) -> None:

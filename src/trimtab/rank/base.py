@@ -41,13 +41,13 @@ class Factors:
     """Whether ``e`` holds the values that ranks are judged by; else they are in the sizes of the factors."""
 
     def values(self) -> Tensor:
-        """(r,) value of each rank: ``e`` with its signs, or ``|e_i| · ‖B_i‖ · ‖A_i‖`` in float64, what the singular
-        values of ΔW/s are where rows of A and columns of B are orthogonal."""
+        """(r,) value of each rank; see `values_of`."""
         return values_of([self], self.e.device)
 
 
 def values_of(sites: Sequence[Factors], device: torch.device) -> Tensor:
-    """`Factors.values` of many sites, one after the other, in as few calls as there can be."""
+    """Values of all ranks, sites one after the other: ``e`` with its signs, or ``|e_i| · ‖B_i‖ · ‖A_i‖`` in float64,
+    what the singular values of ΔW/s are where rows of A and columns of B are orthogonal."""
     e = torch.cat([site.e.detach().to(device) for site in sites])
     if all(site.has_values for site in sites):
         return e

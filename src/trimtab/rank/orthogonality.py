@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .base import Factors
 
@@ -28,8 +29,8 @@ def defect(factor: Tensor, norm: Norm = "fro") -> Tensor:
     >>> defect(torch.tensor([[1.0, 1.0], [0.0, 1.0]]).T, "fro2").item()
     3.0
     """
-    living = torch.ones(1, len(factor), dtype=torch.bool, device=factor.device)
-    return _Defects.apply(norm == "fro2", False, living, (False,), factor)[0]
+    mask = torch.ones(1, len(factor), dtype=torch.bool, device=factor.device)
+    return _Defects.apply(norm == "fro2", False, mask, (False,), factor)[0]
 
 
 class Orthogonality:
@@ -43,11 +44,11 @@ class Orthogonality:
         self.factors = 2 * sites
         self.only_angles = only_angles
         self.norm: Norm = norm
-        self._living: tuple[list[tuple[str, bool, int]], Tensor] | None = None
+        self._mask: tuple[list[tuple[str, bool, int]], Tensor] | None = None
 
     def forget(self) -> None:
         """Which ranks count has changed."""
-        self._living = None
+        self._mask = None
 
     def __call__(self, factors: Mapping[str, Factors], living: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor]:
         """Defect of what trains, and of everything.
@@ -70,20 +71,20 @@ class Orthogonality:
         training = sum(factor.requires_grad for _, factor, _ in held)
         columns = tuple(by_column for _, _, by_column in held)
         values = _Defects.apply(
-            self.norm == "fro2", self.only_angles, self._which(held, living), columns, *(f for _, f, _ in held)
+            self.norm == "fro2", self.only_angles, self._mask_of(held, living), columns, *(f for _, f, _ in held)
         )
         moving = values[:training].sum() / self.factors if training else None
         return moving, values.detach().sum() / self.factors
 
-    def _which(self, held: list[tuple[str, Tensor, bool]], living: Mapping[str, Tensor]) -> Tensor:
+    def _mask_of(self, held: list[tuple[str, Tensor, bool]], living: Mapping[str, Tensor]) -> Tensor:
         """(factors, largest rank) bool: the ranks that count; the same from one cut to the next."""
         sizes = [(name, by_column, factor.shape[by_column]) for name, factor, by_column in held]
-        if self._living is None or self._living[0] != sizes:
-            which = torch.zeros(len(sizes), max(r for _, _, r in sizes), dtype=torch.bool)
-            for row, (name, _, r) in zip(which, sizes):
+        if self._mask is None or self._mask[0] != sizes:
+            mask = torch.zeros(len(sizes), max(r for _, _, r in sizes), dtype=torch.bool)
+            for row, (name, _, r) in zip(mask, sizes):
                 row[living[name].to(row.device) if name in living else slice(r)] = True
-            self._living = sizes, which.to(held[0][1].device)
-        return self._living[1]
+            self._mask = sizes, mask.to(held[0][1].device)
+        return self._mask[1]
 
 
 class _Defects(torch.autograd.Function):
@@ -97,12 +98,12 @@ class _Defects(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, squared: bool, only_angles: bool, living: Tensor, columns: tuple[bool, ...], *factors: Tensor
+        ctx: Any, squared: bool, only_angles: bool, mask: Tensor, columns: tuple[bool, ...], *factors: Tensor
     ) -> Tensor:
         dtype = functools.reduce(torch.promote_types, (f.dtype for f in factors), torch.float32)
-        n, r = living.shape
-        off = torch.zeros(n, r, r, dtype=dtype, device=living.device)  # what should be 0
-        with torch.autocast(living.device.type, enabled=False):
+        n, r = mask.shape
+        off = torch.zeros(n, r, r, dtype=dtype, device=mask.device)  # what should be 0
+        with torch.autocast(mask.device.type, enabled=False):
             for gram, factor, by_column in zip(_corners(off, factors, columns), factors, columns):
                 rows = factor.T if by_column else factor
                 if factor.dtype is dtype and factor.device == off.device:
@@ -110,30 +111,31 @@ class _Defects(torch.autograd.Function):
                 else:  # narrower than others, or a model spread over devices
                     rows = rows.to(dtype)
                     gram.copy_(rows @ rows.T)
-        keep = living.to(dtype)
+        size = mask.to(dtype)  # by which rows are scaled: 0 for a rank that does not count
         diagonal = off.diagonal(dim1=1, dim2=2)
         if only_angles:
             length = diagonal.sqrt()
-            keep = torch.where(length > 0, keep / length, 0)
-        off.mul_(keep.unsqueeze(2)).mul_(keep.unsqueeze(1))
+            size = torch.where(length > 0, size / length, 0)
+        off.mul_(size.unsqueeze(2)).mul_(size.unsqueeze(1))
         if only_angles:
             diagonal.zero_()
         else:
-            diagonal.sub_(keep)
+            diagonal.sub_(size)
         norms = torch.linalg.vector_norm(off, dim=(1, 2))
         ctx.squared, ctx.only_angles, ctx.columns = squared, only_angles, columns
-        ctx.save_for_backward(off, norms, keep, *factors)
+        ctx.save_for_backward(off, norms, size, *factors)
         return norms.square() if squared else norms
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        off, norms, keep, *factors = ctx.saved_tensors
+        off, norms, size, *factors = ctx.saved_tensors
         slope = outer[0] * (4.0 if ctx.squared else torch.where(norms > 0, 2 / norms, 0))
         middle = off * slope[:, None, None]
         if ctx.only_angles:
             along = (middle * off).sum(2)
             middle.diagonal(dim1=1, dim2=2).sub_(along)
-            middle.mul_(keep.unsqueeze(2)).mul_(keep.unsqueeze(1))
+            middle.mul_(size.unsqueeze(2)).mul_(size.unsqueeze(1))
         grads: list[Tensor | None] = []
         with torch.autocast(off.device.type, enabled=False):
             each = zip(_corners(middle, factors, ctx.columns), factors, ctx.columns, ctx.needs_input_grad[4:])

@@ -212,7 +212,6 @@ class Controller:
         gradients = [p.grad for p in with_gradient if p.grad is not None]
         self._seen = (with_gradient[0], gradients[0]) if gradients else None
         self._watch.norms = list(torch._foreach_norm(gradients)) if gradients else []
-        self._watch.normed = gradients
         if self.freezer is not None and self.freezer.reads_gradients:
             read = {
                 name: p.grad.detach()
@@ -271,7 +270,7 @@ class Controller:
         if self.freezer is not None and (not skipped or self._has_purse()):
             is_due = self.freezer.is_due(self.step - 1)
             self._freeze(self.freezer.decide(self.step - 1, self._allowance()), is_due)
-        self._gradients, self._e_before, self._watch.norms, self._watch.normed, self._seen = {}, {}, [], [], None
+        self._gradients, self._e_before, self._watch.norms, self._seen = {}, {}, [], None
 
     def finish(self) -> None:
         """Cut to the target, fold the diagonals, leave plain LoRA factors. Safe to call twice."""

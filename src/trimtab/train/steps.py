@@ -58,8 +58,6 @@ class StepWatch:
         """The gradients are complete: a closure that makes them anew would undo what was done to them."""
         self.norms: list[Tensor] = []
         """Of the adapters' gradients, the same on every process, before they are clipped."""
-        self.normed: list[Tensor] = []
-        """The gradients themselves."""
         self.scaler: Any = None
         self._looks = 2  # a profiler or a warm-up may have the first step
         self._hooks: list[Any] = []
@@ -123,12 +121,7 @@ class StepWatch:
         if self.is_ready and not self.has_scaler:
             held = [p for group in optimizer.param_groups for p in group["params"]]
             # Heads as well, whose gradients are complete only now. What is sharded is FSDP's.
-            known = {id(gradient) for gradient in self.normed}
-            others = [
-                g
-                for p in held
-                if (g := p.grad) is not None and id(g) not in known and not is_dtensor(g) and not g.is_sparse
-            ]
+            others = [p.grad for p in held if p.grad is not None and not is_dtensor(p.grad) and not p.grad.is_sparse]
             self._are_finite = _all_finite([*self.norms, *torch._foreach_norm(others)] if others else self.norms)
             if not self._are_finite:
                 # As a scaler does: Adam would keep a NaN for good, in its moments and in the weights.
