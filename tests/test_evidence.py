@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import re
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -97,6 +100,24 @@ def test_a_repeated_command_runs_what_is_missing_and_nothing_twice(tmp_path, cap
 
     assert main([*arguments, "--list"]) == 0
     assert "7 of 8 done" in capsys.readouterr().out
+
+
+def test_a_command_that_is_stopped_takes_its_runs_with_it(tmp_path, monkeypatch):
+    def stopped(_sentinels):
+        raise SystemExit(143)
+
+    monkeypatch.setattr("benchmarks.evidence.__main__.wait", stopped)
+    options = options_of(["--data", str(tmp_path), "--tasks", "cola", "--rows", "lora-r4", "--results", str(tmp_path)])
+    before = set(multiprocessing.active_children())
+    with pytest.raises(SystemExit):
+        go_on(options, sleep)
+    (child,) = set(multiprocessing.active_children()) - before
+    child.join(20)
+    assert child.exitcode == -signal.SIGTERM
+
+
+def sleep(run, data, target):
+    time.sleep(60)
 
 
 def test_a_rate_at_which_a_whole_run_learns_nothing_gives_way_to_the_best_lower_one(tmp_path):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -89,24 +90,30 @@ def go_on(options: argparse.Namespace, work: Callable[[Run, Path, Path], None] =
     processes.set_forkserver_preload(PRELOAD if work is in_own_process else [])
     going: dict[int, tuple[Run, multiprocessing.process.BaseProcess, float]] = {}
     failed: list[Run] = []
-    while True:
-        busy = [run for run, _, _ in going.values()]
-        left = [run for run in runs(options) if not is_done(run, options.results) and run not in busy + failed]
-        if not left and not going:
-            break
-        for run in left[: max(0, options.workers - len(going))]:
-            process = processes.Process(target=work, args=(run, options.data, options.results / run.file))
-            process.start()
-            going[process.sentinel] = run, process, time.monotonic()
-        for sentinel in wait(list(going)):
-            run, process, began = going.pop(sentinel)  # type: ignore[index]
-            process.join()
-            if not is_done(run, options.results):
-                failed.append(run)
-            said = "done" if run not in failed else f"failed, see {(options.results / run.file).with_suffix('.log')}"
-            print(f"{run.file}: {said} ({time.monotonic() - began:.0f} s)", flush=True)
+    try:
+        while True:
+            busy = [run for run, _, _ in going.values()]
+            left = [run for run in runs(options) if not is_done(run, options.results) and run not in busy + failed]
+            if not left and not going:
+                break
+            for run in left[: max(0, options.workers - len(going))]:
+                process = processes.Process(target=work, args=(run, options.data, options.results / run.file))
+                process.start()
+                going[process.sentinel] = run, process, time.monotonic()
+            for sentinel in wait(list(going)):
+                run, process, began = going.pop(sentinel)  # type: ignore[index]
+                process.join()
+                if not is_done(run, options.results):
+                    failed.append(run)
+                log = (options.results / run.file).with_suffix(".log")
+                said = "done" if run not in failed else f"failed, see {log}"
+                print(f"{run.file}: {said} ({time.monotonic() - began:.0f} s)", flush=True)
+    finally:  # nobody would wait for them
+        for _, process, _ in going.values():
+            process.terminate()
     return 1 if failed else 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())
