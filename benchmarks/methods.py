@@ -36,7 +36,7 @@ def methods(total: int, start: str) -> dict[str, dict]:
 
 
 def rows(short: bool) -> list[Row]:
-    total, schedules, out = 20 if short else 40, 3 if short else 5, []
+    total, schedules, out = 20 if short else 40, 2 if short else 3, []
     for start, words, target in (("lora", "LoRA's start", 1.02), ("svd", "the papers'", 1.05)):
         for name in methods(total, start):
             seconds = [one_schedule(name, total, start) for _ in range(schedules)]
