@@ -605,6 +605,7 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def without_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "can_fuse", lambda *_: False)
+    monkeypatch.setattr(fused, "can_add", lambda *_: False)  # the plain formula, not the other half of it
 
 
 def hosted(family: str = "bert", dtype: torch.dtype = torch.float64, **settings) -> nn.Module:

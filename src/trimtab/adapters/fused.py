@@ -81,7 +81,7 @@ def route(
 
 def lowrank_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     A: Tensor,
     B: Tensor,
@@ -90,6 +90,7 @@ def lowrank_linear(
     b: Tensor | None = None,
     dropout: float = 0.0,
     source: Gated | None = None,
+    base: Tensor | None = None,
 ) -> Tensor:
     """A frozen linear layer and its low-rank adapter.
 
@@ -101,12 +102,26 @@ def lowrank_linear(
         e, b: diagonals, shapes (r,) and (out,), or None for ones.
         dropout: rate of dropout on the adapter's input; 0 for none.
         source: what x is the product of (`gated.gated`); gradients go to its tensors, and x is not kept.
+        base: what another kind of layer gave, shape (..., out), instead of weight and bias; see `lowrank_added`.
     Returns:
         Tensor of shape (..., out), in x's dtype, or in autocast's.
 
     Gradients are exact, and can be taken once: a second derivative raises.
     """
-    return _apply(x, weight, bias, A, B, scale, e, b, dropout, source, None)
+    device = x.device.type
+    call = _LowRankLinear.apply if torch.is_grad_enabled() else _without_gradient
+    bits = gate = up = gelu = None
+    if source is not None:
+        x = x.detach()  # lets go of the part of the graph between x and its sources, and of what that keeps
+        gate, up, gelu = source
+    if dropout > 0:
+        bits = draw_bits(x.numel(), x.device)
+        scale = scale / (1 - drop_rate(dropout))
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            return call(x, weight, bias, A, B, e, b, gate, up, gelu, scale, bits, dropout, dtype, base)
+    return call(x, weight, bias, A, B, e, b, gate, up, gelu, scale, bits, dropout, x.dtype, base)
 
 
 def lowrank_added(
@@ -127,36 +142,7 @@ def lowrank_added(
 
     Products are made in x's dtype, or in autocast's. Gradients can be taken once: a second derivative raises.
     """
-    return _apply(x, None, None, A, B, scale, e, b, dropout, None, base)
-
-
-def _apply(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-    e: Tensor | None,
-    b: Tensor | None,
-    dropout: float,
-    source: Gated | None,
-    base: Tensor | None,
-) -> Tensor:
-    device = x.device.type
-    call = _LowRankLinear.apply if torch.is_grad_enabled() else _without_gradient
-    bits = gate = up = gelu = None
-    if source is not None:
-        x = x.detach()  # lets go of the part of the graph between x and its sources, and of what that keeps
-        gate, up, gelu = source
-    if dropout > 0:
-        bits = draw_bits(x.numel(), x.device)
-        scale = scale / (1 - drop_rate(dropout))
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        with torch.autocast(device, enabled=False):
-            return call(x, weight, bias, A, B, e, b, gate, up, gelu, scale, bits, dropout, dtype, base)
-    return call(x, weight, bias, A, B, e, b, gate, up, gelu, scale, bits, dropout, x.dtype, base)
+    return lowrank_linear(x, None, None, A, B, scale, e, b, dropout, base=base)
 
 
 def _without_gradient(*args: Any) -> Tensor:
