@@ -213,7 +213,7 @@ FAULTS = [
     Fault("train/checkpoint.py", "if _checksum(path) != checksum:", "if False:", "test_checkpoint.py"),
     Fault("train/checkpoint.py", "key=lambda p: -int(", "key=lambda p: int(", "test_checkpoint.py"),
     Fault(
-        "host/layers.py",
+        "host/config.py",
         "for n, (k, _) in sorted(kept.items()) if k != r}",
         "for n, (k, _) in sorted(kept.items()) if k > r}",
         "promises/test_every_checkpoint_is_plain_lora.py",

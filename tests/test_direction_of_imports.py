@@ -104,5 +104,5 @@ def test_only_host_and_adapters_touch_what_peft_does_not_export():
 
 
 def test_the_check_sees_what_is_imported():
-    assert "host.layers" in imports("train.controller")
+    assert "host.config" in imports("train.controller")
     assert "app.run" in imports("app.cli")

@@ -29,7 +29,7 @@ _PUBLIC = {
     "Site": "plans",
     "SoRA": "rank.sora",
     "TrimCallback": "train.callback",
-    "TrimConfig": "host.layers",
+    "TrimConfig": "host.config",
     "TrimtabError": "errors",
     "Where": "plans",
     "export": "exporting.formats",

@@ -19,7 +19,8 @@ import trimtab
 from fakes import Halving
 from trimtab import Controller, TrimConfig, Where
 from trimtab.errors import ConfigError, ModelError
-from trimtab.host.layers import TrimLayer, hosted_layers, portable_fields
+from trimtab.host.config import portable_fields
+from trimtab.host.layers import TrimLayer, hosted_layers
 
 
 def adaptive(family: str = "bert", **more) -> peft.PeftModel:

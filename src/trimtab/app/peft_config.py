@@ -152,7 +152,7 @@ def adapter_config(
     if recipe.export.format == "gguf":
         _refuse_what_llama_cpp_has_not(model, kept)
     if adapter.type == "lora":
-        from ..host.layers import TrimConfig
+        from ..host.config import TrimConfig
 
         frees = tuple(key for key in free_settings(recipe) if key != "where.ratio")
         limits = {"budget": budget_of(recipe), "budget_frees": frees} if any(settings.values()) else {}

@@ -114,7 +114,7 @@ def _write_adapter(peft_model: PeftModel, name: str, folder: Path, form: str) ->
     from peft import LoraConfig, get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    from ..host.layers import portable_fields
+    from ..host.config import portable_fields
     from .gguf import write_gguf
 
     source = peft_model.peft_config[name]

@@ -1,6 +1,6 @@
 """Trimtab's layer inside PEFT. Only this folder and `adapters` touch what PEFT does not export.
 
-What we lean on, so that a new PEFT can be checked against it (see tests/test_peft_host.py):
+What we lean on, so that a new PEFT can be checked against it (see tests/promises/test_drop_in.py):
 `LoraConfig._register_custom_module` (documented, experimental), `lora.Linear` with `update_layer`,
 `get_delta_weight`, `_mixed_batch_forward`, `adapter_layer_names`, `frozen_peft_weight_names`,
 `_active_adapter`, `_disable_adapters`, `merged_adapters`, `lora_variant`, and the rule that a parameter
@@ -12,15 +12,11 @@ accepts such tensors back. PEFT's save, Trainer's checkpoints and load-best ther
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import functools
 import hashlib
 import math
 import re
 import warnings
-import weakref
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -30,7 +26,6 @@ from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora import ParamWrapper as PeftParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -38,18 +33,14 @@ from ..adapters import fused
 from ..adapters.gated import gated
 from ..adapters.lowrank import delta_weight, fold, lowrank_delta
 from ..errors import ConfigError, ModelError
-from ..plans import Budget, Where
-from ..schedule import plain_numbers
 from .adapted import peft_model_of
 from .sharding import is_dtensor
 
+if TYPE_CHECKING:
+    from .config import TrimConfig
+
 PROJECTIONS = ("lora_A", "lora_B")
 DIAGONALS = ("lora_e", "lora_b")
-# Initialisations that change the base weight or train only one factor; a rank or freeze method would
-# overwrite what they set up.
-_PLAIN_INITS = (True, "gaussian")
-
-
 REPLICAS = (
     "nn.DataParallel, whose copies lose what a rank or freeze method adds to a layer; start one process a GPU "
     "(torchrun --nproc-per-node N script.py), or show it one GPU (CUDA_VISIBLE_DEVICES=0)"
@@ -59,283 +50,6 @@ REPLICAS = (
 def changes_base(init: bool | str) -> bool:
     """Whether a start takes from the base's weights what it puts into the adapter."""
     return isinstance(init, str) and init.startswith(("pissa", "corda", "olora", "lora_ga", "loftq"))
-
-
-@dataclass
-class TrimConfig(LoraConfig):
-    """A `peft.LoraConfig` that also says where, at which rank and for how long.
-
-    Goes to stock `peft.get_peft_model`. ``peft_type`` stays LORA, and `to_dict` emits stock `LoraConfig`
-    fields only, derived from the live layers at that moment, so what is saved beside an adapter always
-    matches its tensors.
-
-    Args:
-        where: a selection from `trimtab.select_layers` or a control; None adapts every layer.
-        rank: `SalientLoRA(...)`, `AdaLoRA(...)`, `SoRA(...)`; `EVA(...)`, `GoRA(...)`, whose ranks and factors
-            `trimtab.initialize_ranks(model, batches)` chooses before training; or None for a fixed rank ``r``.
-        freeze: `AFLoRA(...)`, `FreezeAt(...)`, or None.
-        budget: `Budget(final_params=…)` or `Budget(average_params=…)`; solved when training starts and its
-            length is known. ``budget_frees`` names what it may choose; the rest stays as set.
-    Raises:
-        ConfigError: a pair of settings that cannot work together.
-    """
-
-    where: Where | None = field(default=None, metadata={"help": "which layers are adapted"})
-    rank: Any = field(default=None, metadata={"help": "rank method settings"})
-    freeze: Any = field(default=None, metadata={"help": "freeze method settings"})
-    budget: Budget | None = field(default=None, metadata={"help": "one limit over ranks and freezing"})
-    budget_frees: tuple[str, ...] = field(
-        default=("rank.target_r", "freeze.ramp"), metadata={"help": "what the budget may choose"}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.exclude_modules = without_where(self.exclude_modules)  # of the config that this one was copied from
-        if isinstance(self.where, str):
-            raise ConfigError("where", self.where, "a bare mask needs the model: trimtab.where.from_mask(model, mask)")
-        plain_numbers(self)
-        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
-            raise ConfigError("adapter.r", self.r, "a whole number of at least 1")
-        if not 0 < self.lora_alpha < float("inf"):
-            raise ConfigError("adapter.alpha", self.lora_alpha, "a finite number above 0")
-        if not 0 <= self.lora_dropout < 1:
-            raise ConfigError("adapter.dropout", self.lora_dropout, "in [0, 1)")
-        if self.is_adaptive:
-            self._refuse_what_cannot_adapt()
-        if self.where is not None:
-            if self.layer_replication:
-                raise ConfigError(
-                    "layer_replication",
-                    self.layer_replication,
-                    "the layers that it makes have other numbers than where was chosen for; drop one",
-                )
-            self.exclude_modules = excluding(self.where, self.exclude_modules)
-            untie_targets(self)
-        self._live = Live()
-        self._register_custom_module(cast(Any, {nn.Module: host}))  # PEFT calls it; a class would do no more
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy and a pickle hold the settings alone; layers that are copied with it find it again."""
-        return {key: value for key, value in self.__dict__.items() if key != "_live"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._live = Live()
-
-    @property
-    def is_adaptive(self) -> bool:
-        """Whether anything is decided during training."""
-        return self.rank is not None or self.freeze is not None
-
-    def _refuse_what_cannot_adapt(self) -> None:
-        word = "rank" if self.rank is not None else "freeze"
-        if self.init_lora_weights not in _PLAIN_INITS:
-            raise ConfigError(
-                "adapter.init",
-                self.init_lora_weights,
-                f"{word} methods start from LoRA's own factors or the paper's; use true, or drop {word}",
-            )
-        if self.use_rslora and self.rank is None and self.freeze.has_no_scale:
-            raise ConfigError("use_rslora", True, "freeze.scaling=alpha/r or freeze.start=lora; 'none' has no scale")
-        for name in (
-            "use_dora",
-            "lora_bias",
-            "use_bdlora",
-            "arrow_config",
-            "alora_invocation_tokens",
-            "velora_config",
-            "monteclora_config",
-            "kasa_config",
-            "target_parameters",
-            "layer_replication",
-        ):
-            if getattr(self, name, None):
-                raise ConfigError(name, getattr(self, name), f"does not go together with {word}; drop one of them")
-        if self.rank is not None and self.bias != "none":
-            raise ConfigError(
-                "bias",
-                self.bias,
-                "a module that is cut to rank 0 is not in the saved adapter, and its "
-                "bias would be lost; use 'none', or drop rank",
-            )
-
-    def live_ranks(self) -> dict[str, tuple[int, float]]:
-        """Site name -> (rank, scale) of the live layers that carry this config's adapter; rank 0 where it was pruned.
-
-        Raises:
-            ConfigError: the object serves two adapters whose ranks differ.
-        """
-        found: dict[str, tuple[int, float]] = {}
-        for layer, name in self._live.layers():
-            here = layer.r.get(name, 0), layer.scaling.get(name, 1.0)
-            if found.setdefault(layer.site_name, here) != here:
-                raise ConfigError(
-                    "TrimConfig",
-                    "one object",
-                    "it serves two adapters whose ranks differ; give each a config of its own (copy.deepcopy)",
-                )
-        return found
-
-    def to_dict(self) -> dict[str, Any]:
-        """Stock `LoraConfig` fields that describe the live layers: ranks, alphas and targets match the tensors."""
-        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(LoraConfig)}
-        out = {k: (dataclasses.asdict(cast(Any, v)) if dataclasses.is_dataclass(v) else v) for k, v in out.items()}
-        out.pop("runtime_config")  # as LoraConfig.to_dict does: it holds for one process only
-        tied = {*(getattr(self, "target_modules_to_tie", None) or ()), *(getattr(self, "modules_to_tie", None) or ())}
-        live = self.live_ranks()
-        if (live and not tied) or any(".base_layer" in name for name in tied):
-            out["ensure_weight_tying"] = False  # PEFT finds no head inside of another adapter's, and ties nothing
-        if self.where is not None:  # PEFT applies the exclusion to modules, and not to parameters
-            out["exclude_modules"] = out["exclude_modules"].replace(_WHERE, "")
-            parameters = {layer.site_name for layer, _ in self._live.layers() if isinstance(layer, ParamWrapper)}
-            if live and self.target_parameters:
-                out["target_parameters"] = sorted(parameters) or None
-        if live and self.is_adaptive:
-            out.update(portable_fields(live))
-        return out
-
-
-class ConfigAtWork(TrimConfig):
-    """A model's own config while its adapter adapts. PEFT's tools derive configs from it, and are refused."""
-
-    def __post_init__(self) -> None:
-        # add_weighted_adapter and the like copy a config with dataclasses.replace and then read raw A and B.
-        raise ConfigError(
-            "adapter", "still adapting", "PEFT's adapter tools read raw A and B; call Controller.finish() first"
-        )
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """A copy is an ordinary config; the layers that are copied with it put it to work again."""
-        return _bare_config, (), self.__getstate__()
-
-
-def _bare_config() -> TrimConfig:
-    return TrimConfig.__new__(TrimConfig)
-
-
-class Live:
-    """The layers that carry a config's adapters, held weakly: what they look like now is what is saved."""
-
-    def __init__(self) -> None:
-        self._refs: list[tuple[weakref.ref[TrimLayer], str]] = []
-        self.is_told = False
-        """Whether it was said that nobody decides on them."""
-
-    def add(self, layer: TrimLayer, adapter_name: str) -> None:
-        self._refs = [(ref, name) for ref, name in self._refs if ref() is not None]
-        self._refs.append((weakref.ref(layer), adapter_name))
-
-    def layers(self) -> Iterator[tuple[TrimLayer, str]]:
-        """Layers, with the name that the adapter has in them; without those from which it was deleted."""
-        for ref, name in self._refs:
-            if (layer := ref()) is not None and name in layer.configs:
-                yield layer, name
-
-    def keys(self) -> set[tuple[int, str]]:
-        return {(id(layer), name) for layer, name in self.layers()}
-
-    def take(self, keys: set[tuple[int, str]]) -> Live:
-        """Move some layers, by identity and adapter name, to a registry of their own."""
-        taken = Live()
-        kept: list[tuple[weakref.ref[TrimLayer], str]] = []
-        for ref, name in self._refs:
-            (taken._refs if (id(ref()), name) in keys else kept).append((ref, name))
-        self._refs = kept
-        return taken
-
-
-def own_config(model: nn.Module, adapter_name: str) -> LoraConfig:
-    """The adapter's config; a `TrimConfig` with an adaptive adapter becomes this model's own, so that whoever made it
-    can use it for other models and adapters."""
-    peft_model = peft_model_of(model)
-    config = peft_model.peft_config[adapter_name]
-    layers = list(hosted_layers(model, adapter_name).values())
-    if not isinstance(config, TrimConfig) or not layers:
-        return cast(LoraConfig, config)
-    mine = {(id(layer), adapter_name) for layer in layers}
-    if isinstance(config, ConfigAtWork) and config._live.keys() == mine:
-        return config
-    own = copy.copy(config)
-    own._live = config._live.take(mine)
-    own.__class__ = ConfigAtWork
-    for layer in layers:
-        layer.configs[adapter_name] = own
-    peft_model.peft_config[adapter_name] = own
-    return own
-
-
-def settle(model: nn.Module, adapter_name: str) -> None:
-    """The ranks are final and the layers hold plain factors: the model's config becomes the stock one of plain LoRA."""
-    config = peft_model_of(model).peft_config[adapter_name]
-    assert isinstance(config, ConfigAtWork)
-    fields = portable_fields(config.live_ranks())
-    for layer, name in config._live.layers():
-        del layer.configs[name]
-    for name in {f.name for f in dataclasses.fields(TrimConfig)} - {f.name for f in dataclasses.fields(LoraConfig)}:
-        config.__dict__.pop(name, None)
-    del config._live
-    config.__dict__.update(fields | {"target_modules": set(fields["target_modules"])})  # as LoraConfig holds them
-    config.__class__ = cast(Any, LoraConfig)
-
-
-def portable_fields(ranks: dict[str, tuple[int, float]]) -> dict[str, Any]:
-    """Config fields for sites of given rank and scale; sites of rank 0 are left out.
-
-    ``lora_alpha / r`` equals the scale of every module even for an engine that ignores the patterns,
-    as long as all scales are equal. Pattern keys are full module names, escaped, as PEFT matches regexes.
-
-    Raises:
-        ModelError: no site has a rank left; stock PEFT refuses an empty adapter.
-    """
-    kept = {name: rank_scale for name, rank_scale in ranks.items() if rank_scale[0] > 0}
-    if not kept:
-        raise ModelError("adapter: every site is at rank 0; stock PEFT cannot load an empty adapter")
-    r, scale = max(kept.values())
-
-    def key(name: str) -> str:
-        return ("^" if any(other.endswith(f".{name}") for other in kept) else "") + re.escape(name)
-
-    return {
-        "r": r,
-        "lora_alpha": scale * r,
-        "use_rslora": False,
-        "init_lora_weights": True,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "exclude_modules": None,
-        "target_modules": sorted(kept),
-        "rank_pattern": {key(n): k for n, (k, _) in sorted(kept.items()) if k != r},
-        "alpha_pattern": {key(n): s * k for n, (k, s) in sorted(kept.items()) if s * k != scale * r},
-    }
-
-
-def excluding(where: Where | str, user: str | Iterable[str] | None) -> str:
-    """The ``exclude_modules`` regex for a selection, joined with what the user already excludes."""
-    outside = _WHERE + (where if isinstance(where, str) else where.outside)
-    if not user:
-        return outside
-    if not isinstance(user, str):
-        user = rf"(?:.*\.)?(?:{'|'.join(re.escape(u) for u in user)})"
-    elif flags := re.match(r"\(\?([aiLmsux]+)\)", user):  # global flags may stand at the start only: make them local
-        user = f"(?{flags[1]}:{user[flags.end() :]})"
-    return rf"(?:{user})|{outside}"
-
-
-def untie_targets(config: Any) -> None:
-    """With a selection of layers no adapter lies on the embedding, from which the head could have its own."""
-    saved = getattr(config, "modules_to_save", None) or ()
-    if hasattr(config, "ensure_weight_tying") and not any(m.split(".")[-1] in EMBEDDING_LAYER_NAMES for m in saved):
-        config.ensure_weight_tying = False
-
-
-_WHERE = "(?#where)"  # a comment, to the regex
-
-
-def without_where(exclude: str | Iterable[str] | None) -> Any:
-    """What the user excludes, without what a selection of layers has added to it."""
-    if not isinstance(exclude, str) or _WHERE not in exclude:
-        return exclude
-    return exclude.partition(_WHERE)[0].removeprefix("(?:").removesuffix(")|") or None  # see `excluding`
 
 
 @dataclass
@@ -386,8 +100,9 @@ class TrimLayer(_Mixed):
             self.register_state_dict_post_hook(_emit_plain_lora)
             self.register_load_state_dict_pre_hook(_accept_plain_lora)
         super().update_layer(adapter_name, r, lora_alpha=cast(int, lora_alpha), config=config, **kwargs)
-        if not isinstance(config, TrimConfig):
+        if not hasattr(config, "_live"):  # a stock one
             return
+        config = cast("TrimConfig", config)
         self.configs[adapter_name] = config
         config._live.add(self, adapter_name)
         # Export needs the start: the base is no longer the original. LoftQ rounds it, and no factors undo that.
@@ -450,7 +165,7 @@ class TrimLayer(_Mixed):
             config._live.add(self, name)
             if (hosted := self.hosted.get(name)) is not None and hosted.is_decided:
                 hosted.is_decided = False  # the controller works on the original
-                config.__class__ = ConfigAtWork
+                config.put_to_work()
 
     # -- what others read ---------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from torch import nn
 from ..errors import ConfigError, ModelError
 from ..plans import Where
 from ..where.controls import from_mask
-from .layers import excluding, untie_targets
+from .config import excluding, untie_targets
 from .sites import Stack, base_of, check_where, find_stacks, is_chosen, locate, matched_names, prepared
 
 _NO_BLOCKS = {

@@ -24,7 +24,8 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..errors import CheckpointError, ConfigError, StaleAdapterError
 from ..host.adapted import adapter_config, keep_inputs_out_of_the_graph, peft_model_of
-from ..host.layers import REPLICAS, TrimConfig, hosted_layers
+from ..host.config import TrimConfig
+from ..host.layers import REPLICAS, hosted_layers
 from ..host.sharding import is_sharded, reshard
 from .checkpoint import (
     COMPLETE,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..budget import Choice, solve
 from ..errors import ConfigError, ModelError, StaleAdapterError
 from ..host.adapted import adapter_layers, adapter_parameters, peft_model_of
-from ..host.layers import TrimConfig, own_config, settle
+from ..host.config import TrimConfig, own_config, settle
 from ..host.sharding import is_sharded
 from ..plans import Budget, Site
 from .parallel import (
