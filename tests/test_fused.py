@@ -263,13 +263,73 @@ def test_double_use_in_one_graph_adds_both_gradients():
     torch.testing.assert_close(ours, theirs)
 
 
-def test_a_second_derivative_is_refused():
+@pytest.mark.parametrize("function", [apply, added])
+@pytest.mark.parametrize("e, b", [(None, None), (True, None), (True, True), (False, True)])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_second_derivatives_are_those_of_the_plain_formula(function, e, b, p):
+    t, wanted = chosen(True, True, True, e, b)
+    values = [t[name].clone().requires_grad_() for name in wanted]
+    mask = drawn_mask(t["x"], p, 3) if p else 1.0
+    ways = torch.randn(len(values), generator=torch.Generator().manual_seed(1)).tolist()
+
+    def second(of) -> tuple[Tensor, ...]:
+        torch.manual_seed(3)
+        y = of(dict(zip(wanted, values)))
+        first = torch.autograd.grad(y.tanh().sum(), values, create_graph=True)
+        return torch.autograd.grad(sum(way * one.pow(2).sum() for way, one in zip(ways, first)), values)
+
+    ours = second(lambda u: function(t | u, p))
+    torch.testing.assert_close(ours, second(lambda u: plain(t | u, mask)))
+
+
+def test_they_go_through_the_two_sources_of_a_gated_feed_forward():
+    t = gated_tensors()
+    values = [t[name].requires_grad_() for name in ("gate", "up", "A", "B")]
+    found = []
+    for knows in (True, False):
+        x = F.silu(t["gate"] * 1) * (t["up"] * 1)
+        y = lowrank_linear(x, t["W"], None, t["A"], t["B"], 1.0, source=gated(x) if knows else None)
+        first = torch.autograd.grad(y.tanh().sum(), values, create_graph=True)
+        found.append(torch.autograd.grad(sum(one.pow(2).sum() for one in first), values))
+    torch.testing.assert_close(*found)
+
+
+def test_a_second_derivative_that_needs_an_input_which_was_not_kept_is_refused(monkeypatch):
+    force(monkeypatch, Route(merged=False, dense=False))
     t = tensors()
-    t["A"].requires_grad_()
-    t["x"].requires_grad_()
-    (grad,) = torch.autograd.grad(apply(t).pow(2).sum(), t["A"], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    for name in ("B", "x"):
+        t[name].requires_grad_()
+    with pytest.raises(RuntimeError, match="projection A does not train"):
+        torch.autograd.grad(apply(t).pow(2).sum(), t["B"], create_graph=True)
+
+
+@pytest.mark.parametrize("method", [None, "rank"])
+def test_a_hessian_and_derivatives_in_forward_mode_are_stock_peft_s(method):
+    def model(of: type[peft.LoraConfig], **more) -> nn.Module:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2))
+        made = peft.get_peft_model(net, of(r=2, target_modules=["0", "2"], **more)).double().eval()
+        for name, parameter in made.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter)
+        return made
+
+    stock = model(peft.LoraConfig)
+    ours = model(trimtab.TrimConfig, rank=trimtab.SalientLoRA(target_r=1) if method else None)
+    found = []
+    for one in (stock, ours):
+        names, values = zip(*((n, p.detach()) for n, p in one.named_parameters() if "lora_A" in n or "lora_B" in n))
+
+        def loss(*given, one=one, names=names):
+            x = torch.linspace(-1, 1, 18, dtype=torch.float64).view(3, 6)
+            return torch.func.functional_call(one, dict(zip(names, given)), (x,)).pow(2).sum()
+
+        with torch.autograd.forward_ad.dual_level():
+            duals = [torch.autograd.forward_ad.make_dual(v, torch.ones_like(v)) for v in values]
+            forward = torch.autograd.forward_ad.unpack_dual(loss(*duals)).tangent
+        found.append((torch.autograd.functional.hessian(loss, values), forward))
+    torch.testing.assert_close(*found)
+    assert any(part.abs().sum() > 1 for row in found[0][0] for part in row)
 
 
 def test_a_factor_changed_between_forward_and_backward_is_noticed():

@@ -305,3 +305,38 @@ def test_exports_of_models_that_share_a_config_are_each_their_own(tmp_path):
     for i, model in enumerate(models):
         trimtab.export(model, tmp_path / str(i))
         assert torch.allclose(stock_logits(tmp_path / str(i)), tiny.logits(model, "llama"), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "key, settings",
+    [
+        ("rank", {"rank": "salientlora"}),
+        ("rank", {"rank": AdaLoRA}),
+        ("rank", {"rank": {"method": "adalora"}}),
+        ("rank", {"rank": trimtab.AFLoRA()}),
+        ("rank", {"rank": False}),
+        ("freeze", {"freeze": AdaLoRA(target_r=2)}),
+        ("freeze", {"freeze": trimtab.AFLoRA}),
+        ("where", {"where": [0, 2]}),
+        ("where", {"where": {"encoder.layer": "0110"}}),
+        ("budget", {"rank": AdaLoRA(target_r=2), "budget": 1000}),
+        ("budget", {"budget": trimtab.Budget(final_params=200)}),
+        ("adapter.alpha", {"lora_alpha": "16"}),
+        ("adapter.dropout", {"lora_dropout": "0.1"}),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_when_the_config_is_made(key, settings):
+    with pytest.raises(ConfigError, match=f"^{key}="):
+        TrimConfig(r=4, target_modules=TARGETS, **settings)
+
+
+@pytest.mark.parametrize("method", ["salientlora", "aflora"])
+def test_what_the_user_has_frozen_stays_so_at_the_end(method):
+    model = model_with(config_for(method))
+    own = [p for name, p in model.named_parameters() if "layers.0." in name and "lora_" in name]
+    for parameter in own:
+        parameter.requires_grad_(False)
+    fit(model)
+    left = {name: p.requires_grad for name, p in model.named_parameters() if "lora_" in name}
+    assert not any(wants for name, wants in left.items() if "layers.0." in name)
+    assert all(wants for name, wants in left.items() if "layers.0." not in name)

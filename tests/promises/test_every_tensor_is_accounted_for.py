@@ -16,11 +16,13 @@ import transformers as tf
 from torch import nn
 
 import fresh
+import short_runs as runs
 import tiny
 import trimtab
 from marks import slow
 from trimtab import AdaLoRA, TrimConfig
-from trimtab.errors import ConfigError, ExportError
+from trimtab.errors import ConfigError, ExportError, ModelError
+from trimtab.host.layers import hosted_layers
 from trimtab.host.sites import base_of
 from trimtab.where import last
 
@@ -618,3 +620,72 @@ def test_copies_and_second_adapters_on_experts_keep_to_their_layers(tmp_path):
             again = peft.PeftModel.from_pretrained(case.build(), folder)
             assert adapted_blocks(again) == {"2"}
             close(again, function(one))
+
+
+# -- raw parameters, as scripts take them ------------------------------------------------------------------
+
+
+def trained(method: str) -> peft.PeftModel:
+    model = runs.model_for("llama", method)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    controller = trimtab.Controller(model, optimizer, total_steps=runs.STEPS)
+    model.train()
+    for _ in range(20):
+        model(**tiny.batch("llama")).loss.backward()
+        controller.before_step()
+        optimizer.step()
+        controller.after_step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@pytest.mark.parametrize("method", ["sora", "aflora", "salientlora+aflora", "adalora"])
+def test_named_parameters_are_the_function_when_they_are_loaded(method):
+    model = trained(method)
+    expected = tiny.logits(model, "llama")
+    kept = {name: p.detach().clone() for name, p in model.named_parameters()}
+    best = {name: kept[name] for name, p in model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.mul_(0.5)
+    model.load_state_dict(best, strict=False)
+    assert torch.equal(tiny.logits(model, "llama"), expected)
+    other = runs.model_for("llama", method)
+    other.load_state_dict(kept, strict=False)
+    assert torch.equal(tiny.logits(other, "llama"), expected)
+
+
+def test_an_average_may_be_swapped_in_and_out_in_mid_run():
+    model = trained("sora")
+    kept = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    model.load_state_dict({name: p * 0.9 for name, p in kept.items()}, strict=False)
+    model.load_state_dict(kept, strict=False)
+    assert not any(layer.hosted["default"].is_stale for layer in hosted_layers(model).values())
+
+
+def test_what_still_trains_is_no_whole_adapter_for_another_model():
+    model = trained("aflora")
+    kept = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    with pytest.raises(ModelError, match="stopped training"):
+        runs.model_for("llama", "aflora").load_state_dict(kept, strict=False)
+
+
+def test_raw_parameters_are_not_saved_as_a_plain_lora(tmp_path):
+    model = trained("sora")
+    raw = {name: p.detach() for name, p in model.named_parameters() if "lora_" in name}
+    with pytest.raises(ModelError, match="raw parameters"):
+        model.save_pretrained(str(tmp_path), state_dict=raw)
+    model.save_pretrained(str(tmp_path), state_dict=model.state_dict())
+
+
+@pytest.mark.parametrize("method", ["salientlora", "aflora"])
+def test_hooks_and_modules_on_the_factors_are_called(method):
+    model = runs.model_for("llama", method)
+    seen = []
+    for name, module in model.named_modules():
+        if name.endswith("lora_A.default"):
+            module.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    expected = tiny.logits(runs.model_for("llama", method), "llama")
+    assert torch.allclose(tiny.logits(model, "llama"), expected, atol=1e-5)
+    assert len(seen) == len(hosted_layers(model))

@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import Trainer, TrainingArguments
 
 import fresh
@@ -18,8 +19,9 @@ import short_runs as runs
 import tiny
 import trimtab
 from trimtab import Controller, TrimCallback
-from trimtab.errors import CheckpointError, TrimtabError
+from trimtab.errors import CheckpointError, ModelError, TrimtabError
 from trimtab.host.adapted import adapter_layers
+from trimtab.host.layers import hosted_layers
 
 OFTEN = dict(save_steps=10, logging_steps=5)
 
@@ -270,3 +272,16 @@ def test_training_on_tensors_that_were_loaded_by_hand_is_refused(tmp_path):
     other.load_adapter(str(tmp_path / "checkpoint-20"), "default", is_trainable=True)
     with pytest.raises(TrimtabError, match="replaced"):
         trainer(other, tmp_path / "new", TrimCallback()).train()
+
+
+def test_a_run_resumed_without_its_callback_stops_before_moments_of_other_shapes_are_read(unbroken, tmp_path):
+    folder, _ = unbroken("salientlora")
+    checkpoint = folder / "checkpoint-20"
+    with safe_open(checkpoint / "adapter_model.safetensors", "pt") as saved:
+        written = " ".join(saved.keys())
+    model = runs.model_for("bert", "salientlora")
+    assert not all(f".{site}.lora_A" in written for site in hosted_layers(model)), "no site at rank 0"
+    arguments = TrainingArguments(str(tmp_path), max_steps=runs.STEPS, report_to=[], use_cpu=True)
+    trainer = Trainer(model, arguments, train_dataset=tiny.rows("bert"))
+    with pytest.raises(ModelError, match=r"cut to rank 0.*TrimCallback"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))

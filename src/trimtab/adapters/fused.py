@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 from .dropout import draw_bits, drop_rate, keep_mask
 from .gated import Gated
@@ -106,7 +106,7 @@ def lowrank_linear(
     Returns:
         Tensor of shape (..., out), in x's dtype, or in autocast's.
 
-    Gradients are exact, and can be taken once: a second derivative raises.
+    Gradients are exact; where a second derivative is asked for, they are made by the formulas above.
     """
     device = x.device.type
     call = _LowRankLinear.apply if torch.is_grad_enabled() else _without_gradient
@@ -318,7 +318,7 @@ class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         # The engine records the backward pass only where a second derivative might follow.
-        gradients = _gradients_once if torch.is_grad_enabled() else _gradients
+        gradients = _recorded_gradients if torch.is_grad_enabled() else _gradients
         device = grad.device.type
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
@@ -411,7 +411,49 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None, grad_bias, grad_a, grad_b_factor, grad_e, grad_b, *sources, None, None, None, None, grad_base
 
 
-_gradients_once = once_differentiable(_gradients)
+def _recorded_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The same gradients, as the formulas stand and by operations that autograd follows: for second derivatives."""
+    x, _, bits, weight, A, B, e, b, gate, up = ctx.saved_tensors
+    scale, dropout, wide, _, shape, x_dtype, bias_dtype, _, gelu = ctx.settings
+    need_x, _, need_bias, need_a, need_b_factor, need_e, need_b, need_gate, need_up = ctx.needs_input_grad[:9]
+    g = _as(grad.reshape(-1, B.shape[0]), wide)  # (n, out)
+    a, column = _as(A, wide), _as(B, wide)
+    ones = column.new_ones(())
+    wide_e, wide_b = (ones if e is None else _as(e, wide)), (ones if b is None else _as(b, wide).unsqueeze(1))
+    gh = g @ (wide_b * column * wide_e)  # (n, r)
+    mask = ones if bits is None else keep_mask(bits, dropout, wide).view(-1, a.shape[1])
+    source = None if gate is None else Gated(gate, up, gelu)
+    grad_a = grad_b_factor = grad_e = grad_b = grad_x = grad_gate = grad_up = None
+    if need_a or need_b_factor or need_e or need_b:
+        if source is not None:
+            x = source.activated() * up
+        if x is None:
+            raise RuntimeError(
+                "a layer whose projection A does not train keeps no input, which a second derivative needs: let A "
+                "train, or take one derivative"
+            )
+        dropped = _as(x.reshape(-1, a.shape[1]), wide) * mask
+        G = scale * g.t() @ (dropped @ a.t())  # (out, r)
+        grad_a = _as(scale * gh.t() @ dropped, A.dtype) if need_a else None
+        grad_b_factor = _as(wide_b * G * wide_e, B.dtype) if need_b_factor else None
+        grad_e = _as((wide_b * column * G).sum(0), e.dtype) if need_e else None
+        grad_b = _as((column * G * wide_e).sum(1), b.dtype) if need_b else None
+    if need_x or need_gate or need_up:
+        grad_x = scale * (gh @ a) * mask
+        if weight is not None:
+            grad_x = grad_x + g @ _as(weight, wide)
+        grad_x = _as(grad_x, x_dtype).view(shape)
+    if source is not None:
+        activated, reached = source.activated(), grad_x
+        assert reached is not None
+        grad_up = activated * reached if need_up else None
+        if need_gate:
+            (grad_gate,) = torch.autograd.grad(activated, gate, reached * up, create_graph=True)
+        grad_x = None
+    grad_bias = g.sum(0).to(bias_dtype) if need_bias else None
+    grad_base = grad if ctx.needs_input_grad[-1] else None
+    sources = grad_gate, grad_up, None
+    return grad_x, None, grad_bias, grad_a, grad_b_factor, grad_e, grad_b, *sources, None, None, None, None, grad_base
 
 
 # -- where it applies ---------------------------------------------------------------------------------
@@ -479,4 +521,5 @@ def can_add(x: Tensor, down: nn.Module, up: nn.Module) -> bool:
         or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0  # derivatives in forward mode
     )

@@ -12,10 +12,12 @@ import re
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 from peft import LoraConfig
-from peft.utils.constants import EMBEDDING_LAYER_NAMES
+from peft.utils.constants import EMBEDDING_LAYER_NAMES, SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 from torch import nn
 
 from ..errors import ConfigError, ModelError
@@ -59,9 +61,8 @@ class TrimConfig(LoraConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.exclude_modules = without_where(self.exclude_modules)  # of the config that this one was copied from
-        if isinstance(self.where, str):
-            raise ConfigError("where", self.where, "a bare mask needs the model: trimtab.where.from_mask(model, mask)")
         plain_numbers(self)
+        self._check_kinds()
         if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
             raise ConfigError("adapter.r", self.r, "a whole number of at least 1")
         if not 0 < self.lora_alpha < float("inf"):
@@ -89,6 +90,44 @@ class TrimConfig(LoraConfig):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._live = Live()
+
+    def _check_kinds(self) -> None:
+        """Refuse what a script of another library, or a recipe, would give; it would fail far from here."""
+        if self.where is not None and not isinstance(self.where, Where):
+            cure = "a bare mask needs the model: trimtab.where.from_mask(model, mask)"
+            raise ConfigError("where", self.where, cure)
+        kinds = (
+            ("rank", self.rank, "has_e", "trimtab.SalientLoRA(target_r=4)"),
+            ("freeze", self.freeze, "needs_output_diagonal", "trimtab.AFLoRA()"),
+        )
+        for key, value, mark, example in kinds:
+            if value is not None and (isinstance(value, type) or not hasattr(value, mark)):
+                raise ConfigError(key, value, f"settings of a {key} method, such as {example}, or None")
+        if self.budget is not None and not isinstance(self.budget, Budget):
+            raise ConfigError("budget", self.budget, "trimtab.Budget(final_params=…) or Budget(average_params=…)")
+        if self.budget is not None and not self.is_adaptive:
+            raise ConfigError("budget", self.budget, "needs rank or freeze, over which it decides; else r is the size")
+        for key, number in (("adapter.alpha", self.lora_alpha), ("adapter.dropout", self.lora_dropout)):
+            if isinstance(number, str):
+                raise ConfigError(key, number, "a number, without quotes")
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """PEFT's, which has written the tensors by now.
+
+        Raises:
+            ModelError: they are raw parameters (``state_dict=dict(model.named_parameters())``), in which the diagonals
+                are not folded: stock PEFT would read another function out of them.
+        """
+        weights = Path(save_directory) / SAFETENSORS_WEIGHTS_NAME
+        if self.is_adaptive and weights.is_file():
+            with safe_open(weights, "pt") as saved:
+                raw = [key for key in cast(Any, saved).keys() if re.search(r"\.lora_[eb](\.|$)", key)]  # noqa: SIM118
+            if raw:
+                raise ModelError(
+                    f"state_dict: {raw[0]} and {len(raw) - 1} more are raw parameters of an adapter that adapts; leave "
+                    f"state_dict out, or give model.state_dict(), which is plain LoRA. {weights} is not"
+                )
+        super().save_pretrained(save_directory, **kwargs)
 
     def put_to_work(self) -> None:
         """From now on this is a model's own config, whose adapter adapts."""

@@ -63,6 +63,8 @@ class Hosted:
     """Diagonals that are at rest, at one, until a projection of the layer freezes."""
     is_stale: bool = False
     """Tensors from elsewhere were loaded: a running controller's state no longer describes them."""
+    is_missing: bool = False
+    """There were none among them for this layer, though they are a whole model's: it was at rank 0."""
     is_decided: bool = False
     """A controller is at work."""
     awaits_start: bool = False
@@ -280,11 +282,11 @@ class TrimLayer(_Mixed):
         for diagonal in (self.lora_e, self.lora_b):
             if adapter_name in diagonal:
                 del diagonal[adapter_name]
-        del self.hosted[adapter_name]
+        frozen = self.hosted.pop(adapter_name).frozen
         self.frozen_peft_weight_names.pop(adapter_name, None)
-        if adapter_name in self.active_adapters:  # what froze during the run trains on with the rest
-            A.requires_grad_(True)
-            B.requires_grad_(True)
+        if adapter_name in self.active_adapters:  # what froze during the run trains on; what the user froze does not
+            for which in frozen:
+                getattr(self, which)[adapter_name].weight.requires_grad_(True)
         if A.shape[0] == 0:
             self.delete_adapter_here(adapter_name)
 
@@ -329,6 +331,13 @@ class TrimLayer(_Mixed):
         for name, hosted in self.hosted.items():
             if hosted.is_decided or (live := self.configs[name]._live).is_told or torch.compiler.is_compiling():
                 continue
+            if self._is_missing(name):
+                raise ModelError(
+                    f"adapter {name!r}: the tensors that were loaded have none for {self.site_name!r}, which a rank "
+                    "method had cut to rank 0, and nothing restores that: add trimtab.TrimCallback() to the Trainer's "
+                    "callbacks, or make and load the trimtab.Controller; to train on without, load the checkpoint "
+                    "with PeftModel.from_pretrained(..., is_trainable=True)"
+                )
             A, B = self.factors(name)
             if not (A.requires_grad or B.requires_grad):
                 continue
@@ -342,6 +351,15 @@ class TrimLayer(_Mixed):
                     "the Trainer's callbacks, or put trimtab.Controller around optimizer.step()",
                     stacklevel=2,
                 )
+
+    def _is_missing(self, name: str) -> bool:
+        """Whether tensors were loaded, and none for this site: it was at rank 0, and an optimizer's moments of it are,
+        which a fused one would read beyond their end."""
+        others = self.configs[name]._live.layers()
+        return self.hosted[name].is_missing or (
+            not self.hosted[name].is_stale
+            and any((its := other.hosted.get(own)) is not None and its.is_stale for other, own in others)
+        )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if "_is_replica" in self.__dict__ and self.hosted:
@@ -400,7 +418,13 @@ class TrimLayer(_Mixed):
             p = _drop_rate(self.lora_dropout[name]) or 0.0
             return fused.lowrank_added(result, x, A, B, self.scaling[name], *self.at_work(name), p)
         x = self.lora_dropout[name](self._cast_input_dtype(x, A.dtype))
-        return result + lowrank_delta(x, A, B, self.scaling[name], *self.at_work(name))
+        down, up = self.lora_A[name], self.lora_B[name]
+        if fused.is_plain_linear(down) and fused.is_plain_linear(up):
+            return result + lowrank_delta(x, A, B, self.scaling[name], *self.at_work(name))
+        e, b = self.at_work(name)  # hooks on the factors, and modules in their place, are called
+        h = down(x)
+        y = up(h if e is None else h * e)
+        return result + (y if b is None else y * b) * self.scaling[name]
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         if not any(self.is_adaptive(n) for n in set(adapter_names)):
@@ -430,31 +454,67 @@ def _accept_plain_lora(layer: TrimLayer, state_dict: dict[str, Any], prefix: str
         key_a, key_b = (f"{prefix}{which}.{name}.weight" for which in PROJECTIONS)
         own = {f"{prefix}{d}.{name}": p for d, p in zip(DIAGONALS, layer.diagonals(name)) if p is not None}
         A, B = layer.factors(name)
+        if own.keys() & state_dict.keys():
+            _accept_raw_factors(layer, name, state_dict, {key_a: A, key_b: B, **own})
+            continue
         if key_a not in state_dict or key_b not in state_dict:
             if A.shape[0] == 0:
                 state_dict.update({key_a: A.data, key_b: B.data})
             elif any(key.startswith(f"{prefix}base_layer.") for key in state_dict):
                 # A whole model was saved with this site at rank 0: it adds nothing, until `trim_state` cuts it.
-                hosted.is_stale = True
+                hosted.is_stale = hosted.is_missing = True
                 state_dict.update({key_a: A.data, key_b: torch.zeros_like(B.data)})
             state_dict.update({key: p.data for key, p in own.items()})
             continue
+        hosted.is_missing = False
         new_a, new_b = state_dict[key_a], state_dict[key_b]
         folded_a, folded_b = layer.folded(name)
         if A.device.type != "meta" and _same(folded_a, new_a) and _same(folded_b, new_b):
             state_dict.update({key_a: A.data, key_b: B.data, **{key: p.data for key, p in own.items()}})
             continue
         hosted.is_stale = True
-        if new_a.shape[0] != A.shape[0]:
-            set_data(A, A.new_empty(new_a.shape))
-            set_data(B, B.new_empty(new_b.shape))
-            e = layer.diagonals(name)[0]
-            if e is not None:
-                set_data(e, e.new_empty(new_a.shape[0]))
-            layer.resized(name)
+        _make_room(layer, name, new_a.shape[0])
         for key, parameter in own.items():
             device = new_a.device if parameter.device.type == "meta" else parameter.device
             state_dict[key] = torch.ones(parameter.shape, dtype=parameter.dtype, device=device)
+
+
+def _make_room(layer: TrimLayer, name: str, r: int) -> None:
+    """Bring the factors to rank ``r``, of whatever values."""
+    A, B = layer.factors(name)
+    if r == A.shape[0]:
+        return
+    set_data(A, A.new_empty(r, A.shape[1]))
+    set_data(B, B.new_empty(B.shape[0], r))
+    if (e := layer.diagonals(name)[0]) is not None:
+        set_data(e, e.new_empty(r))
+    layer.resized(name)
+
+
+def _accept_raw_factors(layer: TrimLayer, name: str, state_dict: dict[str, Any], own: dict[str, nn.Parameter]) -> None:
+    """Take tensors of ``named_parameters()``, in which nothing is folded: the diagonals are among them.
+
+    Args:
+        own: the layer's parameters by their keys in ``state_dict``; A and B first.
+    Raises:
+        ModelError: of the projections only those that still train were kept.
+    """
+    hosted = layer.hosted[name]
+    for (key, parameter), which in zip(own.items(), PROJECTIONS):
+        if key not in state_dict and which not in hosted.frozen:
+            raise ModelError(
+                f"state_dict: it holds {layer.site_name}'s diagonals and not its {which}, which had stopped training "
+                "when parameters were taken by requires_grad; keep model.state_dict(), which is whole"
+            )
+        state_dict.setdefault(key, parameter.data)
+    key_a = next(iter(own))
+    if state_dict[key_a].shape != own[key_a].shape or not hosted.is_decided:
+        hosted.is_stale = True  # at the same shapes a controller goes on: weights were swapped, as of an average
+    _make_room(layer, name, state_dict[key_a].shape[0])
+    if hosted.resting and any((state_dict[key] != 1).any() for key in list(own)[2:] if key in state_dict):
+        hosted.resting = ()  # they were at work
+    for key, parameter in own.items():
+        state_dict.setdefault(key, parameter.data)
 
 
 def _same(ours: Tensor, theirs: Tensor) -> bool:
