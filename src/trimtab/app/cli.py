@@ -317,7 +317,7 @@ def train(recipe: str, overrides: Sequence[str], overwrite: bool, resume: bool, 
     overwrite, resume = runfolder.after_restart(path, overwrite, resume)
     with _screen(as_json) as screen, runfolder.session(chosen, path, overwrite=overwrite, resume=resume) as session:
         job = runs.load(chosen, screen)
-        folder = session.begin()
+        folder = session.begin(runs.trained_on(job))
         where = runs.select(job, folder, screen, anew=overwrite)
         trained = runs.train(job, where, folder, screen, resume=resume)
         runs.export_run(job, trained.model, folder, screen)
@@ -392,7 +392,7 @@ def export(source: str, overrides: Sequence[str], form: str | None, out: Path | 
     from . import run as runs
 
     with _screen(as_json) as screen:
-        job, folder = _open(source, overrides, screen)
+        job, folder = _open(source, overrides, screen, with_rows=False)
         chosen = form or job.recipe.export.format
         target = out or (folder.adapter if chosen == "peft" else folder.path / chosen)
         written = runs.export(job, runs.load_trained(job, folder, screen).model, folder, target, chosen, screen)
@@ -424,7 +424,8 @@ def predict(source: str, file: Path, overrides: Sequence[str], out: Path | None,
     folder = RunFolder(_run_path(source, overrides))
     folder.need(folder.recipe, "train")
     with _screen(as_json) as screen:
-        found = predicting.predict(recipes.load(folder.recipe, overrides), folder, file, screen)
+        chosen = recipes.load(folder.recipe, overrides, needs_rows=False)
+        found = predicting.predict(chosen, folder, file, screen)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
     if out is not None:
         write_text(out, text)
@@ -646,7 +647,8 @@ def _hand_over(
     folder = RunFolder(_run_path(source, overrides))
     folder.need(folder.recipe, "train")
     with _screen(as_json) as screen:
-        out = harness.evaluate(recipes.load(folder.recipe, overrides), folder, name, tasks, more, screen, base)
+        chosen = recipes.load(folder.recipe, overrides, needs_rows=False)
+        out = harness.evaluate(chosen, folder, name, tasks, more, screen, base)
     if as_json:
         _print_json({"harness": name, "path": str(out)})
     else:
@@ -673,7 +675,7 @@ def _run_path(source: str, overrides: Sequence[str]) -> Path:
     return _load(source, overrides)[1]
 
 
-def _open(source: str, overrides: Sequence[str], screen: Screen) -> tuple[Job, RunFolder]:
+def _open(source: str, overrides: Sequence[str], screen: Screen, with_rows: bool = True) -> tuple[Job, RunFolder]:
     """The job of a run that has been trained. Overrides change what this command does, not the folder's recipe."""
     from . import recipe as recipes
     from . import run as runs
@@ -684,7 +686,8 @@ def _open(source: str, overrides: Sequence[str], screen: Screen) -> tuple[Job, R
         raise ConfigError("run folder", str(folder.path), f"no such folder. Run `trimtab train {source}` first.")
     folder.need(folder.recipe, "train")
     runs.trained_adapter(folder)  # before the model is loaded
-    return runs.load(recipes.load(folder.recipe, overrides), screen), folder
+    chosen = recipes.load(folder.recipe, overrides, needs_rows=with_rows)
+    return runs.load_run(chosen, folder, screen, with_rows=with_rows), folder
 
 
 @contextmanager

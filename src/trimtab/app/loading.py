@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import DataError
 from .planning import model_spec
 
 if TYPE_CHECKING:
@@ -25,12 +26,20 @@ def save_labels(task: Any, folder: Path) -> None:
 
 
 def saved_labels(folder: Path) -> list[str] | None:
-    """The class names in the order of their ids; None where the folder has none."""
+    """The class names in the order of their ids; None where the folder has none.
+
+    Raises:
+        DataError: the file is damaged.
+    """
     file = folder / LABELS
     if not file.is_file():
         return None
-    ids = json.loads(file.read_text(encoding="utf-8"))["label2id"]
-    return sorted(ids, key=ids.__getitem__)
+    try:
+        ids = json.loads(file.read_text(encoding="utf-8"))["label2id"]
+        return sorted(ids, key=ids.__getitem__)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        text = f"{type(error).__name__}: {error}"
+        raise DataError(f"{file}: damaged ({text}); put back label2id, each class's name with its number") from None
 
 
 def lines(job: Job, folder: RunFolder) -> str:

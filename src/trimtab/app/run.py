@@ -15,12 +15,12 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..errors import DataError, ExportError
+from ..errors import ConfigError, DataError, ExportError
 from ..plans import Plan, SitePlan, Where
 from . import card, judging, loading, model_facts, models, runfolder, stopping, trainer_settings
 from . import recipe as recipes
@@ -49,7 +49,7 @@ def run(recipe: Recipe, folder: Path, screen: Screen, *, overwrite: bool = False
     """The whole flow. Returns the folder; its `metrics.json` and `report.html` say how it went."""
     with runfolder.session(recipe, folder, overwrite=overwrite, resume=resume) as session:
         job = load(recipe, screen)
-        out = session.begin()
+        out = session.begin(trained_on(job))
         where = select(job, out, screen, anew=overwrite)
         trained = train(job, where, out, screen, resume=resume)
         export_run(job, trained.model, out, screen)
@@ -76,23 +76,28 @@ class Job:
     """Tokenised rows."""
 
 
-def load(recipe: Recipe, screen: Screen) -> Job:
+def load(recipe: Recipe, screen: Screen, task: Task | None = None, *, with_rows: bool = True) -> Job:
     """Task, rows, tokenizer and base model.
 
     A dry run comes first: targets that match nothing, a schedule that does not fit and the like are refused
     before any weights are read.
+
+    Args:
+        task: the recipe's, with what is known of it from elsewhere.
+        with_rows: else none are read, unless the task knows its classes by them alone.
     """
     trainer_settings.check_machine(recipe.train)
+    from datasets import DatasetDict
     from transformers import set_seed
 
     from .tasks import get_task
 
     with screen.stage("load") as stage:
-        task = get_task(recipe.require_task().model_dump())
+        task = task or get_task(recipe.require_task().model_dump())
         spec = model_spec(recipe)
         bar = stage.bar(None, "data")
         training_arguments(recipe, task, Path())  # before rows and weights are read
-        rows = load_rows(recipe, task)
+        rows = load_rows(recipe, task) if with_rows or not knows_classes(task) else DatasetDict()
         if "train" in rows:
             n = len(rows["train"]) if getattr(task, "counts_rows", True) else None
             plan_recipe(recipe, horizon_of(recipe, n), task)
@@ -106,10 +111,75 @@ def load(recipe: Recipe, screen: Screen) -> Job:
         if "train" in rows:
             horizon = horizon_of(recipe, len(ready["train"]))
             recipe = with_layer_ratio(recipe, loaded.model, horizon, task.task_type, loaded.modules_to_save)
-        stage.result = f"{recipe.model.name_or_path} · {counted} rows"
+        stage.result = " · ".join(filter(None, (recipe.model.name_or_path, counted and f"{counted} rows")))
     for note in (*task.notes, *loaded.notes):
         screen.note(note)
     return Job(recipe, task, rows, tokenizer, loaded.model, loaded.modules_to_save, ready)
+
+
+def knows_classes(task: Task) -> bool:
+    """Whether a task can say its classes without the training rows."""
+    try:
+        task.model_kwargs()
+    except ConfigError:  # before the training rows are read
+        return False
+    return True
+
+
+def trained_on(job: Job) -> dict[str, Any]:
+    """What the training rows hold, by which a later command knows them again: run.json keeps it."""
+    if "train" not in job.rows:
+        return {}
+    names = getattr(job.task, "label_names", None)
+    found = {"rows": len(job.rows["train"]), "fingerprint": fingerprint(job.rows["train"], whole=True)}
+    return {**found, "classes": list(names)} if names else found
+
+
+def load_run(recipe: Recipe, folder: RunFolder, screen: Screen, *, with_rows: bool = True) -> Job:
+    """The job of a run that has been trained.
+
+    Its classes are those that it was trained on, whatever the data says today: their order is that of the head.
+
+    Raises:
+        ConfigError: the recipe names other classes.
+        DataError: the rows have other classes.
+    """
+    names = class_names(folder)
+    try:
+        job = load(recipe, screen, task_of_run(recipe, names), with_rows=with_rows)
+    except DataError as error:  # where the recipe names no classes, they are the run's own
+        raise DataError(str(error).replace("task.labels does not name", "the run was not trained on")) from error
+    today = getattr(job.task, "label_names", None)
+    if names is not None and today is not None and list(today) != names:
+        raise DataError(
+            f"task {job.task.name!r}: has the classes {_quoted(today)}, and the run in {str(folder.path)!r} was "
+            f"trained on {_quoted(names)}; give it rows with these"
+        )
+    return job
+
+
+def task_of_run(recipe: Recipe, names: Sequence[str] | None) -> Task:
+    """The recipe's task, with the class names of a trained run where the task takes them."""
+    from .tasks import get_task
+
+    settings = recipe.require_task().model_dump()
+    if names is None or settings["name"] != "text_classification":
+        return get_task(settings)
+    if (given := settings.get("labels")) is not None and list(map(str, given)) != list(names):
+        raise ConfigError(
+            "task.labels", given, f"the run was trained on {_quoted(names)}, in this order; leave the key out"
+        )
+    return get_task({**settings, "labels": list(names)})
+
+
+def class_names(folder: RunFolder) -> list[str] | None:
+    """Those that a run was trained on, in the order of their ids; None where nothing says."""
+    began = folder.read(folder.about) if folder.about.is_file() else {}
+    return began.get("data", {}).get("classes") or loading.saved_labels(trained_adapter(folder))
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:12])) + (", …" if len(names) > 12 else "")
 
 
 # -- select --------------------------------------------------------------------------------------------
@@ -571,16 +641,17 @@ def _keeping_rows(job: Job, trainer: Trainer, kept: dict[str, Any]) -> Callable[
     return compute_metrics
 
 
-def fingerprint(rows: Dataset) -> str:
-    """Of the content of raw rows, wherever they were read from. Of a conversation only what is to be answered
-    counts: how it is asked may differ between runs that are compared."""
+def fingerprint(rows: Dataset, *, whole: bool = False) -> str:
+    """Of the content of raw rows, wherever they were read from. Unless it is ``whole``, only what is to be answered
+    counts of a conversation: how it is asked may differ between runs that are compared."""
     found = hashlib.sha256()
-    for row in rows:
-        row = {
-            name: [m["content"] for m in value if m["role"] == "assistant"] if name == "messages" else value
-            for name, value in row.items()
-        }
-        found.update(json.dumps(row, sort_keys=True, default=_digest).encode())
+    for batch in rows.iter(1000):  # a tenth of the time of one by one
+        if "messages" in batch and not whole:
+            answers = [[m["content"] for m in turns if m["role"] == "assistant"] for turns in batch["messages"]]
+            batch["messages"] = answers
+        for values in zip(*batch.values()):
+            row = dict(zip(batch, values))
+            found.update(json.dumps(row, sort_keys=True, default=_digest).encode())
     return found.hexdigest()[:16]
 
 

@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -278,14 +278,22 @@ class Session:
     overwrite: bool
     resume: bool
 
-    def begin(self) -> RunFolder:
+    def begin(self, data: Mapping[str, Any] | None = None) -> RunFolder:
         """The folder, ready to be written to. Comes after all that can be checked has been: until here nothing of an
-        earlier run is touched."""
+        earlier run is touched.
+
+        Args:
+            data: what is trained on, which stays the same for all of a run: ``rows``, ``fingerprint``, ``classes``.
+        Raises:
+            ConfigError: the run that is to go on began with other data.
+        """
         folder, recipe = self.folder, self.recipe
         if not is_main():
             return folder
         if self.resume:
             began = folder.read(folder.about) if folder.about.is_file() else {}
+            if data and (before := began.setdefault("data", data)) != data:
+                raise _changed_data(recipe, folder, before, data)
             now = about.facts()
             again = [*began.get("resumed", ()), {key: now[key] for key in ("began", "command")}]
             folder.write(folder.about, {**(began or now), "resumed": again})
@@ -297,7 +305,7 @@ class Session:
         if folder.base.is_file() and not what_was_scored(recipe).items() <= folder.read(folder.base).items():
             folder.base.unlink()  # left by `trimtab eval --base` of another recipe
         write_recipe(recipe, folder)
-        folder.write(folder.about, about.facts())
+        folder.write(folder.about, {**about.facts(), **({"data": data} if data else {})})
         return folder
 
 
@@ -479,6 +487,25 @@ def same_recipe(recipe: Recipe, folder: RunFolder) -> None:
                 "with --overwrite"
             )
             raise ConfigError(key, goes_on.get(key), cure)
+
+
+def _changed_data(recipe: Recipe, folder: RunFolder, before: Mapping[str, Any], now: Mapping[str, Any]) -> ConfigError:
+    key, value = next(
+        ((f"data.{key}", value) for key in ("train", "hub") if (value := getattr(recipe.data, key))), ("data", None)
+    )
+    if before.get("classes") != now.get("classes"):
+        what = f"its classes were {_listed(before)}, and are {_listed(now)}"
+    elif before.get("rows") != now.get("rows"):
+        what = f"{before.get('rows')} training rows then, {now.get('rows')} now"
+    else:
+        what = "as many training rows, with something else in them"
+    cure = "put the rows back as they were, or start again with --overwrite"
+    return ConfigError(key, value, f"has changed since the run in {str(folder.path)!r} began ({what}); {cure}")
+
+
+def _listed(data: Mapping[str, Any]) -> str:
+    names = [repr(name) for name in data.get("classes") or ()]
+    return ", ".join(names[:6]) + (", …" if len(names) > 6 else "") or "none"
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:

@@ -1,0 +1,148 @@
+"""Commands on a run that was trained some time ago: what was trained decides, not what the data says today."""
+
+import json
+import shutil
+
+import pytest
+
+from test_own_data import ROWS, trimtab, write_recipe
+from test_run import read, tiny_model
+
+NAMES = ["bad", "good", "so so"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of six steps with a checkpoint after three."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "train.csv").write_text(ROWS)
+    (folder / "dev.csv").write_text(ROWS)
+    recipe = write_recipe(
+        folder,
+        model=str(tiny_model(folder / "model")),
+        task={"name": "text_classification"},
+        data={"train": str(folder / "train.csv"), "validation": str(folder / "dev.csv")},
+        train={"max_steps": 6, "save_steps": 3, "save_strategy": "steps", "learning_rate": 5e-2, "use_cpu": True},
+    )
+    trimtab("run", recipe)
+    return folder
+
+
+@pytest.fixture
+def moved(trained, tmp_path):
+    """The same run, with data of its own that a test may change."""
+    for name in ("train.csv", "dev.csv"):
+        shutil.copy(trained / name, tmp_path)
+    shutil.copytree(trained / "run", tmp_path / "run")
+    recipe = tmp_path / "run" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(trained / "train.csv"), str(tmp_path / "train.csv")).replace(
+        str(trained / "dev.csv"), str(tmp_path / "dev.csv")
+    ))  # fmt: skip
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def stopped(moved):
+    """As if killed after its first checkpoint."""
+    for name in ("adapter", "checkpoints/checkpoint-6"):
+        shutil.rmtree(moved / name)
+    for name in ("metrics.json", "predictions.json", "report.html"):
+        (moved / name).unlink()
+    return moved
+
+
+def change(run, old, new, names=("train.csv", "dev.csv")):
+    for name in names:
+        file = run.parent / name
+        file.write_text(file.read_text().replace(old, new))
+
+
+def answers(run):
+    (run.parent / "new.csv").write_text("text\nthe cat sat 0\nthe dog sat 1\nthe mat sat 1\n")
+    found = trimtab("predict", run, run.parent / "new.csv").stdout
+    return [json.loads(row)["prediction"] for row in found.splitlines()]
+
+
+# -- classes ---------------------------------------------------------------------------------------------
+
+
+def test_an_export_keeps_the_names_of_the_classes_that_were_trained(moved):
+    before = answers(moved)
+    change(moved, "bad", "zbad")  # sorted, it is the last class now
+    trimtab("export", moved)
+    assert read(moved, "adapter/labels.json")["label2id"] == {name: i for i, name in enumerate(NAMES)}
+    assert answers(moved) == before
+
+
+def test_scores_on_rows_with_other_classes_are_refused(moved):
+    change(moved, "bad", "zbad")
+    before = (moved / "metrics.json").read_bytes()
+    message = trimtab("eval", moved, code=2).stderr
+    assert "has label 'zbad', which the run was not trained on" in message and "'bad', 'good', 'so so'" in message
+    assert (moved / "metrics.json").read_bytes() == before
+
+
+def test_scores_on_rows_without_one_of_the_classes_are_those_of_the_trained_ones(moved):
+    rows = (moved.parent / "train.csv").read_text().splitlines()
+    kept = [row for row in rows if not row.endswith(",bad")]
+    for name in ("train.csv", "dev.csv"):
+        (moved.parent / name).write_text("\n".join(kept) + "\n")
+    trimtab("eval", moved)
+    kept = read(moved, "predictions.json")["validation"]
+    assert kept["classes"] == NAMES and set(kept["label"]) == {1, 2}
+
+
+@pytest.mark.parametrize("command", ["eval", "export", "predict"])
+def test_other_class_names_than_the_trained_ones_are_refused(moved, command):
+    file = [moved.parent / "dev.csv"] if command == "predict" else []
+    message = trimtab(command, moved, *file, "task.labels=[so so, good, bad]", code=2).stderr
+    assert "task.labels=['so so', 'good', 'bad']: the run was trained on 'bad', 'good', 'so so'" in message
+    assert len(message.splitlines()) == 1
+
+
+def test_a_run_that_was_stopped_knows_its_classes_too(stopped):
+    change(stopped, "bad", "zbad")
+    assert set(answers(stopped)) <= set(NAMES)
+    trimtab("export", stopped)
+    assert list(read(stopped, "adapter/labels.json")["label2id"]) == NAMES
+
+
+def test_damaged_class_names_are_one_line(moved):
+    (moved / "run.json").unlink()  # which knows them too
+    (moved / "adapter/labels.json").write_text("{")
+    assert "labels.json: damaged" in trimtab("export", moved, code=2).stderr.splitlines()[-1]
+
+
+# -- data ------------------------------------------------------------------------------------------------
+
+
+def test_a_copied_run_answers_and_exports_without_its_data(moved):
+    before = answers(moved)
+    for name in ("train.csv", "dev.csv"):
+        (moved.parent / name).unlink()
+    assert answers(moved) == before
+    trimtab("export", moved, "--format", "merged")
+    assert (moved / "merged" / "model.safetensors").is_file()
+    assert "no such file" in trimtab("eval", moved, code=2).stderr
+
+
+@pytest.mark.parametrize("old, new, says", [
+    ("the cat sat 0,bad\n", "", "36 training rows then, 30 now"),
+    ("the cat", "the bat", "as many training rows, with something else in them"),
+    ("bad", "zbad", "its classes were 'bad', 'good', 'so so', and are 'good', 'so so', 'zbad'"),
+])  # fmt: skip
+def test_a_run_does_not_go_on_with_other_training_rows(stopped, old, new, says):
+    change(stopped, old, new)
+    before = {path.name: path.read_bytes() for path in stopped.iterdir() if path.is_file()}
+    message = trimtab("run", stopped, "--resume", code=2).stderr.splitlines()[-1]
+    assert message.startswith(f"error: data.train='{stopped.parent / 'train.csv'}': has changed since the run in ")
+    assert says in message and "put the rows back as they were, or start again with --overwrite" in message
+    assert {path.name: path.read_bytes() for path in stopped.iterdir() if path.is_file()} == before
+
+
+def test_a_run_goes_on_with_the_same_rows_wherever_they_lie(trained, stopped):
+    change(stopped, "the cat", "the bat", names=["dev.csv"])  # which trains nothing
+    trimtab("run", stopped, "--resume")
+    weights = "adapter/adapter_model.safetensors"
+    assert (stopped / weights).read_bytes() == (trained / "run" / weights).read_bytes()
+    assert read(stopped, "run.json")["data"] == read(trained / "run", "run.json")["data"]
