@@ -4,9 +4,14 @@ import json
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from test_own_data import ROWS, trimtab, write_recipe
 from test_run import read, tiny_model
+from trimtab import TrimCallback
+from trimtab.app import run as runs
+from trimtab.app.runfolder import RunFolder
 
 NAMES = ["bad", "good", "so so"]
 
@@ -146,3 +151,70 @@ def test_a_run_goes_on_with_the_same_rows_wherever_they_lie(trained, stopped):
     weights = "adapter/adapter_model.safetensors"
     assert (stopped / weights).read_bytes() == (trained / "run" / weights).read_bytes()
     assert read(stopped, "run.json")["data"] == read(trained / "run", "run.json")["data"]
+
+
+# -- a run that is under way -----------------------------------------------------------------------------
+
+
+def stop_at_step(monkeypatch, step):
+    def on_step_end(self, args, state, control, **more):
+        found = usual(self, args, state, control, **more)
+        if state.global_step == step:
+            raise RuntimeError("out of luck")
+        return found
+
+    usual = TrimCallback.on_step_end
+    monkeypatch.setattr(TrimCallback, "on_step_end", on_step_end)
+
+
+@pytest.fixture
+def half(trained, tmp_path, monkeypatch):
+    """A run that broke down in its fourth step, after the checkpoint of its third; and that was exported since."""
+    settings = ["train.max_steps=12", f"output_dir={tmp_path / 'half'}"]
+    with monkeypatch.context() as patch:
+        stop_at_step(patch, 4)
+        trimtab("run", trained / "recipe.yaml", *settings, code=1)
+    trimtab("export", tmp_path / "half")
+    return tmp_path / "half"
+
+
+def test_scores_of_an_unfinished_run_say_so_and_do_not_make_it_a_finished_one(trained, half, tmp_path):
+    shown = trimtab("eval", half)
+    assert "step 3 of 12" in shown.stdout and "the run is unfinished: taking" in shown.stderr
+    assert read(half, "metrics.json")["unfinished"] == {"step": 3, "of": 12}
+    assert "holds an unfinished run; go on with --resume" in trimtab("run", half, code=2).stderr
+    table = trimtab("compare", half, trained / "run").stdout
+    assert "no score from half (unfinished, step 3 of 12)" in table and "0 B" not in table
+    trimtab("report", half)
+    assert "not finished (its scores are of step 3 of 12)" in (half / "report.html").read_text()
+    trimtab("run", half, "--resume")
+    assert "unfinished" not in read(half, "metrics.json")
+    assert "finished run" in trimtab("run", half, code=2).stderr
+
+
+def test_what_was_exported_of_an_unfinished_run_gives_way_to_a_later_checkpoint(half, monkeypatch):
+    assert runs.trained_adapter(RunFolder(half)) == half / "adapter"
+    stop_at_step(monkeypatch, 8)
+    trimtab("run", half, "--resume", code=1)
+    assert runs.trained_adapter(RunFolder(half)) == half / "checkpoints" / "checkpoint-6"
+    (half.parent / "new.csv").write_text("text\nthe cat\n")
+    said = trimtab("predict", half, half.parent / "new.csv").stderr
+    assert "checkpoint-6, step 6 of 12" in " ".join(said.split())
+    trimtab("export", half)
+    assert runs.trained_adapter(RunFolder(half)) == half / "adapter"
+    ours, theirs = (
+        load_file(half / place / "adapter_model.safetensors") for place in ("adapter", "checkpoints/checkpoint-6")
+    )
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs if "lora_A" in key)  # B takes the scale
+
+
+def test_an_early_stopped_run_is_finished(trained, tmp_path):
+    settings = ("early_stopping=1", "train.eval_strategy=steps", "train.eval_steps=1", "train.save_steps=1")
+    trimtab(
+        "run", trained / "recipe.yaml", *settings, "train.learning_rate=1e-12", "train.max_steps=9",
+        f"output_dir={tmp_path / 'run'}",
+    )  # fmt: skip
+    assert RunFolder(tmp_path / "run").is_finished
+    assert runs.trained_adapter(RunFolder(tmp_path / "run")) == tmp_path / "run" / "adapter"
+    trimtab("eval", tmp_path / "run")
+    assert RunFolder(tmp_path / "run").is_finished

@@ -92,7 +92,7 @@ def test_a_seed_without_a_score_is_left_out_of_the_mean_and_said(tmp_path: Path)
     other = runs.plain_run(tmp_path / "other", where=CKA, score=0.4)
     table = compare([*folders, other])
     assert table.rows[0].scores == [0.5, None, 0.7] and table.rows[0].score == pytest.approx(0.6)
-    assert table.notes == ["`where=all`: no score from s1 (unfinished, or not a number)."]
+    assert table.notes == ["`where=all`: no score from s1 (not a number)."]
 
 
 def seeds(folder: Path, scores: list[float], **more: object) -> list[Path]:

@@ -320,7 +320,7 @@ def train(recipe: str, overrides: Sequence[str], overwrite: bool, resume: bool, 
         folder = session.begin(runs.trained_on(job))
         where = runs.select(job, folder, screen, anew=overwrite)
         trained = runs.train(job, where, folder, screen, resume=resume)
-        runs.export_run(job, trained.model, folder, screen)
+        runs.export_run(job, trained, folder, screen)
         runs.warn(folder, screen)
     if as_json:
         _print_json(trained.plan.to_json())
@@ -395,7 +395,7 @@ def export(source: str, overrides: Sequence[str], form: str | None, out: Path | 
         job, folder = _open(source, overrides, screen, with_rows=False)
         chosen = form or job.recipe.export.format
         target = out or (folder.adapter if chosen == "peft" else folder.path / chosen)
-        written = runs.export(job, runs.load_trained(job, folder, screen).model, folder, target, chosen, screen)
+        written = runs.export(job, runs.load_trained(job, folder, screen), folder, target, chosen, screen)
         engines = read_by(written)
         for line in engines:
             screen.note(line)

@@ -17,6 +17,10 @@ LABELS = "labels.json"
 """Beside the adapter. Not config.json: transformers would take the folder for a whole model."""
 
 
+ORIGIN = "trimtab.json"
+"""Beside what was exported."""
+
+
 def save_labels(task: Any, folder: Path) -> None:
     """The class names in the words of a model's config: ``id2label`` and ``label2id``."""
     found = task.model_kwargs()
@@ -40,6 +44,20 @@ def saved_labels(folder: Path) -> list[str] | None:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         text = f"{type(error).__name__}: {error}"
         raise DataError(f"{file}: damaged ({text}); put back label2id, each class's name with its number") from None
+
+
+def save_origin(folder: Path, facts: dict[str, Any]) -> None:
+    """By which an export is known again: its form, its run, and how far the training had come."""
+    (folder / ORIGIN).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def origin(folder: Path) -> dict[str, Any]:
+    """What `save_origin` wrote; empty where there is none that can be read, as in an earlier version's folder."""
+    try:
+        found = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def lines(job: Job, folder: RunFolder) -> str:

@@ -16,12 +16,13 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import ConfigError, DataError, ExportError
 from ..plans import Plan, SitePlan, Where
+from ..train.checkpoint import checkpoints, what_is_wrong
 from . import card, judging, loading, model_facts, models, runfolder, stopping, trainer_settings
 from . import recipe as recipes
 from .peft_config import adapter_config, choose_own, choose_without_data, reads_rows
@@ -52,7 +53,7 @@ def run(recipe: Recipe, folder: Path, screen: Screen, *, overwrite: bool = False
         out = session.begin(trained_on(job))
         where = select(job, out, screen, anew=overwrite)
         trained = train(job, where, out, screen, resume=resume)
-        export_run(job, trained.model, out, screen)
+        export_run(job, trained, out, screen)
         evaluate(job, trained, out, screen)
         warn(out, screen)
         write_report(out, screen)
@@ -260,12 +261,19 @@ def _where_text(where: Where) -> list[str]:
 
 @dataclass(frozen=True)
 class Trained:
-    """A model at the end of its training."""
+    """A model at the end of its training, or as far as that has come."""
 
     model: PeftModel
     plan: Plan
     seconds: float
-    peak_memory_bytes: int
+    peak_memory_bytes: int | None
+    """None where another process trained it, and did not say."""
+    steps: Mapping[str, int] = field(default_factory=dict)
+    """``step`` it has seen ``of`` so many; empty where nothing says, and it counts as finished."""
+
+    @property
+    def is_finished(self) -> bool:
+        return not self.steps or self.steps["step"] >= self.steps["of"]
 
 
 def train(job: Job, where: Where | None, folder: RunFolder, screen: Screen, *, resume: bool = False) -> Trained:
@@ -326,7 +334,8 @@ def train(job: Job, where: Where | None, folder: RunFolder, screen: Screen, *, r
             f"{count(trainer.state.global_step)} steps · loss {number(loss)} · "
             f"{count(params.get('final'))} trainable parameters"
         )
-    return Trained(model, final, seconds, peak_memory())
+    last = trainer.state.global_step
+    return Trained(model, final, seconds, peak_memory(), {"step": last, "of": last})
 
 
 def initialize(job: Job, model: PeftModel, starter: StartSettings, screen: Screen) -> dict[str, Any]:
@@ -367,19 +376,27 @@ def final_plan(planned: Plan, model: PeftModel, params: Mapping[str, float]) -> 
 
 
 def trained_adapter(folder: RunFolder) -> Path:
-    """Where the run's adapter lies: adapter/, or the newest complete checkpoint of an unfinished run.
+    """Where the run's adapter lies: adapter/, or a complete checkpoint of later steps where the run went on since.
 
     Raises:
         DataError: the run has not been trained.
     """
-    if folder.adapter.is_dir():
-        return folder.adapter
-    if folder.checkpoints.is_dir():
-        import trimtab
+    is_there = folder.adapter.is_dir()
+    seen = steps_of(folder.adapter).get("step") if is_there else -1
+    if seen is not None:  # else an earlier version's: that has no other
+        for path in checkpoints(folder.checkpoints):
+            if int(path.name.rpartition("-")[2]) > seen and what_is_wrong(path) is None:
+                return path
+    return folder.adapter if is_there else folder.need(folder.adapter, "train")
 
-        if found := trimtab.last_checkpoint(folder.checkpoints):
-            return Path(found)
-    return folder.need(folder.adapter, "train")
+
+def steps_of(place: Path) -> dict[str, int]:
+    """The ``step`` of training that an adapter or a checkpoint is from, ``of`` so many; empty where it does not say."""
+    if place.name.startswith("checkpoint-"):
+        state = json.loads((place / "trainer_state.json").read_text(encoding="utf-8"))
+        return {"step": state["global_step"], "of": state["max_steps"]}
+    made = loading.origin(place)
+    return {key: made[key] for key in ("step", "of")} if {"step", "of"} <= made.keys() else {}
 
 
 def load_trained(job: Job, folder: RunFolder, screen: Screen) -> Trained:
@@ -387,7 +404,8 @@ def load_trained(job: Job, folder: RunFolder, screen: Screen) -> Trained:
     model = with_adapter(job.model, folder, screen)
     known = folder.read(folder.metrics) if folder.is_finished else {}
     plan = Plan.from_json(folder.read(folder.need(folder.plan, "train")))
-    return Trained(model, plan, known.get("seconds") or _seconds(folder), known.get("peak_memory_bytes", 0))
+    seconds, peak = known.get("seconds") or _seconds(folder), known.get("peak_memory_bytes")
+    return Trained(model, plan, seconds, peak, steps_of(trained_adapter(folder)))
 
 
 def with_adapter(model: nn.Module, folder: RunFolder, screen: Screen) -> PeftModel:
@@ -398,8 +416,10 @@ def with_adapter(model: nn.Module, folder: RunFolder, screen: Screen) -> PeftMod
     from ..adapters import bottleneck  # noqa: F401  PEFT then knows a bottleneck adapter's folder
 
     place = trained_adapter(folder)
-    if place != folder.adapter:
-        screen.note(f"no adapter/ yet: taking {place}")
+    steps = steps_of(place)
+    if place != folder.adapter or (steps and steps["step"] < steps["of"]):
+        of = f", step {count(steps['step'])} of {count(steps['of'])}" if steps else ""
+        screen.note(f"the run is unfinished: taking {place}{of}")
     try:
         return PeftModel.from_pretrained(cast(Any, model), str(place))
     except (SafetensorError, ValueError, RuntimeError, OSError) as error:
@@ -408,7 +428,7 @@ def with_adapter(model: nn.Module, folder: RunFolder, screen: Screen) -> PeftMod
         raise DataError(f"{place}: damaged, or not of this model ({text}){cure}") from error
 
 
-def export_run(job: Job, model: nn.Module, folder: RunFolder, screen: Screen) -> None:
+def export_run(job: Job, trained: Trained, folder: RunFolder, screen: Screen) -> None:
     """adapter/ as stock PEFT reads it, and merged/ or gguf/ beside it if the recipe asks for one.
 
     An adapter that no weight can hold is saved as it is, and a remark says why.
@@ -417,38 +437,45 @@ def export_run(job: Job, model: nn.Module, folder: RunFolder, screen: Screen) ->
     from ..host.adapted import peft_model_of
 
     form = job.recipe.export.format
-    if reason := why_no_lora_form(peft_model_of(model)):
-        keep(job, model, folder, folder.adapter, screen)
+    if reason := why_no_lora_form(peft_model_of(trained.model)):
+        keep(job, trained, folder, folder.adapter, screen)
         screen.note(reason.partition(". ")[0])
         return
     is_beside = form in ("merged", "gguf")
-    export(job, model, folder, folder.adapter, "peft" if is_beside else form, screen)
+    export(job, trained, folder, folder.adapter, "peft" if is_beside else form, screen)
     if is_beside:
-        export(job, model, folder, folder.path / form, form, screen)
+        export(job, trained, folder, folder.path / form, form, screen)
 
 
-def keep(job: Job, model: nn.Module, folder: RunFolder, target: Path, screen: Screen) -> Path:
+def keep(job: Job, trained: Trained, folder: RunFolder, target: Path, screen: Screen) -> Path:
     """The adapter in its own form, with the tokenizer beside it."""
     from ..host.sharding import reshard
 
-    save = cast(Any, model).save_pretrained
-    reshard(model)  # on every process; on the one that writes, saving does so
-    return _write(job, folder, target, job.recipe.adapter.type, screen, lambda half: save(str(half)))
+    save = cast(Any, trained.model).save_pretrained
+    reshard(trained.model)  # on every process; on the one that writes, saving does so
+    return _write(job, trained, folder, target, job.recipe.adapter.type, screen, lambda half: save(str(half)))
 
 
-def export(job: Job, model: nn.Module, folder: RunFolder, target: Path, form: str, screen: Screen) -> Path:
+def export(job: Job, trained: Trained, folder: RunFolder, target: Path, form: str, screen: Screen) -> Path:
     """The adapter in one form (peft, padded, gguf or merged), with the tokenizer beside it."""
     import trimtab
 
     from ..host.sharding import is_sharded
 
+    model = trained.model
     if is_sharded(model) and not runfolder.is_main():
         trimtab.export(model, target, format=form)  # takes part, and writes nothing
-    return _write(job, folder, target, form, screen, lambda half: trimtab.export(model, half, format=form))
+    return _write(job, trained, folder, target, form, screen, lambda half: trimtab.export(model, half, format=form))
 
 
 def _write(
-    job: Job, folder: RunFolder, target: Path, what: str, screen: Screen, save: Callable[[Path], object]
+    job: Job,
+    trained: Trained,
+    folder: RunFolder,
+    target: Path,
+    what: str,
+    screen: Screen,
+    save: Callable[[Path], object],
 ) -> Path:
     if not runfolder.is_main():
         return target
@@ -458,6 +485,8 @@ def _write(
         base = _name_base(job, half)
         job.tokenizer.save_pretrained(half)
         loading.save_labels(job.task, half)
+        began = folder.read(folder.about).get("began") if folder.about.is_file() else None
+        loading.save_origin(half, {"format": what, "run": folder.path.resolve().name, "began": began, **trained.steps})
         written = sum(file.stat().st_size for file in half.rglob("*") if file.is_file())
         stage.result = f"{what} · {target} ({byte_size(written)})"
     if (target / ADAPTER_CONFIG).is_file():
@@ -498,6 +527,7 @@ def evaluate(job: Job, trained: Trained, folder: RunFolder, screen: Screen) -> d
         "seed": job.recipe.seed,
         "data": data_of(job),
         "load": loading.lines(job, folder),
+        **({} if trained.is_finished else {"unfinished": trained.steps}),
     }
     folder.write(folder.metrics, result)
     if metrics and not folder.base.is_file():

@@ -149,7 +149,8 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
-        return self.metrics.is_file()
+        """Whether training has ended and was scored: a run that is under way can be scored too, and says so."""
+        return self.metrics.is_file() and "unfinished" not in self.read(self.metrics)
 
     @property
     def has_training(self) -> bool:

@@ -67,6 +67,11 @@ class RunFolder:
         return {"initial": curve[0][1], "final": curve[-1][1], "average": round(average, 1)}
 
     @property
+    def is_finished(self) -> bool:
+        """Whether it was scored after its training had ended."""
+        return bool(self.metrics) and "unfinished" not in self.metrics
+
+    @property
     def last_step(self) -> int:
         """The last optimizer step that the history knows of; 0 for an empty one."""
         return max((event["step"] for events in self.events.values() for event in events), default=0)
