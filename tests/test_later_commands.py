@@ -1,6 +1,8 @@
-"""Commands on a run that was trained some time ago: what was trained decides, not what the data says today."""
+"""Commands on a run that was trained some time ago: what was trained decides, not what the data says today; and what
+`--out` names is written over an earlier output of the same command, and over nothing else."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -10,8 +12,11 @@ from safetensors.torch import load_file
 from test_own_data import ROWS, trimtab, write_recipe
 from test_run import read, tiny_model
 from trimtab import TrimCallback
+from trimtab.app import demo, outputs
 from trimtab.app import run as runs
 from trimtab.app.runfolder import RunFolder
+from trimtab.app.screen import Screen
+from trimtab.errors import ConfigError
 
 NAMES = ["bad", "good", "so so"]
 
@@ -218,3 +223,98 @@ def test_an_early_stopped_run_is_finished(trained, tmp_path):
     assert runs.trained_adapter(RunFolder(tmp_path / "run")) == tmp_path / "run" / "adapter"
     trimtab("eval", tmp_path / "run")
     assert RunFolder(tmp_path / "run").is_finished
+
+
+# -- what --out names ------------------------------------------------------------------------------------
+
+
+def refused(*args):
+    line = trimtab(*args, code=2).stderr.splitlines()
+    assert len(line) == 1 and line[0].startswith("error: out="), line
+    return line[0]
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """A file and a folder of the user's."""
+    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").write_text("mine")
+    return tmp_path
+
+
+def command(name, run, out):
+    rest = {
+        "predict": [run, run.parent / "dev.csv"], "compare": [run], "schema": [], "export": [run],
+        "tune": [run, "adapter.r=2,4"],
+    }[name]  # fmt: skip
+    return [name, *rest, "--out", out]
+
+
+@pytest.mark.parametrize("name", ["predict", "compare", "schema"])
+def test_a_file_of_the_user_s_is_not_replaced(moved, mine, name):
+    assert "is there, and is no" in refused(*command(name, moved, mine / "mine.txt"))
+    assert (mine / "mine.txt").read_text() == "mine"
+    assert "is a file" in refused(*command(name, moved, mine / "mine.txt" / "more" / "out"))
+
+
+@pytest.mark.parametrize("name", ["export", "tune"])
+def test_a_folder_of_the_user_s_is_not_written_into(moved, mine, name):
+    assert "is there, and holds no" in refused(*command(name, moved, mine / "folder"))
+    assert "is there, and holds no" in refused(*command(name, moved, moved))
+    assert (mine / "folder" / "config.json").read_text() == "mine"
+    assert os.listdir(mine / "folder") == ["config.json"]
+
+
+def test_the_rows_that_are_asked_for_are_not_replaced_by_their_answers(moved):
+    rows = moved.parent / "dev.csv"
+    before = rows.read_text()
+    assert "is the file that is read" in refused("predict", moved, rows, "--out", rows)
+    assert rows.read_text() == before
+
+
+@pytest.mark.parametrize("name, out", [
+    ("predict", "deep/out.jsonl"), ("compare", "deep/out.html"), ("schema", "deep/out.json"), ("export", "deep/out"),
+])  # fmt: skip
+def test_the_same_command_writes_over_its_own_output_again(moved, tmp_path, name, out):
+    for _ in range(2):
+        trimtab(*command(name, moved, tmp_path / out))
+    assert (tmp_path / out).exists()
+
+
+def test_one_export_does_not_become_another(moved, tmp_path):
+    trimtab("export", moved, "--out", tmp_path / "out")
+    before = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    assert "no padded export of this run" in refused("export", moved, "--format", "padded", "--out", tmp_path / "out")
+    other = moved.rename(tmp_path / "other")
+    assert "no peft export of this run" in refused("export", other, "--out", tmp_path / "out")
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_an_export_goes_into_an_empty_folder_that_one_stands_in(moved, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    trimtab("export", moved, "--out", ".")
+    assert (tmp_path / "here" / "adapter_config.json").is_file()
+    monkeypatch.chdir(tmp_path)
+    assert "out='.': is there, and holds no peft export" in refused("export", moved, "--out", ".")
+
+
+def test_what_is_no_file_is_not_replaced_by_one(moved):
+    assert "is no file" in refused("predict", moved, moved.parent / "dev.csv", "--out", os.devnull)
+
+
+def test_a_place_without_permission_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(ConfigError, match=f"no permission to write to {tmp_path}"):
+        outputs.check_file(tmp_path / "new" / "file", outputs.is_schema, "schema")
+
+
+@pytest.mark.parametrize("file", ["data/train.jsonl", "compare.html"])
+def test_a_demo_replaces_an_earlier_demo_alone(tmp_path, monkeypatch, file):
+    monkeypatch.setattr(demo, "check_model", lambda: None)
+    monkeypatch.setattr(demo, "write_data", lambda folder: pytest.fail("written"))
+    (tmp_path / "data").mkdir()
+    (tmp_path / file).write_text(json.dumps({"text": "mine"}))
+    with pytest.raises(ConfigError, match=r"is no (file|page) of an earlier demo"):
+        demo.main(tmp_path, Screen(quiet=True))

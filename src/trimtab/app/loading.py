@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,18 +48,29 @@ def saved_labels(folder: Path) -> list[str] | None:
         raise DataError(f"{file}: damaged ({text}); put back label2id, each class's name with its number") from None
 
 
-def save_origin(folder: Path, facts: dict[str, Any]) -> None:
+def save_origin(place: Path, run: RunFolder, form: str, steps: Mapping[str, int]) -> None:
     """By which an export is known again: its form, its run, and how far the training had come."""
-    (folder / ORIGIN).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    facts = {"format": form, "run": run.path.resolve().name, "folder": _place_of(run), **steps}
+    (place / ORIGIN).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def origin(folder: Path) -> dict[str, Any]:
+def _place_of(run: RunFolder) -> str:
+    """By which a run is told from others, without saying where it lies."""
+    return hashlib.sha256(str(run.path.resolve()).encode()).hexdigest()[:16]
+
+
+def origin(place: Path) -> dict[str, Any]:
     """What `save_origin` wrote; empty where there is none that can be read, as in an earlier version's folder."""
     try:
-        found = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
+        found = json.loads((place / ORIGIN).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def is_export(place: Path, run: RunFolder, form: str) -> bool:
+    """Whether a folder holds this run's export of this form."""
+    return {"format": form, "folder": _place_of(run)}.items() <= origin(place).items()
 
 
 def lines(job: Job, folder: RunFolder) -> str:

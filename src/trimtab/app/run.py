@@ -174,9 +174,14 @@ def task_of_run(recipe: Recipe, names: Sequence[str] | None) -> Task:
 
 
 def class_names(folder: RunFolder) -> list[str] | None:
-    """Those that a run was trained on, in the order of their ids; None where nothing says."""
+    """Those that a run was trained on, in the order of their ids; None where nothing says.
+
+    Raises:
+        DataError: the run has not been trained.
+    """
+    place = trained_adapter(folder)
     began = folder.read(folder.about) if folder.about.is_file() else {}
-    return began.get("data", {}).get("classes") or loading.saved_labels(trained_adapter(folder))
+    return began.get("data", {}).get("classes") or loading.saved_labels(place)
 
 
 def _quoted(names: Sequence[str]) -> str:
@@ -485,8 +490,7 @@ def _write(
         base = _name_base(job, half)
         job.tokenizer.save_pretrained(half)
         loading.save_labels(job.task, half)
-        began = folder.read(folder.about).get("began") if folder.about.is_file() else None
-        loading.save_origin(half, {"format": what, "run": folder.path.resolve().name, "began": began, **trained.steps})
+        loading.save_origin(half, folder, what, trained.steps)
         written = sum(file.stat().st_size for file in half.rglob("*") if file.is_file())
         stage.result = f"{what} · {target} ({byte_size(written)})"
     if (target / ADAPTER_CONFIG).is_file():

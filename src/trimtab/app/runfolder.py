@@ -235,6 +235,7 @@ def whole(target: Path) -> Iterator[Path]:
     """A folder to write into that becomes ``target`` when all is written. What lies in ``target`` is replaced file by
     file, so that a user's own files there stay, and what failed half-way replaces nothing. The config, without which
     nothing is loaded, goes first and comes last: a kill in between leaves no mixture that could be taken for whole."""
+    target = target.resolve()  # "." has no name
     half = target.with_name(f".{target.name}.half")
     _remove([half])
     half.mkdir(parents=True)
@@ -397,13 +398,18 @@ def _refuse_what_is_no_run_folder(path: Path) -> None:
         raise ConfigError("output_dir", str(path), "is a file; name a folder")
     if not path.is_dir():
         return
-    names = {entry.name for entry in path.iterdir()} - {*_NOBODYS, LOCK}
+    names = names_in(path)
     if names & {*_OF_A_RUN, _ASIDE, _HALF_ASIDE} or _is_marked(path / "recipe.yaml"):
         return
     if names:
         some = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
         cure = f"holds {some} and no run; name a folder that is empty or not there yet, such as {path / 'run'}"
         raise ConfigError("output_dir", str(path), cure)
+
+
+def names_in(folder: Path) -> set[str]:
+    """What a folder holds that is somebody's."""
+    return {entry.name for entry in folder.iterdir()} - {*_NOBODYS, LOCK}
 
 
 def _is_marked(recipe: Path) -> bool:
