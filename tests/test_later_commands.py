@@ -158,6 +158,15 @@ def test_a_run_goes_on_with_the_same_rows_wherever_they_lie(trained, stopped):
     assert read(stopped, "run.json")["data"] == read(trained / "run", "run.json")["data"]
 
 
+def test_a_file_without_labels_is_said_not_to_be_scored(moved):
+    (moved.parent / "new.csv").write_text("text\nthe cat\nthe dog\n")
+    shown = trimtab("eval", moved, f"data.test={moved.parent / 'new.csv'}")
+    note = f"data.test='{moved.parent / 'new.csv'}' has no labels and is not scored: the scores are those of validation"
+    assert " ".join(note.split()) in " ".join(shown.stderr.split())
+    assert note in read(moved, "metrics.json")["data"]["notes"]
+    assert "no labels" not in trimtab("eval", moved, f"data.test={moved.parent / 'dev.csv'}").stderr
+
+
 # -- a run that is under way -----------------------------------------------------------------------------
 
 

@@ -514,6 +514,7 @@ def _name_base(job: Job, folder: Path) -> str | None:
 
 def evaluate(job: Job, trained: Trained, folder: RunFolder, screen: Screen) -> dict[str, Any]:
     """Scores on the task's labelled splits -> metrics.json."""
+    _say_unscored(job, screen)
     metrics = score(job, trained.model, folder, screen, folder.answers, folder.predictions)
     sections = {name: getattr(job.recipe, name) for name in ("where", "rank", "freeze", "adapter")}
     result = {
@@ -541,6 +542,17 @@ def evaluate(job: Job, trained: Trained, folder: RunFolder, screen: Screen) -> d
     return result
 
 
+def _say_unscored(job: Job, screen: Screen) -> None:
+    """Files given for testing that have no labels: scores of another split are not to be taken for theirs."""
+    scored = job.task.eval_splits(job.ready)
+    for split in job.ready:
+        file = getattr(job.recipe.data, split, None)
+        if file and scored and split not in scored and split.startswith("test"):
+            note = f"data.{split}={file!r} has no labels and is not scored: the scores are those of {scored[0]}"
+            job.task.notes.append(note)  # metrics.json has it, too
+            screen.note(note)
+
+
 def data_of(job: Job) -> dict[str, Any]:
     """What was read: rows and classes of each split, and what was said of them."""
     names, column = getattr(job.task, "label_names", None), getattr(job.task, "label_column", "")
@@ -555,6 +567,7 @@ def data_of(job: Job) -> dict[str, Any]:
 
 def evaluate_base(job: Job, folder: RunFolder, screen: Screen) -> dict[str, Any]:
     """Scores of the model as it is, without an adapter -> base.json, to be read beside those after training."""
+    _say_unscored(job, screen)
     result = _of_base(job, job.model, folder, screen)
     folder.write(folder.base, result)
     return result

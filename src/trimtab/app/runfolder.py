@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -263,8 +264,18 @@ def _remove(paths: Iterable[Path]) -> None:
 
 
 def default_folder(recipe: Recipe, source: str | Path) -> Path:
-    """``output_dir`` of the recipe, or ``runs/NAME`` for ``NAME.yaml``."""
-    return Path(recipe.output_dir or Path("runs") / Path(source).stem).expanduser()
+    """``output_dir`` of the recipe, or ``runs/NAME`` for ``NAME.yaml``.
+
+    Raises:
+        ConfigError: it names a variable of the environment that is not set.
+    """
+    if not recipe.output_dir:
+        return Path("runs") / Path(source).stem
+    path = os.path.expandvars(recipe.output_dir)
+    if unset := re.search(r"\$\{?([A-Za-z_]\w*)", path):
+        cure = f"{unset[1]} is not set in the environment; set it, or write the folder's name out"
+        raise ConfigError("output_dir", recipe.output_dir, cure)
+    return Path(path).expanduser()
 
 
 def write_recipe(recipe: Recipe, folder: RunFolder) -> None:

@@ -484,7 +484,8 @@ def _choose(search: Search, source: str, texts: Sequence[str]) -> Search:
     search.notes.append(_how_clear(search, done))
     fixed = [text for text in first.overrides if text.partition("=")[0] not in ("data.held_out", "data.held_out_seed")]
     fixed = [text for text in fixed if "seed" not in search.keys or not text.startswith("seed=")]
-    best = recipes.load(source, fixed).model_copy(update={"output_dir": str(search.folder / "best")})
+    # Whole, so that the recipe does the same from wherever it is run, as its paths of data do.
+    best = recipes.load(source, fixed).model_copy(update={"output_dir": str((search.folder / "best").resolve())})
     search.recipe = search.folder / "best.yaml"
     write_text(
         search.recipe,

@@ -22,7 +22,7 @@ from typing import Any
 from ...errors import ConfigError, DataError, did_you_mean
 from .data import Curve, Header, header_of, losses, lower_is_better, score_curve, trainable
 from .pairing import LEVEL, Difference, Scored, difference
-from .runfolder import RunFolder, flatten, read
+from .runfolder import RunFolder, flatten, read, runs_within
 from .words import NOTHING, byte_size, count, duration, finite, listing, number, plural, sentence, short_labels
 
 SAME_RUN = {
@@ -193,7 +193,11 @@ def table_of_runs(run_folders: Iterable[str | Path], baseline: str | None = None
     twice = next((f for i, f in enumerate(folders) if f.resolve() in {g.resolve() for g in folders[:i]}), None)
     if twice is not None:
         raise DataError(f"compare: run folder {str(twice)!r} is given twice")
-    runs = [read(folder) for folder in folders]
+    left_out = [folder for folder in folders if runs_within(folder)]  # `runs/*` holds them, too
+    if len(left_out) == len(folders):
+        inside = sorted({str(run.parent / "*") for folder in left_out for run in runs_within(folder)})
+        raise DataError(f"compare: {str(left_out[0])!r} is no run, but holds some: name {' '.join(inside)}")
+    runs = [read(folder) for folder in folders if folder not in left_out]
     groups: dict[str, list[RunFolder]] = {}
     for run in runs:
         key = json.dumps({k: v for k, v in settings_of(run).items() if k not in SAME_RUN}, sort_keys=True, default=str)
@@ -206,7 +210,11 @@ def table_of_runs(run_folders: Iterable[str | Path], baseline: str | None = None
     ]
     scored_on = _scored_on(list(groups.values()))
     rows = [replace(row, scored_on=which) for row, which in zip(rows, scored_on)]
-    return _table(rows, list(groups.values()), baseline)
+    table = _table(rows, list(groups.values()), baseline)
+    notes = [
+        f"Left out: `{folder}` is no run, but holds {plural(len(runs_within(folder)), 'run')}." for folder in left_out
+    ]
+    return replace(table, notes=[*table.notes, *notes])
 
 
 def settings_of(run: RunFolder) -> dict[str, Any]:

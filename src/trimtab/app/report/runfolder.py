@@ -111,6 +111,15 @@ def read(folder: str | Path) -> RunFolder:
     )
 
 
+def runs_within(folder: str | Path) -> list[Path]:
+    """The runs in a folder that is none itself, as `trimtab tune` and `demo` leave one; empty for a run."""
+    path = Path(folder)
+    if not path.is_dir() or any((path / name).is_file() for name in FILES):
+        return []
+    inside = [*path.glob("*/"), *path.glob("trials/*/")]
+    return sorted(place for place in inside if any((place / name).is_file() for name in FILES))
+
+
 def _is_locked(file: Path) -> bool:
     try:
         import fcntl
