@@ -262,7 +262,7 @@ def command(name, run, out):
 
 @pytest.mark.parametrize("name", ["predict", "compare", "schema"])
 def test_a_file_of_the_user_s_is_not_replaced(moved, mine, name):
-    assert "is there, and is no" in refused(*command(name, moved, mine / "mine.txt"))
+    assert "is there, and holds no" in refused(*command(name, moved, mine / "mine.txt"))
     assert (mine / "mine.txt").read_text() == "mine"
     assert "is a file" in refused(*command(name, moved, mine / "mine.txt" / "more" / "out"))
 
@@ -272,6 +272,8 @@ def test_a_folder_of_the_user_s_is_not_written_into(moved, mine, name):
     assert "is there, and holds no" in refused(*command(name, moved, mine / "folder"))
     assert "is there, and holds no" in refused(*command(name, moved, moved))
     assert (mine / "folder" / "config.json").read_text() == "mine"
+    if name == "export":  # the command line itself refuses a file of the other's
+        assert "is a file; name a folder" in refused(*command(name, moved, mine / "mine.txt"))
     assert os.listdir(mine / "folder") == ["config.json"]
 
 
@@ -325,5 +327,5 @@ def test_a_demo_replaces_an_earlier_demo_alone(tmp_path, monkeypatch, file):
     monkeypatch.setattr(demo, "write_data", lambda folder: pytest.fail("written"))
     (tmp_path / "data").mkdir()
     (tmp_path / file).write_text(json.dumps({"text": "mine"}))
-    with pytest.raises(ConfigError, match=r"is no (file|page) of an earlier demo"):
+    with pytest.raises(ConfigError, match=r"holds no (rows|page) of an earlier demo"):
         demo.main(tmp_path, Screen(quiet=True))

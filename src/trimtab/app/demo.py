@@ -207,7 +207,7 @@ def main(out: Path, screen: Screen) -> dict[str, Any]:
 
     check_model()
     for name in ("train", "test"):
-        check_file(out / "data" / f"{name}.jsonl", _is_row, "file of an earlier demo")
+        check_file(out / "data" / f"{name}.jsonl", _is_row, "rows of an earlier demo")
     page = out / "compare.html"
     check_file(page, is_comparison, "page of an earlier demo")
     with screen.stage("data") as stage:

@@ -36,7 +36,7 @@ def check_file(out: Path, is_ours: Callable[[str], bool], what: str, *, but: Ite
     with out.open(encoding="utf-8", errors="replace") as file:
         text = file.read(_READ)
     if text.strip() and not is_ours(text):
-        raise ConfigError("out", str(out), f"is there, and is no {what}: name another file, or delete it first")
+        raise ConfigError("out", str(out), f"is there, and holds no {what}: name another file, or delete it first")
 
 
 def check_folder(out: Path, is_ours: Callable[[Path], bool], what: str) -> None:
