@@ -180,6 +180,15 @@ def test_a_folder_that_is_no_run_s_is_refused(finished, tmp_path, monkeypatch, n
     assert contents(tmp_path) == before
 
 
+def test_a_variable_in_a_folder_s_name_is_the_environment_s(finished, monkeypatch, tmp_path):
+    recipe = runfolder.recipes.load(finished, ["output_dir=$PLACE/x"])
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    assert runfolder.default_folder(recipe, "r.yaml") == tmp_path / "x"
+    monkeypatch.delenv("PLACE")
+    message = trimtab("run", finished.parent / "recipe.yaml", "output_dir=$PLACE/x", code=2).stderr
+    assert message.startswith("error: output_dir='$PLACE/x': PLACE is not set in the environment; set it")
+
+
 @pytest.mark.parametrize("file", [".DS_Store", ".gitignore"])
 def test_a_folder_with_nobody_s_files_is_as_good_as_empty(tmp_path, file):
     (tmp_path / file).write_text("")

@@ -197,6 +197,12 @@ def test_several_seeds_count_by_their_mean_and_the_recipe_keeps_its_own(recipe, 
     assert recipes.load(found.recipe).seed == 0 and recipes.load(found.recipe).adapter.r == 4
 
 
+def test_the_best_recipe_writes_beside_itself_from_wherever_it_is_run(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = searched(recipe, Path("out"), ["adapter.r=2,4"], [(0.7,), (0.5,)])
+    assert recipes.load(found.recipe).output_dir == str(tmp_path / "out" / "best")
+
+
 def test_of_equal_scores_the_lower_loss_decides(recipe, tmp_path):
     found = searched(recipe, tmp_path, ["adapter.r=2,4,8"], [(0.7, 0.6), (0.7, 0.5), (0.7, 0.7)])
     assert found.best.settings == {"adapter.r": 4}

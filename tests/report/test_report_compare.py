@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +93,7 @@ def test_a_seed_without_a_score_is_left_out_of_the_mean_and_said(tmp_path: Path)
     other = runs.plain_run(tmp_path / "other", where=CKA, score=0.4)
     table = compare([*folders, other])
     assert table.rows[0].scores == [0.5, None, 0.7] and table.rows[0].score == pytest.approx(0.6)
-    assert table.notes == ["`where=all`: no score from s1 (unfinished, or not a number)."]
+    assert table.notes == ["`where=all`: no score from s1 (not a number)."]
 
 
 def seeds(folder: Path, scores: list[float], **more: object) -> list[Path]:
@@ -310,6 +311,20 @@ def test_the_page_is_written_where_asked_and_names_no_address(tmp_path: Path) ->
     compare([runs.plain_run(tmp_path / "a"), runs.plain_run(tmp_path / "b", where=CKA)], out_html=out)
     text = out.read_text()
     assert "where=cka" in text and "http:" not in text and "https:" not in text
+
+
+def test_a_folder_that_holds_runs_is_left_out_and_said(tmp_path: Path) -> None:
+    run = runs.plain_run(tmp_path / "run", score=0.5)
+    for place in ("tuned/trials/a", "tuned/trials/b", "demo/lora"):
+        runs.plain_run(tmp_path / place, score=0.5)
+    table = compare([run, tmp_path / "tuned", tmp_path / "demo"])
+    assert len(table.rows) == 1
+    assert table.notes == [
+        f"Left out: `{tmp_path / 'tuned'}` is no run, but holds 2 runs.",
+        f"Left out: `{tmp_path / 'demo'}` is no run, but holds 1 run.",
+    ]
+    with pytest.raises(DataError, match=re.escape(f"name {tmp_path / 'tuned/trials/*'}")):
+        compare([tmp_path / "tuned"])
 
 
 def test_no_folder_and_the_same_folder_twice_are_refused(tmp_path: Path) -> None:

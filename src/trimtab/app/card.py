@@ -49,7 +49,7 @@ def write(job: Job, folder: RunFolder, target: Path, base: str | None) -> None:
     if path.is_file() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return
     plan = Plan.from_json(folder.read(folder.plan)) if folder.plan.is_file() else None
-    metrics = folder.read(folder.metrics).get("metrics", {}) if folder.metrics.is_file() else {}
+    metrics = folder.read(folder.metrics).get("metrics", {}) if folder.is_finished else {}
     parts = [
         f"# {text(folder.path.resolve().name)}",
         MARK,

@@ -18,6 +18,7 @@ import textwrap
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -30,7 +31,6 @@ from .stopping import Stopped, listening
 
 if TYPE_CHECKING:
     from .recipe import Recipe
-    from .run import Job
     from .runfolder import RunFolder
     from .screen import Screen
 
@@ -317,10 +317,10 @@ def train(recipe: str, overrides: Sequence[str], overwrite: bool, resume: bool, 
     overwrite, resume = runfolder.after_restart(path, overwrite, resume)
     with _screen(as_json) as screen, runfolder.session(chosen, path, overwrite=overwrite, resume=resume) as session:
         job = runs.load(chosen, screen)
-        folder = session.begin()
+        folder = session.begin(runs.trained_on(job))
         where = runs.select(job, folder, screen, anew=overwrite)
         trained = runs.train(job, where, folder, screen, resume=resume)
-        runs.export_run(job, trained.model, folder, screen)
+        runs.export_run(job, trained, folder, screen)
         runs.warn(folder, screen)
     if as_json:
         _print_json(trained.plan.to_json())
@@ -368,7 +368,8 @@ def evaluate(
             _print(f"[dim]{RunFolder(path).base}[/]")
         return
     with _screen(as_json) as screen:
-        job, folder = _open(source, overrides, screen)
+        recipe, folder = _trained(source, overrides)
+        job = runs.load_run(recipe, folder, screen)
         with at_work(folder.path):
             runs.evaluate(job, runs.load_trained(job, folder, screen), folder, screen)
     _show_run(folder, as_json)
@@ -389,13 +390,19 @@ def export(source: str, overrides: Sequence[str], form: str | None, out: Path | 
     for llama.cpp. merged: a stand-alone model.
     """
     from ..exporting.engines import read_by
+    from . import loading, outputs
     from . import run as runs
 
     with _screen(as_json) as screen:
-        job, folder = _open(source, overrides, screen)
-        chosen = form or job.recipe.export.format
-        target = out or (folder.adapter if chosen == "peft" else folder.path / chosen)
-        written = runs.export(job, runs.load_trained(job, folder, screen).model, folder, target, chosen, screen)
+        recipe, folder = _trained(source, overrides, needs_rows=False)
+        chosen = form or recipe.export.format
+        own = folder.adapter if chosen == "peft" else folder.path / chosen
+        target = out or own
+        if target.resolve() != own.resolve():
+            known = partial(loading.is_export, run=folder, form=chosen)
+            outputs.check_folder(target, known, f"{chosen} export of this run")
+        job = runs.load_run(recipe, folder, screen, with_rows=False)
+        written = runs.export(job, runs.load_trained(job, folder, screen), folder, target, chosen, screen)
         engines = read_by(written)
         for line in engines:
             screen.note(line)
@@ -417,14 +424,14 @@ def predict(source: str, file: Path, overrides: Sequence[str], out: Path | None,
     Class and probabilities, a number, or the answer that is written; the file needs no labels, and the training rows
     are not read.
     """
-    from . import predicting
-    from . import recipe as recipes
-    from .runfolder import RunFolder, write_text
+    from . import outputs, predicting
+    from .runfolder import write_text
 
-    folder = RunFolder(_run_path(source, overrides))
-    folder.need(folder.recipe, "train")
+    recipe, folder = _trained(source, overrides, needs_rows=False)
+    if out is not None:
+        outputs.check_file(out, outputs.is_predictions, "predictions of trimtab predict", but=[file])
     with _screen(as_json) as screen:
-        found = predicting.predict(recipes.load(folder.recipe, overrides), folder, file, screen)
+        found = predicting.predict(recipe, folder, file, screen)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
     if out is not None:
         write_text(out, text)
@@ -462,8 +469,11 @@ def compare(runs: Sequence[str], baseline: str | None, out: Path | None, as_json
     Runs that differ by seed alone are one row: mean ± standard error. Rows are compared in pairs, by seed and by
     scored row, and none is called best that leads by no more than chance.
     """
+    from . import outputs
     from . import report as reports
 
+    if out is not None:
+        outputs.check_file(out, outputs.is_comparison, "page of trimtab compare")
     found = reports.compare(runs, out, baseline)
     if as_json:
         _print_json(found.to_json())
@@ -547,12 +557,14 @@ def schema(out: Path | None, as_json: bool) -> None:
     trimtab schema --out recipe.schema.json, and in the recipe's first line # yaml-language-server:
     $schema=recipe.schema.json
     """
+    from . import outputs
     from .runfolder import write_text
     from .schema import recipe_schema
 
     if out is None:
         _print_json(recipe_schema())
         return
+    outputs.check_file(out, outputs.is_schema, "schema of trimtab schema")
     write_text(out, json.dumps(recipe_schema(), indent=1, ensure_ascii=False) + "\n")
     if as_json:
         _print_json({"path": str(out)})
@@ -635,18 +647,15 @@ def _hand_over(
     source: str, overrides: Sequence[str], name: str | None, tasks: str | None, more: str, base: bool, as_json: bool
 ) -> None:
     from . import harness
-    from . import recipe as recipes
-    from .runfolder import RunFolder
 
     if not name:
         raise ConfigError("harness", None, f"--tasks is for one of {', '.join(harness.HARNESSES)}")
     if not tasks:
         raise ConfigError("tasks", None, f"say what {name} is to run, for example --tasks gsm8k")
     harness.find(name)
-    folder = RunFolder(_run_path(source, overrides))
-    folder.need(folder.recipe, "train")
+    recipe, folder = _trained(source, overrides, needs_rows=False)
     with _screen(as_json) as screen:
-        out = harness.evaluate(recipes.load(folder.recipe, overrides), folder, name, tasks, more, screen, base)
+        out = harness.evaluate(recipe, folder, name, tasks, more, screen, base)
     if as_json:
         _print_json({"harness": name, "path": str(out)})
     else:
@@ -673,18 +682,16 @@ def _run_path(source: str, overrides: Sequence[str]) -> Path:
     return _load(source, overrides)[1]
 
 
-def _open(source: str, overrides: Sequence[str], screen: Screen) -> tuple[Job, RunFolder]:
-    """The job of a run that has been trained. Overrides change what this command does, not the folder's recipe."""
+def _trained(source: str, overrides: Sequence[str], needs_rows: bool = True) -> tuple[Recipe, RunFolder]:
+    """The recipe and the folder of a run. Overrides change what this command does, not the folder's recipe."""
     from . import recipe as recipes
-    from . import run as runs
     from .runfolder import RunFolder
 
     folder = RunFolder(_run_path(source, overrides))
     if not folder.path.is_dir():
         raise ConfigError("run folder", str(folder.path), f"no such folder. Run `trimtab train {source}` first.")
     folder.need(folder.recipe, "train")
-    runs.trained_adapter(folder)  # before the model is loaded
-    return runs.load(recipes.load(folder.recipe, overrides), screen), folder
+    return recipes.load(folder.recipe, overrides, needs_rows=needs_rows), folder
 
 
 @contextmanager

@@ -203,8 +203,13 @@ def main(out: Path, screen: Screen) -> dict[str, Any]:
     """
     from . import recipe as recipes
     from . import report, run
+    from .outputs import check_file, is_comparison
 
     check_model()
+    for name in ("train", "test"):
+        check_file(out / "data" / f"{name}.jsonl", _is_row, "rows of an earlier demo")
+    page = out / "compare.html"
+    check_file(page, is_comparison, "page of an earlier demo")
     with screen.stage("data") as stage:
         counts = write_data(out / "data")
         stage.result = (
@@ -216,11 +221,14 @@ def main(out: Path, screen: Screen) -> dict[str, Any]:
         files = {"train": str(out / "data/train.jsonl"), "validation": str(out / "data/test.jsonl")}
         recipe = recipes.load({**RECIPE, "data": files, **more})
         folders.append(run.run(recipe, out / name, screen, overwrite=True).path)
-    page = out / "compare.html"
     found = report.compare(folders, page)
     if not screen.quiet:
         _print_table(found, page)
     return {"compare": str(page), **found.to_json()}
+
+
+def _is_row(text: str) -> bool:
+    return '"library": ' in text.partition("\n")[0] and '"module": ' in text.partition("\n")[0]
 
 
 def check_model() -> Path:

@@ -136,8 +136,8 @@ def evaluate(
         )
     else:
         if not _is_current(folder.merged, runs.trained_adapter(folder)):
-            job = runs.load(recipe, screen)
-            runs.export(job, runs.load_trained(job, folder, screen).model, folder, folder.merged, "merged", screen)
+            job = runs.load_run(recipe, folder, screen, with_rows=False)
+            runs.export(job, runs.load_trained(job, folder, screen), folder, folder.merged, "merged", screen)
         model = str(folder.merged)
     out = folder.path / "harness" / (f"{name}-base" if base else name)
     run(command(harness, model, adapter, tokenizer, tasks, out, spec.dtype, more))

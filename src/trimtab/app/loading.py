@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import DataError
 from .planning import model_spec
 
 if TYPE_CHECKING:
@@ -14,6 +17,10 @@ if TYPE_CHECKING:
 
 LABELS = "labels.json"
 """Beside the adapter. Not config.json: transformers would take the folder for a whole model."""
+
+
+ORIGIN = "trimtab.json"
+"""Beside what was exported."""
 
 
 def save_labels(task: Any, folder: Path) -> None:
@@ -25,12 +32,45 @@ def save_labels(task: Any, folder: Path) -> None:
 
 
 def saved_labels(folder: Path) -> list[str] | None:
-    """The class names in the order of their ids; None where the folder has none."""
+    """The class names in the order of their ids; None where the folder has none.
+
+    Raises:
+        DataError: the file is damaged.
+    """
     file = folder / LABELS
     if not file.is_file():
         return None
-    ids = json.loads(file.read_text(encoding="utf-8"))["label2id"]
-    return sorted(ids, key=ids.__getitem__)
+    try:
+        ids = json.loads(file.read_text(encoding="utf-8"))["label2id"]
+        return sorted(ids, key=ids.__getitem__)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        text = f"{type(error).__name__}: {error}"
+        raise DataError(f"{file}: damaged ({text}); put back label2id, each class's name with its number") from None
+
+
+def save_origin(place: Path, run: RunFolder, form: str, steps: Mapping[str, int]) -> None:
+    """By which an export is known again: its form, its run, and how far the training had come."""
+    facts = {"format": form, "run": run.path.resolve().name, "folder": _place_of(run), **steps}
+    (place / ORIGIN).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _place_of(run: RunFolder) -> str:
+    """By which a run is told from others, without saying where it lies."""
+    return hashlib.sha256(str(run.path.resolve()).encode()).hexdigest()[:16]
+
+
+def origin(place: Path) -> dict[str, Any]:
+    """What `save_origin` wrote; empty where there is none that can be read, as in an earlier version's folder."""
+    try:
+        found = json.loads((place / ORIGIN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def is_export(place: Path, run: RunFolder, form: str) -> bool:
+    """Whether a folder holds this run's export of this form."""
+    return {"format": form, "folder": _place_of(run)}.items() <= origin(place).items()
 
 
 def lines(job: Job, folder: RunFolder) -> str:

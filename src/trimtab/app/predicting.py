@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import DataError
-from . import loading, model_facts, models, trainer_settings
+from . import model_facts, models, trainer_settings
 from .planning import load_rows, model_spec
 from .recipe import Recipe
-from .run import Job, trained_adapter, with_adapter
+from .run import Job, class_names, knows_classes, task_of_run, with_adapter
 from .runfolder import RunFolder
 from .screen import Screen
 from .trainer import make_trainer
@@ -33,24 +33,19 @@ def predict(recipe: Recipe, folder: RunFolder, file: Path, screen: Screen) -> li
     """
     from datasets import DatasetDict
 
-    from .tasks import get_task
     from .tasks.data import DataSpec, existing_file
 
     existing_file("FILE", file)
+    task = task_of_run(recipe, class_names(folder))
     with screen.stage("load") as stage:
-        settings = recipe.require_task().model_dump()
-        task = get_task(settings)
         if not hasattr(task, "ask"):
             raise DataError(f"task {task.name!r}: has no predictions (a task needs `ask` for them)")
-        names = loading.saved_labels(trained_adapter(folder))
-        if settings["name"] == "text_classification" and names and not settings.get("labels"):
-            task = get_task({**settings, "labels": names})
         reading = ("separator", "encoding", "quotes", "missing")
         given = {key: value for key, value in (recipe.data.to_load or {}).items() if key in reading}
         spec = DataSpec.read({**given, "test": str(file)}, ("test",), lines=getattr(task, "reads_lines", None))
         n, rows, places = task.ask(spec)
         tokenizer = models.load_tokenizer(model_spec(recipe), task)
-        if settings["name"] == "text_classification" and not names and not settings.get("labels"):
+        if not knows_classes(task):
             load_rows(recipe, task)  # a run from before the names were kept
         loaded = models.load_model(model_spec(recipe), task, tokenizer)
         model = with_adapter(loaded.model, folder, screen)

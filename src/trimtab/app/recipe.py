@@ -367,12 +367,13 @@ ELSEWHERE = {
 }
 
 
-def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Recipe:
+def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = (), *, needs_rows: bool = True) -> Recipe:
     """Read and check a recipe.
 
     Args:
         source: a YAML file, or the recipe as a dict.
         overrides: ``dotted.key=value`` texts; the value is read as YAML.
+        needs_rows: whether the files in ``data`` must be there.
     Raises:
         ConfigError: a file, key or value is wrong; the message names it and what would work.
 
@@ -397,7 +398,7 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
     for key in recipe.train:
         _refuse_if_elsewhere("train", key, recipe.train[key])
     rates = None if recipe.rates is None else check_rates(recipe.rates)
-    return recipe.model_copy(update={"train": train, "rates": rates, **_resolve_paths(recipe, folder)})
+    return recipe.model_copy(update={"train": train, "rates": rates, **_resolve_paths(recipe, folder, needs_rows)})
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -651,11 +652,11 @@ def _refuse_if_elsewhere(section: str, key: str, value: Any) -> None:
         raise ConfigError(f"{section}.{key}", value, f"Trimtab sets this; {where} {place}")
 
 
-def _resolve_paths(recipe: Recipe, folder: Path | None) -> dict[str, Any]:
+def _resolve_paths(recipe: Recipe, folder: Path | None, needs_rows: bool) -> dict[str, Any]:
     """Relative paths in `data` and `model.config`, taken from the current directory, then from the
     recipe's own folder; absolute afterwards, so that the run folder's recipe works from anywhere."""
     found: dict[str, Any] = {}
-    for split in FILES:
+    for split in FILES if needs_rows else ():
         paths = getattr(recipe.data, split)
         if not paths:
             continue

@@ -15,13 +15,14 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..errors import DataError, ExportError
+from ..errors import ConfigError, DataError, ExportError
 from ..plans import Plan, SitePlan, Where
+from ..train.checkpoint import checkpoints, what_is_wrong
 from . import card, judging, loading, model_facts, models, runfolder, stopping, trainer_settings
 from . import recipe as recipes
 from .peft_config import adapter_config, choose_own, choose_without_data, reads_rows
@@ -49,10 +50,10 @@ def run(recipe: Recipe, folder: Path, screen: Screen, *, overwrite: bool = False
     """The whole flow. Returns the folder; its `metrics.json` and `report.html` say how it went."""
     with runfolder.session(recipe, folder, overwrite=overwrite, resume=resume) as session:
         job = load(recipe, screen)
-        out = session.begin()
+        out = session.begin(trained_on(job))
         where = select(job, out, screen, anew=overwrite)
         trained = train(job, where, out, screen, resume=resume)
-        export_run(job, trained.model, out, screen)
+        export_run(job, trained, out, screen)
         evaluate(job, trained, out, screen)
         warn(out, screen)
         write_report(out, screen)
@@ -76,23 +77,28 @@ class Job:
     """Tokenised rows."""
 
 
-def load(recipe: Recipe, screen: Screen) -> Job:
+def load(recipe: Recipe, screen: Screen, task: Task | None = None, *, with_rows: bool = True) -> Job:
     """Task, rows, tokenizer and base model.
 
     A dry run comes first: targets that match nothing, a schedule that does not fit and the like are refused
     before any weights are read.
+
+    Args:
+        task: the recipe's, with what is known of it from elsewhere.
+        with_rows: else none are read, unless the task knows its classes by them alone.
     """
     trainer_settings.check_machine(recipe.train)
+    from datasets import DatasetDict
     from transformers import set_seed
 
     from .tasks import get_task
 
     with screen.stage("load") as stage:
-        task = get_task(recipe.require_task().model_dump())
+        task = task or get_task(recipe.require_task().model_dump())
         spec = model_spec(recipe)
         bar = stage.bar(None, "data")
         training_arguments(recipe, task, Path())  # before rows and weights are read
-        rows = load_rows(recipe, task)
+        rows = load_rows(recipe, task) if with_rows or not knows_classes(task) else DatasetDict()
         if "train" in rows:
             n = len(rows["train"]) if getattr(task, "counts_rows", True) else None
             plan_recipe(recipe, horizon_of(recipe, n), task)
@@ -106,10 +112,80 @@ def load(recipe: Recipe, screen: Screen) -> Job:
         if "train" in rows:
             horizon = horizon_of(recipe, len(ready["train"]))
             recipe = with_layer_ratio(recipe, loaded.model, horizon, task.task_type, loaded.modules_to_save)
-        stage.result = f"{recipe.model.name_or_path} · {counted} rows"
+        stage.result = " · ".join(filter(None, (recipe.model.name_or_path, counted and f"{counted} rows")))
     for note in (*task.notes, *loaded.notes):
         screen.note(note)
     return Job(recipe, task, rows, tokenizer, loaded.model, loaded.modules_to_save, ready)
+
+
+def knows_classes(task: Task) -> bool:
+    """Whether a task can say its classes without the training rows."""
+    try:
+        task.model_kwargs()
+    except ConfigError:  # before the training rows are read
+        return False
+    return True
+
+
+def trained_on(job: Job) -> dict[str, Any]:
+    """What the training rows hold, by which a later command knows them again: run.json keeps it."""
+    if "train" not in job.rows:
+        return {}
+    names = getattr(job.task, "label_names", None)
+    found = {"rows": len(job.rows["train"]), "fingerprint": fingerprint(job.rows["train"], whole=True)}
+    return {**found, "classes": list(names)} if names else found
+
+
+def load_run(recipe: Recipe, folder: RunFolder, screen: Screen, *, with_rows: bool = True) -> Job:
+    """The job of a run that has been trained.
+
+    Its classes are those that it was trained on, whatever the data says today: their order is that of the head.
+
+    Raises:
+        ConfigError: the recipe names other classes.
+        DataError: the rows have other classes.
+    """
+    names = class_names(folder)
+    try:
+        job = load(recipe, screen, task_of_run(recipe, names), with_rows=with_rows)
+    except DataError as error:  # where the recipe names no classes, they are the run's own
+        raise DataError(str(error).replace("task.labels does not name", "the run was not trained on")) from error
+    today = getattr(job.task, "label_names", None)
+    if names is not None and today is not None and list(today) != names:
+        raise DataError(
+            f"task {job.task.name!r}: has the classes {_quoted(today)}, and the run in {str(folder.path)!r} was "
+            f"trained on {_quoted(names)}; give it rows with these"
+        )
+    return job
+
+
+def task_of_run(recipe: Recipe, names: Sequence[str] | None) -> Task:
+    """The recipe's task, with the class names of a trained run where the task takes them."""
+    from .tasks import get_task
+
+    settings = recipe.require_task().model_dump()
+    if names is None or settings["name"] != "text_classification":
+        return get_task(settings)
+    if (given := settings.get("labels")) is not None and list(map(str, given)) != list(names):
+        raise ConfigError(
+            "task.labels", given, f"the run was trained on {_quoted(names)}, in this order; leave the key out"
+        )
+    return get_task({**settings, "labels": list(names)})
+
+
+def class_names(folder: RunFolder) -> list[str] | None:
+    """Those that a run was trained on, in the order of their ids; None where nothing says.
+
+    Raises:
+        DataError: the run has not been trained.
+    """
+    place = trained_adapter(folder)
+    began = folder.read(folder.about) if folder.about.is_file() else {}
+    return began.get("data", {}).get("classes") or loading.saved_labels(place)
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:12])) + (", …" if len(names) > 12 else "")
 
 
 # -- select --------------------------------------------------------------------------------------------
@@ -190,12 +266,19 @@ def _where_text(where: Where) -> list[str]:
 
 @dataclass(frozen=True)
 class Trained:
-    """A model at the end of its training."""
+    """A model at the end of its training, or as far as that has come."""
 
     model: PeftModel
     plan: Plan
     seconds: float
-    peak_memory_bytes: int
+    peak_memory_bytes: int | None
+    """None where another process trained it, and did not say."""
+    steps: Mapping[str, int] = field(default_factory=dict)
+    """``step`` it has seen ``of`` so many; empty where nothing says, and it counts as finished."""
+
+    @property
+    def is_finished(self) -> bool:
+        return not self.steps or self.steps["step"] >= self.steps["of"]
 
 
 def train(job: Job, where: Where | None, folder: RunFolder, screen: Screen, *, resume: bool = False) -> Trained:
@@ -256,7 +339,8 @@ def train(job: Job, where: Where | None, folder: RunFolder, screen: Screen, *, r
             f"{count(trainer.state.global_step)} steps · loss {number(loss)} · "
             f"{count(params.get('final'))} trainable parameters"
         )
-    return Trained(model, final, seconds, peak_memory())
+    last = trainer.state.global_step
+    return Trained(model, final, seconds, peak_memory(), {"step": last, "of": last})
 
 
 def initialize(job: Job, model: PeftModel, starter: StartSettings, screen: Screen) -> dict[str, Any]:
@@ -297,19 +381,27 @@ def final_plan(planned: Plan, model: PeftModel, params: Mapping[str, float]) -> 
 
 
 def trained_adapter(folder: RunFolder) -> Path:
-    """Where the run's adapter lies: adapter/, or the newest complete checkpoint of an unfinished run.
+    """Where the run's adapter lies: adapter/, or a complete checkpoint of later steps where the run went on since.
 
     Raises:
         DataError: the run has not been trained.
     """
-    if folder.adapter.is_dir():
-        return folder.adapter
-    if folder.checkpoints.is_dir():
-        import trimtab
+    is_there = folder.adapter.is_dir()
+    seen = steps_of(folder.adapter).get("step") if is_there else -1
+    if seen is not None:  # else an earlier version's: that has no other
+        for path in checkpoints(folder.checkpoints):
+            if int(path.name.rpartition("-")[2]) > seen and what_is_wrong(path) is None:
+                return path
+    return folder.adapter if is_there else folder.need(folder.adapter, "train")
 
-        if found := trimtab.last_checkpoint(folder.checkpoints):
-            return Path(found)
-    return folder.need(folder.adapter, "train")
+
+def steps_of(place: Path) -> dict[str, int]:
+    """The ``step`` of training that an adapter or a checkpoint is from, ``of`` so many; empty where it does not say."""
+    if place.name.startswith("checkpoint-"):
+        state = json.loads((place / "trainer_state.json").read_text(encoding="utf-8"))
+        return {"step": state["global_step"], "of": state["max_steps"]}
+    made = loading.origin(place)
+    return {key: made[key] for key in ("step", "of")} if {"step", "of"} <= made.keys() else {}
 
 
 def load_trained(job: Job, folder: RunFolder, screen: Screen) -> Trained:
@@ -317,7 +409,8 @@ def load_trained(job: Job, folder: RunFolder, screen: Screen) -> Trained:
     model = with_adapter(job.model, folder, screen)
     known = folder.read(folder.metrics) if folder.is_finished else {}
     plan = Plan.from_json(folder.read(folder.need(folder.plan, "train")))
-    return Trained(model, plan, known.get("seconds") or _seconds(folder), known.get("peak_memory_bytes", 0))
+    seconds, peak = known.get("seconds") or _seconds(folder), known.get("peak_memory_bytes")
+    return Trained(model, plan, seconds, peak, steps_of(trained_adapter(folder)))
 
 
 def with_adapter(model: nn.Module, folder: RunFolder, screen: Screen) -> PeftModel:
@@ -328,8 +421,10 @@ def with_adapter(model: nn.Module, folder: RunFolder, screen: Screen) -> PeftMod
     from ..adapters import bottleneck  # noqa: F401  PEFT then knows a bottleneck adapter's folder
 
     place = trained_adapter(folder)
-    if place != folder.adapter:
-        screen.note(f"no adapter/ yet: taking {place}")
+    steps = steps_of(place)
+    if place != folder.adapter or (steps and steps["step"] < steps["of"]):
+        of = f", step {count(steps['step'])} of {count(steps['of'])}" if steps else ""
+        screen.note(f"the run is unfinished: taking {place}{of}")
     try:
         return PeftModel.from_pretrained(cast(Any, model), str(place))
     except (SafetensorError, ValueError, RuntimeError, OSError) as error:
@@ -338,7 +433,7 @@ def with_adapter(model: nn.Module, folder: RunFolder, screen: Screen) -> PeftMod
         raise DataError(f"{place}: damaged, or not of this model ({text}){cure}") from error
 
 
-def export_run(job: Job, model: nn.Module, folder: RunFolder, screen: Screen) -> None:
+def export_run(job: Job, trained: Trained, folder: RunFolder, screen: Screen) -> None:
     """adapter/ as stock PEFT reads it, and merged/ or gguf/ beside it if the recipe asks for one.
 
     An adapter that no weight can hold is saved as it is, and a remark says why.
@@ -347,38 +442,45 @@ def export_run(job: Job, model: nn.Module, folder: RunFolder, screen: Screen) ->
     from ..host.adapted import peft_model_of
 
     form = job.recipe.export.format
-    if reason := why_no_lora_form(peft_model_of(model)):
-        keep(job, model, folder, folder.adapter, screen)
+    if reason := why_no_lora_form(peft_model_of(trained.model)):
+        keep(job, trained, folder, folder.adapter, screen)
         screen.note(reason.partition(". ")[0])
         return
     is_beside = form in ("merged", "gguf")
-    export(job, model, folder, folder.adapter, "peft" if is_beside else form, screen)
+    export(job, trained, folder, folder.adapter, "peft" if is_beside else form, screen)
     if is_beside:
-        export(job, model, folder, folder.path / form, form, screen)
+        export(job, trained, folder, folder.path / form, form, screen)
 
 
-def keep(job: Job, model: nn.Module, folder: RunFolder, target: Path, screen: Screen) -> Path:
+def keep(job: Job, trained: Trained, folder: RunFolder, target: Path, screen: Screen) -> Path:
     """The adapter in its own form, with the tokenizer beside it."""
     from ..host.sharding import reshard
 
-    save = cast(Any, model).save_pretrained
-    reshard(model)  # on every process; on the one that writes, saving does so
-    return _write(job, folder, target, job.recipe.adapter.type, screen, lambda half: save(str(half)))
+    save = cast(Any, trained.model).save_pretrained
+    reshard(trained.model)  # on every process; on the one that writes, saving does so
+    return _write(job, trained, folder, target, job.recipe.adapter.type, screen, lambda half: save(str(half)))
 
 
-def export(job: Job, model: nn.Module, folder: RunFolder, target: Path, form: str, screen: Screen) -> Path:
+def export(job: Job, trained: Trained, folder: RunFolder, target: Path, form: str, screen: Screen) -> Path:
     """The adapter in one form (peft, padded, gguf or merged), with the tokenizer beside it."""
     import trimtab
 
     from ..host.sharding import is_sharded
 
+    model = trained.model
     if is_sharded(model) and not runfolder.is_main():
         trimtab.export(model, target, format=form)  # takes part, and writes nothing
-    return _write(job, folder, target, form, screen, lambda half: trimtab.export(model, half, format=form))
+    return _write(job, trained, folder, target, form, screen, lambda half: trimtab.export(model, half, format=form))
 
 
 def _write(
-    job: Job, folder: RunFolder, target: Path, what: str, screen: Screen, save: Callable[[Path], object]
+    job: Job,
+    trained: Trained,
+    folder: RunFolder,
+    target: Path,
+    what: str,
+    screen: Screen,
+    save: Callable[[Path], object],
 ) -> Path:
     if not runfolder.is_main():
         return target
@@ -388,6 +490,7 @@ def _write(
         base = _name_base(job, half)
         job.tokenizer.save_pretrained(half)
         loading.save_labels(job.task, half)
+        loading.save_origin(half, folder, what, trained.steps)
         written = sum(file.stat().st_size for file in half.rglob("*") if file.is_file())
         stage.result = f"{what} · {target} ({byte_size(written)})"
     if (target / ADAPTER_CONFIG).is_file():
@@ -411,6 +514,7 @@ def _name_base(job: Job, folder: Path) -> str | None:
 
 def evaluate(job: Job, trained: Trained, folder: RunFolder, screen: Screen) -> dict[str, Any]:
     """Scores on the task's labelled splits -> metrics.json."""
+    _say_unscored(job, screen)
     metrics = score(job, trained.model, folder, screen, folder.answers, folder.predictions)
     sections = {name: getattr(job.recipe, name) for name in ("where", "rank", "freeze", "adapter")}
     result = {
@@ -428,6 +532,7 @@ def evaluate(job: Job, trained: Trained, folder: RunFolder, screen: Screen) -> d
         "seed": job.recipe.seed,
         "data": data_of(job),
         "load": loading.lines(job, folder),
+        **({} if trained.is_finished else {"unfinished": trained.steps}),
     }
     folder.write(folder.metrics, result)
     if metrics and not folder.base.is_file():
@@ -435,6 +540,17 @@ def evaluate(job: Job, trained: Trained, folder: RunFolder, screen: Screen) -> d
     if runfolder.is_main() and (folder.adapter / ADAPTER_CONFIG).is_file():  # now with the scores
         card.write(job, folder, folder.adapter, _name_base(job, folder.adapter))
     return result
+
+
+def _say_unscored(job: Job, screen: Screen) -> None:
+    """Files given for testing that have no labels: scores of another split are not to be taken for theirs."""
+    scored = job.task.eval_splits(job.ready)
+    for split in job.ready:
+        file = getattr(job.recipe.data, split, None)
+        if file and scored and split not in scored and split.startswith("test"):
+            note = f"data.{split}={file!r} has no labels and is not scored: the scores are those of {scored[0]}"
+            job.task.notes.append(note)  # metrics.json has it, too
+            screen.note(note)
 
 
 def data_of(job: Job) -> dict[str, Any]:
@@ -451,6 +567,7 @@ def data_of(job: Job) -> dict[str, Any]:
 
 def evaluate_base(job: Job, folder: RunFolder, screen: Screen) -> dict[str, Any]:
     """Scores of the model as it is, without an adapter -> base.json, to be read beside those after training."""
+    _say_unscored(job, screen)
     result = _of_base(job, job.model, folder, screen)
     folder.write(folder.base, result)
     return result
@@ -571,16 +688,17 @@ def _keeping_rows(job: Job, trainer: Trainer, kept: dict[str, Any]) -> Callable[
     return compute_metrics
 
 
-def fingerprint(rows: Dataset) -> str:
-    """Of the content of raw rows, wherever they were read from. Of a conversation only what is to be answered
-    counts: how it is asked may differ between runs that are compared."""
+def fingerprint(rows: Dataset, *, whole: bool = False) -> str:
+    """Of the content of raw rows, wherever they were read from. Unless it is ``whole``, only what is to be answered
+    counts of a conversation: how it is asked may differ between runs that are compared."""
     found = hashlib.sha256()
-    for row in rows:
-        row = {
-            name: [m["content"] for m in value if m["role"] == "assistant"] if name == "messages" else value
-            for name, value in row.items()
-        }
-        found.update(json.dumps(row, sort_keys=True, default=_digest).encode())
+    for batch in rows.iter(1000):  # a tenth of the time of one by one
+        if "messages" in batch and not whole:
+            answers = [[m["content"] for m in turns if m["role"] == "assistant"] for turns in batch["messages"]]
+            batch["messages"] = answers
+        for values in zip(*batch.values()):
+            row = dict(zip(batch, values))
+            found.update(json.dumps(row, sort_keys=True, default=_digest).encode())
     return found.hexdigest()[:16]
 
 

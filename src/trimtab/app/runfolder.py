@@ -10,9 +10,10 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,8 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
-        return self.metrics.is_file()
+        """Whether training has ended and was scored: a run that is under way can be scored too, and says so."""
+        return self.metrics.is_file() and "unfinished" not in self.read(self.metrics)
 
     @property
     def has_training(self) -> bool:
@@ -234,6 +236,7 @@ def whole(target: Path) -> Iterator[Path]:
     """A folder to write into that becomes ``target`` when all is written. What lies in ``target`` is replaced file by
     file, so that a user's own files there stay, and what failed half-way replaces nothing. The config, without which
     nothing is loaded, goes first and comes last: a kill in between leaves no mixture that could be taken for whole."""
+    target = target.resolve()  # "." has no name
     half = target.with_name(f".{target.name}.half")
     _remove([half])
     half.mkdir(parents=True)
@@ -261,8 +264,18 @@ def _remove(paths: Iterable[Path]) -> None:
 
 
 def default_folder(recipe: Recipe, source: str | Path) -> Path:
-    """``output_dir`` of the recipe, or ``runs/NAME`` for ``NAME.yaml``."""
-    return Path(recipe.output_dir or Path("runs") / Path(source).stem).expanduser()
+    """``output_dir`` of the recipe, or ``runs/NAME`` for ``NAME.yaml``.
+
+    Raises:
+        ConfigError: it names a variable of the environment that is not set.
+    """
+    if not recipe.output_dir:
+        return Path("runs") / Path(source).stem
+    path = os.path.expandvars(recipe.output_dir)
+    if unset := re.search(r"\$\{?([A-Za-z_]\w*)", path):
+        cure = f"{unset[1]} is not set in the environment; set it, or write the folder's name out"
+        raise ConfigError("output_dir", recipe.output_dir, cure)
+    return Path(path).expanduser()
 
 
 def write_recipe(recipe: Recipe, folder: RunFolder) -> None:
@@ -278,14 +291,22 @@ class Session:
     overwrite: bool
     resume: bool
 
-    def begin(self) -> RunFolder:
+    def begin(self, data: Mapping[str, Any] | None = None) -> RunFolder:
         """The folder, ready to be written to. Comes after all that can be checked has been: until here nothing of an
-        earlier run is touched."""
+        earlier run is touched.
+
+        Args:
+            data: what is trained on, which stays the same for all of a run: ``rows``, ``fingerprint``, ``classes``.
+        Raises:
+            ConfigError: the run that is to go on began with other data.
+        """
         folder, recipe = self.folder, self.recipe
         if not is_main():
             return folder
         if self.resume:
             began = folder.read(folder.about) if folder.about.is_file() else {}
+            if data and (before := began.setdefault("data", data)) != data:
+                raise _changed_data(recipe, folder, before, data)
             now = about.facts()
             again = [*began.get("resumed", ()), {key: now[key] for key in ("began", "command")}]
             folder.write(folder.about, {**(began or now), "resumed": again})
@@ -297,7 +318,7 @@ class Session:
         if folder.base.is_file() and not what_was_scored(recipe).items() <= folder.read(folder.base).items():
             folder.base.unlink()  # left by `trimtab eval --base` of another recipe
         write_recipe(recipe, folder)
-        folder.write(folder.about, about.facts())
+        folder.write(folder.about, {**about.facts(), **({"data": data} if data else {})})
         return folder
 
 
@@ -388,13 +409,18 @@ def _refuse_what_is_no_run_folder(path: Path) -> None:
         raise ConfigError("output_dir", str(path), "is a file; name a folder")
     if not path.is_dir():
         return
-    names = {entry.name for entry in path.iterdir()} - {*_NOBODYS, LOCK}
+    names = names_in(path)
     if names & {*_OF_A_RUN, _ASIDE, _HALF_ASIDE} or _is_marked(path / "recipe.yaml"):
         return
     if names:
         some = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
         cure = f"holds {some} and no run; name a folder that is empty or not there yet, such as {path / 'run'}"
         raise ConfigError("output_dir", str(path), cure)
+
+
+def names_in(folder: Path) -> set[str]:
+    """What a folder holds that is somebody's."""
+    return {entry.name for entry in folder.iterdir()} - {*_NOBODYS, LOCK}
 
 
 def _is_marked(recipe: Path) -> bool:
@@ -479,6 +505,25 @@ def same_recipe(recipe: Recipe, folder: RunFolder) -> None:
                 "with --overwrite"
             )
             raise ConfigError(key, goes_on.get(key), cure)
+
+
+def _changed_data(recipe: Recipe, folder: RunFolder, before: Mapping[str, Any], now: Mapping[str, Any]) -> ConfigError:
+    key, value = next(
+        ((f"data.{key}", value) for key in ("train", "hub") if (value := getattr(recipe.data, key))), ("data", None)
+    )
+    if before.get("classes") != now.get("classes"):
+        what = f"its classes were {_listed(before)}, and are {_listed(now)}"
+    elif before.get("rows") != now.get("rows"):
+        what = f"{before.get('rows')} training rows then, {now.get('rows')} now"
+    else:
+        what = "as many training rows, with something else in them"
+    cure = "put the rows back as they were, or start again with --overwrite"
+    return ConfigError(key, value, f"has changed since the run in {str(folder.path)!r} began ({what}); {cure}")
+
+
+def _listed(data: Mapping[str, Any]) -> str:
+    names = [repr(name) for name in data.get("classes") or ()]
+    return ", ".join(names[:6]) + (", …" if len(names) > 6 else "") or "none"
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ..plans import Plan, SitePlan, Where
 from .catalogue import Entry
-from .report.words import NOTHING, byte_size, count, duration, number, ranges, short_labels, thin
+from .report.words import NOTHING, byte_size, count, duration, number, progress, ranges, short_labels, thin
 from .runfolder import RunFolder
 from .screen import table
 
@@ -37,6 +37,7 @@ def run_tables(folder: RunFolder) -> list[Any]:
     rows += [
         *_params(params, folder.read(folder.plan)["settings"].get("predicted_params") or {}),
         ["layers", " · ".join(_layers(where)) if where else "all"],
+        *([["training", f"unfinished: {progress(found)}"]] if progress(found) else []),
         ["training time", duration(found["seconds"])],
         ["peak memory", byte_size(found["peak_memory_bytes"] or None)],
         ["adapter", str(folder.adapter)],

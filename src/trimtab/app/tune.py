@@ -31,6 +31,7 @@ from typing import IO, Any
 from ..errors import ConfigError, DataError, TrimtabError
 from . import recipe as recipes
 from .lookup import parse_yaml
+from .outputs import check_folder
 from .recipe import Recipe
 from .runfolder import RunFolder, same_recipe, write_recipe, write_text
 from .screen import Screen
@@ -38,6 +39,7 @@ from .stopping import Stopped
 from .storage import alone
 
 HELD_OUT = 0.2
+_STATE = "search.json"
 # In these trials would be scored on other rows, or by another measure.
 _SAME_FOR_ALL = {
     "output_dir": "every trial has a folder of its own",
@@ -150,6 +152,7 @@ def tune(
         ConfigError: a key or a value cannot be, alone or together with others. Before anything is loaded.
     """
     search = _laid_out(source, texts, out)
+    check_folder(out, lambda place: (place / _STATE).is_file(), "search of trimtab tune")
     with screen.stage("plan") as stage:
         _check(search)
         tried = len(search.trials)
@@ -306,10 +309,10 @@ def _training_files(train: str | Sequence[str]) -> list[Path]:
 
 def _take_folder(search: Search, overwrite: bool) -> None:
     """Refuses a folder whose trials are of another recipe or other data, and marks what is done."""
-    state = search.folder / "search.json"
+    state = search.folder / _STATE
     if overwrite and state.is_file():
         shutil.rmtree(search.folder / "trials", ignore_errors=True)
-        for name in ("search.json", "best.yaml"):
+        for name in (_STATE, "best.yaml"):
             (search.folder / name).unlink(missing_ok=True)
     data = {
         str(path): hashlib.sha256(path.read_bytes()).hexdigest()[:16]
@@ -481,7 +484,8 @@ def _choose(search: Search, source: str, texts: Sequence[str]) -> Search:
     search.notes.append(_how_clear(search, done))
     fixed = [text for text in first.overrides if text.partition("=")[0] not in ("data.held_out", "data.held_out_seed")]
     fixed = [text for text in fixed if "seed" not in search.keys or not text.startswith("seed=")]
-    best = recipes.load(source, fixed).model_copy(update={"output_dir": str(search.folder / "best")})
+    # Whole, so that the recipe does the same from wherever it is run, as its paths of data do.
+    best = recipes.load(source, fixed).model_copy(update={"output_dir": str((search.folder / "best").resolve())})
     search.recipe = search.folder / "best.yaml"
     write_text(
         search.recipe,

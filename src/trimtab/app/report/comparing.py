@@ -22,7 +22,7 @@ from typing import Any
 from ...errors import ConfigError, DataError, did_you_mean
 from .data import Curve, Header, header_of, losses, lower_is_better, score_curve, trainable
 from .pairing import LEVEL, Difference, Scored, difference
-from .runfolder import RunFolder, flatten, read
+from .runfolder import RunFolder, flatten, read, runs_within
 from .words import NOTHING, byte_size, count, duration, finite, listing, number, plural, sentence, short_labels
 
 SAME_RUN = {
@@ -53,6 +53,8 @@ class CompareRow:
     metric: str | None
     scores: list[float | None]
     """One per folder; ``None`` for an unfinished run or a score that is not finite."""
+    unfinished: list[str]
+    """One per folder: ``unfinished, step 100 of 300`` of a run that has not ended; empty for one that has."""
     score: float | None
     """Mean of the scores that are numbers."""
     score_se: float | None
@@ -93,7 +95,8 @@ class CompareRow:
     @property
     def score_text(self) -> str:
         if self.score is None:
-            return "NaN" if any(s is None for s in self.scores) and self.metric else NOTHING
+            is_nan = any(score is None and not told for score, told in zip(self.scores, self.unfinished))
+            return "NaN" if is_nan and self.metric else NOTHING
         spread = "" if self.score_se is None else f" ± {number(self.score_se, 2)}"
         return f"{number(self.score)}{spread}"
 
@@ -190,7 +193,11 @@ def table_of_runs(run_folders: Iterable[str | Path], baseline: str | None = None
     twice = next((f for i, f in enumerate(folders) if f.resolve() in {g.resolve() for g in folders[:i]}), None)
     if twice is not None:
         raise DataError(f"compare: run folder {str(twice)!r} is given twice")
-    runs = [read(folder) for folder in folders]
+    left_out = [folder for folder in folders if runs_within(folder)]  # `runs/*` holds them, too
+    if len(left_out) == len(folders):
+        inside = sorted({str(run.parent / "*") for folder in left_out for run in runs_within(folder)})
+        raise DataError(f"compare: {str(left_out[0])!r} is no run, but holds some: name {' '.join(inside)}")
+    runs = [read(folder) for folder in folders if folder not in left_out]
     groups: dict[str, list[RunFolder]] = {}
     for run in runs:
         key = json.dumps({k: v for k, v in settings_of(run).items() if k not in SAME_RUN}, sort_keys=True, default=str)
@@ -203,7 +210,11 @@ def table_of_runs(run_folders: Iterable[str | Path], baseline: str | None = None
     ]
     scored_on = _scored_on(list(groups.values()))
     rows = [replace(row, scored_on=which) for row, which in zip(rows, scored_on)]
-    return _table(rows, list(groups.values()), baseline)
+    table = _table(rows, list(groups.values()), baseline)
+    notes = [
+        f"Left out: `{folder}` is no run, but holds {plural(len(runs_within(folder)), 'run')}." for folder in left_out
+    ]
+    return replace(table, notes=[*table.notes, *notes])
 
 
 def settings_of(run: RunFolder) -> dict[str, Any]:
@@ -286,6 +297,7 @@ def _row(name: str, group: list[RunFolder], settings: dict[str, Any]) -> Compare
         task=headers[0].task,
         metric=metric,
         scores=scores,
+        unfinished=[_progress(run) for run in group],
         score=_mean(known),
         score_se=statistics.stdev(known) / math.sqrt(len(known)) if len(known) > 1 else None,
         params={k: _mean(h.params[k] for h in headers) for k in ("initial", "final", "average")},
@@ -297,6 +309,15 @@ def _row(name: str, group: list[RunFolder], settings: dict[str, Any]) -> Compare
         loss_curve=_mean_curve([_loss_curve(run) for run in group], "training loss"),
         layers=_layers(group),
     )
+
+
+def _progress(run: RunFolder) -> str:
+    if run.is_finished:
+        return ""
+    total = run.plan.settings.get("total_steps") if run.plan else None
+    if total and run.last_step >= total:
+        return "trained, not scored yet"
+    return f"unfinished, step {count(run.last_step)}" + (f" of {count(total)}" if total else "")
 
 
 def _of_same_data(group: list[RunFolder]) -> list[list[RunFolder]]:
@@ -320,15 +341,15 @@ def _scored_on(groups: list[list[RunFolder]]) -> list[int]:
     That is told by what the scored rows hold, wherever they were read from. Where a finished run does not say, all
     are told by their recipes' data.
     """
-    finished = [[run for run in group if run.metrics] or group for group in groups]
-    is_told = all(run.predictions for group in finished for run in group if run.metrics)
+    finished = [[run for run in group if run.is_finished] or group for group in groups]
+    is_told = all(run.predictions for group in finished for run in group if run.is_finished)
     keys = []
     for group in finished:
         run = group[0]
         header = header_of(run)
         split, kept = next(iter(run.predictions.items()), ("", {}))
         data: Any = [kept.get("rows"), kept.get("fingerprint")]
-        if not is_told or not run.metrics:
+        if not is_told or not run.is_finished:
             data = sorted((k, v) for k, v in settings_of(run).items() if k.startswith("data.") and not _is_of_train(k))
         elif header.metric and lower_is_better(header.metric):  # another tokenizer cuts an answer into other tokens
             data.append(sum(kept.get("tokens", ())))
@@ -378,9 +399,13 @@ def _table(rows: list[CompareRow], groups: list[list[RunFolder]], baseline: str 
     best = top if behind and all(d and d.is_clear and sign * d.mean < 0 for d in behind) else None
     notes = []
     for row in rows:
-        missing = [Path(f).name for f, score in zip(row.folders, row.scores) if score is None]
-        if missing and row.folders:
-            notes.append(f"`{row.name}`: no score from {', '.join(missing)} (unfinished, or not a number).")
+        missing = [
+            f"{Path(folder).resolve().name} ({told or 'not a number'})"
+            for folder, score, told in zip(row.folders, row.scores, row.unfinished)
+            if score is None
+        ]
+        if missing:
+            notes.append(f"`{row.name}`: no score from {', '.join(missing)}.")
     if len(sets) > 1:
         told = [listing([f"`{rows[i].name}`" for i in scored if rows[i].scored_on == one]) for one in sorted(sets)]
         notes.append(

@@ -19,7 +19,7 @@ from .judged import Judged, judged
 from .modules import Budget, Freezes, Prunes, Ranks, Values
 from .runfolder import RunFolder, flatten, read
 from .troubles import troubles
-from .words import change, count, duration, finite, moved, number, plural, ranges, sentence
+from .words import change, count, duration, finite, moved, number, plural, progress, ranges, sentence
 
 NOT_SCORES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "epoch")
 """Tails of names that Trainer puts among the metrics, but that measure speed."""
@@ -206,7 +206,7 @@ def header_of(run: RunFolder) -> Header:
         seed=seed if isinstance(seed, int) else None,
         train_samples=_count(metrics.get("train_samples")),
         steps=run.last_step,
-        is_finished=bool(metrics),
+        is_finished=run.is_finished,
         has_new_head=bool(metrics.get("new_modules")),
     )
 
@@ -402,7 +402,9 @@ def _notes(run: RunFolder, header: Header) -> list[str]:
         of = f" of {count(total)}" if total else ""
         notes.append(f"This run is at work: step {count(header.steps)}{of} so far. `trimtab report` shows it anew.")
     elif not header.is_finished:
-        notes.append(f"This run is not finished (no metrics.json). The history ends at step {count(header.steps)}.")
+        why = f"its scores are of {progress(run.metrics)}" if run.metrics else "no metrics.json"
+        of = f" of {count(total)}" if total else ""
+        notes.append(f"This run is not finished ({why}). The history ends at step {count(header.steps)}{of}.")
     if header.score_is_nan:
         notes.append(f"The score ({header.metric}) is not a number.")
     return [*notes, *(f"{sentence(trouble)}." for trouble in troubles(run)), *run.notes]

@@ -163,6 +163,7 @@ def embed(data: Any) -> str:
 
 def save(path: Path, text: str) -> None:
     """Writes a page whole or not at all, so that a killed process leaves no half page."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".tmp")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

@@ -67,6 +67,11 @@ class RunFolder:
         return {"initial": curve[0][1], "final": curve[-1][1], "average": round(average, 1)}
 
     @property
+    def is_finished(self) -> bool:
+        """Whether it was scored after its training had ended."""
+        return bool(self.metrics) and "unfinished" not in self.metrics
+
+    @property
     def last_step(self) -> int:
         """The last optimizer step that the history knows of; 0 for an empty one."""
         return max((event["step"] for events in self.events.values() for event in events), default=0)
@@ -104,6 +109,15 @@ def read(folder: str | Path) -> RunFolder:
         notes=tuple(notes),
         is_at_work=_is_locked(path / ".lock"),
     )
+
+
+def runs_within(folder: str | Path) -> list[Path]:
+    """The runs in a folder that is none itself, as `trimtab tune` and `demo` leave one; empty for a run."""
+    path = Path(folder)
+    if not path.is_dir() or any((path / name).is_file() for name in FILES):
+        return []
+    inside = [*path.glob("*/"), *path.glob("trials/*/")]
+    return sorted(place for place in inside if any((place / name).is_file() for name in FILES))
 
 
 def _is_locked(file: Path) -> bool:

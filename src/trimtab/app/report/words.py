@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 NOTHING = "–"
@@ -153,6 +153,12 @@ def listing(words: Sequence[str]) -> str:
     'a, b and c'
     """
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def progress(metrics: Mapping[str, Any]) -> str:
+    """``step 100 of 300`` for scores of a run that had not ended; empty for any other."""
+    found = metrics.get("unfinished")
+    return f"step {count(found['step'])} of {count(found['of'])}" if found else ""
 
 
 def short_labels(names: Sequence[str]) -> list[str]:
