@@ -36,6 +36,7 @@ PAIRS: dict[str, tuple[str, str, str | None]] = {
     "question": ("question", "answer", None),  # GSM8K
     "orca": ("question", "response", None),
     "targets": ("inputs", "targets", None),
+    "problem": ("problem", "solution", None),  # MATH
     "input": ("input", "output", None),
 }
 FORMS: dict[str, tuple[str, ...]] = {
