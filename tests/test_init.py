@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,23 @@ def test_prose_is_learned_in_paragraphs(here, models):
     Path("book.txt").write_text("\n\n".join(f"{words(20)}, {words(4)}.\n{words(5)}." for _ in range(30)))
     trimtab("init", "book.txt", "--model", models["decoder"])
     assert recipes.load("book.yaml").require_task().options["sample_by"] == "paragraph"
+
+
+def test_prose_in_an_archive_is_prose(here, models):
+    with zipfile.ZipFile("book.zip", "w") as archive:
+        archive.writestr("book.txt", "\n".join(f"{words(5)}, {words(4)}." for _ in range(30)))
+    trimtab("init", "book.zip", "--model", models["decoder"])
+    found = recipes.load("book.yaml").require_task()
+    assert (found.name, found.options["sample_by"]) == ("text", "line")
+    assert "3 of 30 training rows were split off" in trimtab("show", "book.yaml").stderr
+
+
+def test_files_for_scoring_are_those_that_are_called_alike(here, models):
+    for name in ("my_train", "my_test", "a_dev", "other_val"):
+        write_jsonl(here / f"{name}.jsonl", [{"text": words(), "label": "ab"[i % 2]} for i in range(N)])
+    trimtab("init", "my_train.jsonl", "--model", models["encoder"])
+    data = yaml.safe_load(Path("my_train.yaml").read_text())["data"]
+    assert (data["train"], data["test"], "validation" in data) == ("my_train.jsonl", "my_test.jsonl", False)
 
 
 def test_a_recipe_that_is_there_stays(here, models):

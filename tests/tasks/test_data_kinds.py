@@ -147,6 +147,9 @@ READ = {
     "hard blanks in the header": ("x.csv", separated(header=("text\u00a0", "\u00a0label")), EVEN, ""),
     "line ends of Windows inside of cells": ("x.csv", separated(rows=[(f'"{t}\r\nmore"', la) for t, la in PAIRS]).replace("\n", "\r\n"), EVEN, ""),
     "fastText": ("x.txt", "".join(f"__label__{la} {t}\n" for t, la in PAIRS), EVEN, ""),
+    "blanks before quoted cells": ("x.csv", '"text", "label"\n' + "".join(f'"{t}, yes", "{la}"\n' for t, la in PAIRS), EVEN, ""),
+    "a cell of a book's length": ("x.csv", separated(rows=[*PAIRS, ("long" * 40000, "bad"), ("b", "good")]), {"bad": 11, "good": 11}, ""),
+    "a lone carriage return, quotes left alone": ("x.tsv", separated("\t", [(f"{t}\rmore", la) for t, la in PAIRS]), EVEN, ""),
     "xz": ("x.csv.xz", lzma.compress(separated().encode()), EVEN, ""),
     "zip of a Mac": ("x.zip", zipped("rows/x.csv", separated(), **{"__MACOSX/rows/._x.csv": "junk"}), EVEN, ""),
     "Feather": ("x.feather", arrow("feather"), EVEN, ""),
@@ -313,6 +316,9 @@ REFUSED = {
     "gzip cut short": ("x.csv.gz", gzip.compress(separated().encode())[:-12], {}, ["packed as gzip"]),
     "zstd cut short": ("x.csv.zst", zstd(separated())[:-4], {}, ["packed as zstd"]),
     "a zip of two": ("x.zip", zipped("a.md", "b"), {}, ["must hold one file of rows", "a.md"]),
+    "gzip with a wrong middle": ("x.csv.gz", gzip.compress(separated().encode())[:10] + b"\xff" * 60, {}, ["packed as gzip, and damaged"]),
+    "zip with a password": ("x.zip", zipped("x.csv", separated()).replace(b"\x00\x00\x00\x00", b"\x01\x00\x00\x00", 1).replace(b"PK\x01\x02\x14\x03\x14\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x01"), {}, ["cannot be unpacked here", "password"]),
+    "a lone carriage return": ("x.csv", separated(rows=[(f"{t}\rmore", la) for t, la in PAIRS]), {}, ["not valid CSV", "data.quotes=false"]),
     "a pointer of Git LFS": ("x.parquet", "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", {}, ["Git LFS pointer", "git lfs pull"]),
     "a web page": ("x.csv", "<!DOCTYPE html><html><body>Log in</body></html>", {}, ["is a web page, not rows"]),
     "a web page called jsonl": ("x.jsonl", "\n<html><head></head></html>", {}, ["is a web page, not rows"]),
@@ -441,6 +447,41 @@ def test_folders_and_patterns_stand_for_their_files(tmp_path):
     (folder / "test-00000-of-00001.csv").write_text(separated())
     rows = task.load_data({"train": str(folder), "test": str(folder), "validation": str(folder / "a.csv")})
     assert len(rows["train"]) == len(rows["test"]) == 20
+
+
+@pytest.mark.parametrize(
+    "ours, theirs",
+    [("train/a.csv", "test/a.csv"), ("my_train.csv", "my_test.csv"), ("train/pos/1.csv", "val/pos/1.csv")],
+)
+def test_rows_of_a_folder_that_are_for_scoring_are_not_trained_on(tmp_path, ours, theirs):
+    for name, rows in ((ours, PAIRS), (theirs, with_labels("good", "bad"))):
+        (tmp_path / "rows" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "rows" / name).write_text(separated(rows=rows))
+    task, split = get_task({"name": "text_classification"}), "test" if "test" in theirs else "validation"
+    rows = task.load_data({"train": str(tmp_path / "rows"), split: str(tmp_path / "rows")})
+    assert sum(len(part) for name, part in rows.items() if name != split) == 20 and len(rows[split]) == 16
+    assert not any("read from" in note for note in task.notes)
+
+
+def test_several_files_of_a_split_are_named(tmp_path):
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / name).write_text(separated())
+    task = get_task({"name": "text_classification"})
+    task.load_data({"train": str(tmp_path)})
+    assert "train: read from 2 files: a.csv, b.csv" in task.notes
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("x.jsonl", {"id": 1, "meta": [{"text": "another"}]}),
+        ("x.json", {"text": "the cat", "meta": [{"text": "another"}]}),
+        ("x.json", {"messages": [{"role": "user", "content": "Hi"}], "tools": [{"name": "add"}]}),
+    ],
+)
+def test_a_list_within_the_only_row_is_not_taken_for_the_rows(tmp_path, name, row):
+    (tmp_path / name).write_text(json.dumps(row))
+    assert read_file("data.train", tmp_path / name) == {key: [value] for key, value in row.items()}
 
 
 def test_saved_datasets_and_the_hubs_own_are_read_with_the_names_of_their_classes(tmp_path):
