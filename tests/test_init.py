@@ -92,6 +92,32 @@ KINDS = {
         "summarize",
         {"document": "document", "summary": "summary"},
     ),
+    "prompts and completions of messages": (
+        lambda i: {"prompt": turns()[:1], "completion": turns()[1:]},
+        "instruct",
+        {},
+    ),
+    "names in capitals and with blanks": (lambda i: {"Question ": words(), "Answer": words()}, "instruct", {}),
+    "a prompt and an answer by other pairs of names": (
+        lambda i: {"input": words(), "response": words()},
+        "instruct",
+        {},
+    ),
+    "problems, solutions and answers": (
+        lambda i: {"problem": words(), "solution": f"{words()} $\\boxed{{{i}}}$", "answer": i},
+        "math",
+        {},
+    ),
+    "questions, choices and their places": (
+        lambda i: {"question": words(), "choices": [words(1), words(1)], "answer": i % 2},
+        "instruct",
+        {},
+    ),
+    "summaries by other names": (
+        lambda i: {"Content": words(30), "Summary": words()},
+        "summarize",
+        {"document": "Content", "summary": "Summary"},
+    ),
     "plain text": (lambda i: {"text": words(30)}, "text", {"text": "text"}),
 }
 KINDS["Dolly"] = (KINDS["Dolly"][0], "instruct", {})  # a category beside an answer is no label
@@ -211,6 +237,11 @@ def test_a_recipe_that_is_there_stays(here, models):
         ([{"text": words(), "label": i % 2} for i in range(N)], ("task.txt=x",), "task.txt"),
         ([{"text": words(), "label": i % 2} for i in range(N)], ("train.lr=1",), "train.learning_rate"),
         ([{"messages": turns()} for _ in range(N)], ("model={encoder}",), "encoder"),
+        (
+            [{"body": words(9), "highlights": words()} for _ in range(N)],
+            (),
+            "'task.prompt=body' 'task.answer=highlights'",
+        ),
     ],
 )
 def test_what_is_not_understood_is_refused_with_the_columns_that_were_seen(rows, more, says, here, models):

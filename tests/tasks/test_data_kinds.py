@@ -260,6 +260,9 @@ GUESSED = {
 NOT_GUESSED = {
     "answers to prefer one of": ("x.jsonl", json.dumps({"prompt": "Hi", "chosen": "Yo", "rejected": "No"}) + "\n", "task.name=instruct task.prompt=prompt task.answer=chosen"),
     "conversations to prefer one of": ("x.jsonl", json.dumps({"chosen": CHAT, "rejected": CHAT}) + "\n", "task.name=instruct 'task.columns={messages: chosen}'"),
+    "answers that are not there": ("x.jsonl", "".join(json.dumps({"instruction": t, "output": ""}) + "\n" for t, _ in PAIRS), "'output' beside 'instruction' is called like what is to be learned"),
+    "texts to prefer one of": ("x.jsonl", json.dumps({"chosen": "Human: Hi", "rejected": "No"}) + "\n", "task.name=text task.text=chosen"),
+    "OpenAI's answers to prefer one of": ("x.jsonl", json.dumps({"input": {"messages": CHAT[:1]}, "preferred_output": CHAT[1:], "non_preferred_output": CHAT[1:]}) + "\n", "in one column messages"),
     "several labels a row": ("x.jsonl", lines([(t, [la]) for t, la in PAIRS]), "column 'label' holds lists, and one label a row is learned"),
     "labels that are objects": ("x.jsonl", lines([(t, {"name": la}) for t, la in PAIRS]), "column 'label' holds dicts"),
     "labels that are not there": ("x.jsonl", lines([(t, None) for t, _ in PAIRS]), "column 'label' has nothing in any row"),

@@ -69,6 +69,7 @@ class Math(Instruct):
     """Put before every problem, when training and when asking."""
 
     greater_is_better = True
+    read_beside = ("answer",)
     decoding_defaults: ClassVar[Mapping[str, Any]] = {
         "max_new_tokens": 256,
         "stop": ("\nQuestion:", "### Instruction:"),
@@ -90,7 +91,8 @@ class Math(Instruct):
 
     def conversations(self, split: str, table: Columns, source: str) -> Columns:
         messages = super().conversations(split, table, source)["messages"]
-        stated = table.get("answer", [])
+        names = (name for name in table if name.strip().lower() == "answer" and name != self._answers_in)
+        stated = table.get(next(names, ""), [])
         out: Columns = {"messages": [self._asked(turns) for turns in messages]}
         # A Self-Instruct row may become several; then there is no column of answers to go with them.
         given = [None if is_missing(value, self.missing) else str(value) for value in stated]
@@ -151,7 +153,7 @@ class Math(Instruct):
 def _gold(solution: str, stated: str | None) -> str | None:
     """The right answer that stands beside the solution, else the one that the solution ends in."""
     own = gold_of(solution) or bare_gold(solution)
-    if stated is None or stated.strip() == solution.strip():  # the solution's own column
+    if stated is None:
         return own
     return gold_of(stated) or (None if "\n" in stated.strip() else _answer_in(stated)) or own
 

@@ -104,6 +104,7 @@ class Summarize(Answering):
 
     def conversations(self, split: str, table: Columns, source: str) -> Columns:
         documents, summaries, instruction = self._columns(table, source)
+        self.say_unread(split, {n: v for n, v in table.items() if v is not documents and v is not summaries}, ())
         texts = [_joined(value, i, source) for i, value in enumerate(documents, 1)]
         references = [_references(value, i, source) for i, value in enumerate(summaries, 1)]
         if split != "train":
