@@ -185,7 +185,7 @@ class Reader:
         """
         self.read |= {prompt, answer, *abouts}
         self.answers_in = self._theirs.get(answer, answer)
-        answers = table.get(answer, [None] * len(wheres)) if not self.asking else [None] * len(wheres)
+        answers: Sequence[Any] = [None] * len(wheres) if self.asking else table[answer]
         prompts, answers = self._with_choices(table, table[prompt], answers, wheres)
         found = []
         for i, row in enumerate(zip(prompts, answers)):

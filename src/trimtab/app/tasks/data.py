@@ -360,6 +360,8 @@ def is_missing(value: Any, words: frozenset[str] | set[str] = frozenset(MISSING)
     """
     if isinstance(value, str):
         return not value.strip() or value.strip() in words
+    if isinstance(value, int) and not isinstance(value, bool):  # -1, where the recipe says so
+        return str(value) in words
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 

@@ -32,7 +32,7 @@ TEXT_PAIRS = (
     ("question1", "question2"), ("text1", "text2"), ("text_a", "text_b"), ("text", "text_pair"), ("query", "passage"),
     ("query", "document"), ("question", "passage"), ("question", "sentence"), ("question", "context"),
 )  # fmt: skip
-_LEARNED = (*ANSWERS, "answers", "summary", "highlights", "abstract", "tldr", "target", "translation")
+_LEARNED = (*ANSWERS, "answers", "summary", "highlights", "abstract", "tldr", "translation", "tags", "ner_tags")
 """What is learned from another text, where it stands beside one."""
 _DOCUMENTS = ("document", "article", "dialogue", "text", "content", "body", "passage", "transcript")
 _NAMES_OF_ROWS = re.compile(r"(.*[_ ])?(id|idx|index|guid|uid|uuid|key|row|date|time|timestamp|url)|unnamed.*|", re.I)
@@ -169,6 +169,7 @@ def _refuse_what_is_not_learned(table: Columns, columns: Mapping[str, _Column], 
         )
     for name in LABELS[:4]:
         values = columns[name].values if name in columns else []
+        values = [read if isinstance(read := loads(value), (list, dict)) else value for value in values]
         if any(isinstance(value, (list, dict)) for value in values):
             raise DataError(
                 f"{source}: column {name!r} holds {type(values[0]).__name__}s, and one label a row is learned; "
@@ -249,6 +250,15 @@ def _classified(
     if not texts:
         raise DataError(
             f"{source}: no column of text beside the label {label.name!r}; its columns are {seen} (task.text)"
+        )
+    named = {*TEXTS, *(name.lower() for pair in TEXT_PAIRS for name in pair)}
+    is_named = (
+        bool({"label", "text"} & given.keys()) or texts[0].strip().lower() in named or all(map(str.isdigit, names))
+    )
+    if not is_named and label.name.strip() in {str(value).strip() for value in label.values}:
+        raise DataError(
+            f"{source}: the first line of a file must name its columns; it reads {seen[:100]!r}, and {label.name!r} is "
+            f"among the labels below it, too; if it does name them: task.text={texts[0]} task.label={label.name}"
         )
     settings: dict[str, Any] = {"text": texts[0]}
     if len(texts) > 1:
