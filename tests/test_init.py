@@ -210,6 +210,14 @@ def test_prose_in_an_archive_is_prose(here, models):
     assert "3 of 30 training rows were split off" in trimtab("show", "book.yaml").stderr
 
 
+def test_texts_in_folders_may_be_classes(here, models):
+    for folder in ("pos", "neg"):
+        (here / "rows/train" / folder).mkdir(parents=True)
+        (here / "rows/train" / folder / "1.txt").write_text(words())
+    assert "folders (neg, pos)" in refused("rows", "--model", models["decoder"])
+    trimtab("init", "rows", "task.name=text", "--model", models["decoder"])
+
+
 def test_files_for_scoring_are_those_that_are_called_alike(here, models):
     for name in ("my_train", "my_test", "a_dev", "other_val"):
         write_jsonl(here / f"{name}.jsonl", [{"text": words(), "label": "ab"[i % 2]} for i in range(N)])

@@ -267,7 +267,7 @@ NOT_GUESSED = {
     "OpenAI's answers to prefer one of": ("x.jsonl", json.dumps({"input": {"messages": CHAT[:1]}, "preferred_output": CHAT[1:], "non_preferred_output": CHAT[1:]}) + "\n", "in one column messages"),
     "several labels a row": ("x.jsonl", lines([(t, [la]) for t, la in PAIRS]), "column 'label' holds lists, and one label a row is learned"),
     "several labels in a cell": ("x.csv", separated(rows=[(t, f"\"['{la}']\"") for t, la in PAIRS]), "column 'label' holds lists"),
-    "no header": ("x.csv", separated(header=("good film", "good")), "'good' is among the labels below it, too; if it does name them: task.text="),
+    "no header": ("x.csv", separated(header=("good film", "good")), "'good' is among the labels below it, too; if it does name them: 'task.text=good film' 'task.label=good'"),
     "tags of words": ("x.jsonl", "".join(json.dumps({"sentence": t, "tags": t.split()}) + "\n" for t, _ in PAIRS), "tags hold lists; say what is learned"),
     "labels that are objects": ("x.jsonl", lines([(t, {"name": la}) for t, la in PAIRS]), "column 'label' holds dicts"),
     "labels that are not there": ("x.jsonl", lines([(t, None) for t, _ in PAIRS]), "column 'label' has nothing in any row"),
@@ -329,7 +329,7 @@ REFUSED = {
     "a zip of two": ("x.zip", zipped("a.md", "b"), {}, ["must hold one file of rows", "a.md"]),
     "gzip with a wrong middle": ("x.csv.gz", gzip.compress(separated().encode())[:10] + b"\xff" * 60, {}, ["packed as gzip, and damaged"]),
     "zip with a password": ("x.zip", zipped("x.csv", separated()).replace(b"\x00\x00\x00\x00", b"\x01\x00\x00\x00", 1).replace(b"PK\x01\x02\x14\x03\x14\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x01"), {}, ["cannot be unpacked here", "password"]),
-    "a lone carriage return": ("x.csv", separated(rows=[(f"{t}\rmore", la) for t, la in PAIRS]), {}, ["not valid CSV", "data.quotes=false"]),
+    "a lone carriage return": ("x.csv", separated(rows=[(f"{t}\rmore", la) for t, la in PAIRS]), {}, ["not valid CSV: a carriage return stands alone", "data.quotes=false"]),
     "a pointer of Git LFS": ("x.parquet", "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", {}, ["Git LFS pointer", "git lfs pull"]),
     "a web page": ("x.csv", "<!DOCTYPE html><html><body>Log in</body></html>", {}, ["is a web page, not rows"]),
     "a web page called jsonl": ("x.jsonl", "\n<html><head></head></html>", {}, ["is a web page, not rows"]),
@@ -475,11 +475,12 @@ def test_rows_of_a_folder_that_are_for_scoring_are_not_trained_on(tmp_path, ours
 
 
 def test_several_files_of_a_split_are_named(tmp_path):
-    for name in ("a.csv", "b.csv"):
+    for name in ("a/1.csv", "b/2.csv"):
+        (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(separated())
     task = get_task({"name": "text_classification"})
     task.load_data({"train": str(tmp_path)})
-    assert "train: read from 2 files: a.csv, b.csv" in task.notes
+    assert "train: read from 2 files: a/1.csv, b/2.csv" in task.notes
 
 
 @pytest.mark.parametrize(

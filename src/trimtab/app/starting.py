@@ -133,6 +133,12 @@ def _understood(places: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[Ta
     except DataError:
         if given.get("name", "text") != "text":
             raise
+    folders = sorted({file.parent.name for file in files})
+    if len(folders) > 1 and "name" not in given:  # as IMDb's reviews are kept
+        raise DataError(
+            f"{source}: its texts lie in folders ({', '.join(folders[:6])}); if these are classes, write one file with "
+            "columns text and label; to learn the texts alone: task.name=text"
+        )
     lines = DataSpec.read(usual, SPLITS, "line").table("train")
     parts = DataSpec.read(usual, SPLITS, "paragraph").table("train")
     sample_by, table = ("paragraph", parts) if 1 < len(parts["text"]) < len(lines["text"]) else ("line", lines)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import io
+import os
 import re
 import zipfile
 from collections.abc import Sequence
@@ -140,9 +141,8 @@ def read_files(key: str, files: Sequence[Path], reading: Reading = AS_FOUND) -> 
     table = read_file(key, files[0], reading)
     n = _length(table)
     if len(files) > 1:
-        names = [
-            str(file.relative_to(files[0].parent)) if files[0].parent in file.parents else str(file) for file in files
-        ]
+        within = os.path.commonpath([file.absolute().parent for file in files])
+        names = [str(file.absolute().relative_to(within)) for file in files]
         table.notes.append(f"read from {len(files)} files: {', '.join(names[:6])}{', …' if len(names) > 6 else ''}")
     for file in files[1:]:
         more = read_file(key, file, reading)

@@ -32,7 +32,18 @@ TEXT_PAIRS = (
     ("question1", "question2"), ("text1", "text2"), ("text_a", "text_b"), ("text", "text_pair"), ("query", "passage"),
     ("query", "document"), ("question", "passage"), ("question", "sentence"), ("question", "context"),
 )  # fmt: skip
-_LEARNED = (*ANSWERS, "answers", "summary", "highlights", "abstract", "tldr", "translation", "tags", "ner_tags")
+_LEARNED = (
+    *ANSWERS,
+    "answers",
+    "canonical_solution",
+    "summary",
+    "highlights",
+    "abstract",
+    "tldr",
+    "translation",
+    "tags",
+    "ner_tags",
+)
 """What is learned from another text, where it stands beside one."""
 _DOCUMENTS = ("document", "article", "dialogue", "text", "content", "body", "passage", "transcript")
 _NAMES_OF_ROWS = re.compile(r"(.*[_ ])?(id|idx|index|guid|uid|uuid|key|row|date|time|timestamp|url)|unnamed.*|", re.I)
@@ -258,7 +269,7 @@ def _classified(
     if not is_named and label.name.strip() in {str(value).strip() for value in label.values}:
         raise DataError(
             f"{source}: the first line of a file must name its columns; it reads {seen[:100]!r}, and {label.name!r} is "
-            f"among the labels below it, too; if it does name them: task.text={texts[0]} task.label={label.name}"
+            f"among the labels below it, too; if it does name them: 'task.text={texts[0]}' 'task.label={label.name}'"
         )
     settings: dict[str, Any] = {"text": texts[0]}
     if len(texts) > 1:

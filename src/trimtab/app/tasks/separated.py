@@ -133,6 +133,7 @@ def _quoted(where: str, text: str, separator: str) -> Rows:
             with contextlib.suppress(csv.Error):
                 if _fits(read(escapechar="\\", doublequote=False)):
                     return found
+        told = "a carriage return stands alone" if "new-line character" in str(error) else error
         raise DataError(
-            f"{where}: after line {after}: not valid CSV: {error}; if quotes are part of the texts: data.quotes=false"
+            f"{where}: after line {after}: not valid CSV: {told}; if quotes are part of the texts: data.quotes=false"
         ) from error
