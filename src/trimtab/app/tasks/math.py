@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 # A minus sign counts as one only where it cannot mean "take away"; currency may stand on either side of it.
-_THOUSANDS = r"\d{1,3}(?:,\d{3})+(?![\d,]*\d)"  # 1,200 is one number; 1,5 and 1, 2 are none
+_THOUSANDS = r"\d{1,3}(?:,\d{3})+(?!,?\d)"  # 1,200 is one number; 1,5 and 1, 2 are none
 _NUMBER = rf"(?:(?<![\w)])-[$€£]?|[$€£]-?)?(?:{_THOUSANDS}|\d+)(?:\.\d+)?|(?<!\d)\.\d+"
 # "12 km" is 12; "2 million" and "3 and a half" are not the number that they begin with.
 _UNIT = r"\s+(?!(?:hundred|thousand|million|billion|trillion|dozen|and|or|to)\b)[A-Za-z][A-Za-z ,./-]*"
@@ -37,6 +37,7 @@ _BLANK = r"(?<!\d)\s+|\s+(?!\d)"  # 2 1/2 is not 21/2
 _CALCULATION = re.compile(r"<<[^<>]*>>")
 GSM8K = ("openai/gsm8k", "main")
 DATASETS: dict[str, tuple[str, str | None]] = {"metamathqa": ("meta-math/MetaMathQA", None), "gsm8k": GSM8K}
+_BOLD = re.compile(r"(?<![\w)])\*\*(?=\S)(.+?)\*\*(?!\w)")  # 2**3 is a power
 _BOXED = re.compile(r"\\f?boxed\s*")
 _GOLD_MARKS = tuple(
     re.compile(mark)
@@ -176,7 +177,7 @@ def gold_of(solution: str) -> str | None:
 
 def _unmarked(text: str) -> str:
     """Without what Markdown and LaTeX put around a number, and with one sign for minus."""
-    text = re.sub(r"\*\*(.+?)\*\*", r"\1", text).replace("\u2212", "-").replace("\\!", "")
+    text = _BOLD.sub(r"\1", text).replace("\u2212", "-").replace("\\!", "")
     return re.sub(r"\\([$%])", r"\1", text)
 
 
