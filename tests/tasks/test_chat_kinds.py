@@ -244,6 +244,9 @@ def test_what_cannot_be_a_conversation_is_refused_in_one_line(tmp_path, row, set
         ({"question": "Hi", "reasoning": "hm", "answer": "Yo"}, {}, "reasoning"),
         ({"question": "Hi", "context": {"a": 1}, "answer": "Yo"}, {}, "context"),
         ({"ask": "Hi", "say": "Yo", "context": "c"}, {"prompt": "ask", "answer": "say"}, "context"),
+        ({"ask": "Hi", "say": "Yo", "A": "a", "B": "b"}, {"prompt": "ask", "answer": "say"}, "A, B"),
+        ({"question": "Hi", "options": {"temperature": 1}, "answer": "Yo"}, {}, "options"),
+        ({"question": "Hi", "options": "a|b", "answer": "Yo"}, {}, "options"),
         ({"document": "Hi", "summary": "Yo", "topic": "t"}, {"name": "summarize"}, "topic"),
     ],
 )  # fmt: skip

@@ -40,7 +40,7 @@ PAIRS: dict[str, tuple[str, str, str | None]] = {
     "input": ("input", "output", None),
 }
 PROMPTS = ("instruction", "prompt", "question", "problem", "query", "input", "inputs")
-ANSWERS = ("output", "response", "completion", "answer", "solution", "targets")
+ANSWERS = ("output", "response", "completion", "solution", "answer", "targets")
 _KNOWN = {names[:2] for names in PAIRS.values()}
 PAIRS |= {f"{p} {a}": (p, a, None) for p in PROMPTS for a in ANSWERS if (p, a) not in _KNOWN}
 ABOUT = ("input", "context", "passage", "document", "article")
@@ -176,20 +176,23 @@ class Reader:
         return self.pairs(table, prompt, answer, wheres, [name for name in names if all(map(_is_texts, table[name]))])
 
     def pairs(
-        self, table: Columns, prompt: str, answer: str, wheres: Sequence[str], abouts: Sequence[str] = ()
+        self, table: Columns, prompt: str, answer: str, wheres: Sequence[str], abouts: Sequence[str] | None = None
     ) -> list[Conversation]:
         """One question and one answer a row. Either may be a list of messages (TRL's conversational form).
 
         Args:
-            abouts: columns of what the prompt is about; what stands in several is put one below the other.
+            abouts: columns of what the prompt is about; what stands in several is put one below the other. None: the
+                two columns are all that is read, without choices.
         """
-        self.read |= {prompt, answer, *abouts}
+        self.read |= {prompt, answer, *(abouts or ())}
         self.answers_in = self._theirs.get(answer, answer)
         answers: Sequence[Any] = [None] * len(wheres) if self.asking else table[answer]
-        prompts, answers = self._with_choices(table, table[prompt], answers, wheres)
+        prompts: Sequence[Any] = table[prompt]
+        if abouts is not None:
+            prompts, answers = self._with_choices(table, prompts, answers, wheres)
         found = []
         for i, row in enumerate(zip(prompts, answers)):
-            there = [value for name in abouts if not is_missing(value := table[name][i], self.missing)]
+            there = [value for name in abouts or () if not is_missing(value := table[name][i], self.missing)]
             told = [_text(t, "input", wheres[i]) for v in there for t in (v if isinstance(v, list) else [v])]
             found.append(self._turn(*row, "\n\n".join(told) if told else None, wheres[i]))
         return self.beside(table, found, wheres)
@@ -198,17 +201,17 @@ class Reader:
         self, table: Columns, prompts: Sequence[Any], answers: Sequence[Any], wheres: Sequence[str]
     ) -> tuple[Sequence[Any], Sequence[Any]]:
         """Prompts with the choices that stand in a column, or in columns A, B, …; answers by their letters."""
-        names = [name for name in CHOICES if name in table][:1]
         letters = [letter for letter in _LETTERS if letter in table]
-        if names:
-            each = [_choices(value, where) for value, where in zip(table[names[0]], wheres)]
-        elif letters[:2] == ["A", "B"]:
-            names, columns = letters, [table[letter] for letter in letters]
-            each = [
-                {a: str(v) for a, v in zip(letters, row) if not is_missing(v, self.missing)} for row in zip(*columns)
-            ]
+        for name in CHOICES:
+            found = [_choices(value, self.missing) for value in table.get(name, ())]
+            if found and None not in found:
+                names, each = [name], [choices or {} for choices in found]
+                break
         else:
-            return prompts, answers
+            if letters[:2] != ["A", "B"]:
+                return prompts, answers
+            names, rows = letters, zip(*(table[letter] for letter in letters))
+            each = [{a: str(v) for a, v in zip(letters, row) if not is_missing(v, self.missing)} for row in rows]
         self.read |= set(names)
         asked = [
             f"{prompt}\n\n" + "\n".join(f"{letter}. {text}" for letter, text in choices.items())
@@ -409,18 +412,21 @@ def _is_texts(value: Any) -> bool:
     return not isinstance(value, dict) and all(isinstance(t, str) for t in (value if isinstance(value, list) else ()))
 
 
-def _choices(value: Any, where: str) -> dict[str, str]:
-    """Letter -> text, of a list of texts, or of an object of letters or of lists ``label`` and ``text`` (ARC)."""
-    value = _from_json(value, "choices", where)
-    if value is None:
+def _choices(value: Any, missing: frozenset[str]) -> dict[str, str] | None:
+    """Letter -> text, of a list of texts, or of an object of letters or of lists ``label`` and ``text`` (ARC).
+
+    None for what is no such thing; nothing in it for a cell without.
+    """
+    if is_missing(value, missing):
         return {}
-    if isinstance(value, dict) and isinstance(value.get("text"), list):
-        value = dict(zip(map(str, value.get("label") or _LETTERS), value["text"]))
-    if isinstance(value, list) and len(value) <= len(_LETTERS):
-        value = dict(zip(_LETTERS, value))
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: its choices are no list of at most {len(_LETTERS)} texts")
-    return {str(letter): _text(text, "choice", where) for letter, text in value.items()}
+    read = loads(value) if isinstance(value, str) else value
+    if isinstance(read, dict) and isinstance(read.get("text"), list):
+        read = dict(zip(map(str, read.get("label") or _LETTERS), read["text"]))
+    if isinstance(read, list) and len(read) <= len(_LETTERS):
+        read = dict(zip(_LETTERS, read))
+    if not isinstance(read, dict) or not all(isinstance(text, (str, int, float)) for text in read.values()):
+        return None
+    return {str(letter): str(text) for letter, text in read.items()} if all(len(str(k)) == 1 for k in read) else None
 
 
 def _first(turn: Mapping[str, Any], keys: Iterable[str | None]) -> Any:

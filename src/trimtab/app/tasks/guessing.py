@@ -33,17 +33,9 @@ TEXT_PAIRS = (
     ("query", "document"), ("question", "passage"), ("question", "sentence"), ("question", "context"),
 )  # fmt: skip
 _LEARNED = (
-    *ANSWERS,
-    "answers",
-    "canonical_solution",
-    "summary",
-    "highlights",
-    "abstract",
-    "tldr",
-    "translation",
-    "tags",
+    *ANSWERS, "answers", "canonical_solution", "summary", "highlights", "abstract", "tldr", "translation", "tags",
     "ner_tags",
-)
+)  # fmt: skip
 """What is learned from another text, where it stands beside one."""
 _DOCUMENTS = ("document", "article", "dialogue", "text", "content", "body", "passage", "transcript")
 _NAMES_OF_ROWS = re.compile(r"(.*[_ ])?(id|idx|index|guid|uid|uuid|key|row|date|time|timestamp|url)|unnamed.*|", re.I)

@@ -184,8 +184,8 @@ def _unmarked(text: str) -> str:
 def _answer_in(text: str) -> str | None:
     """The answer that a text begins with, up to the end of its line or sentence."""
     text = _unmarked(text).strip().split("\n")[0].strip()
-    if begins := _BOXED.search(text):
-        return _answer_in(_in_braces(text[begins.end() :]))
+    if boxes := list(_BOXED.finditer(text)):
+        text = _in_braces(text[boxes[-1].end() :]).strip()
     letter = _LETTER.fullmatch(text.removesuffix("."))
     text = re.split(r"(?<!\b[A-Z])[.!?](?=\s+[A-Z(])", text)[0].removesuffix(".")  # the sentence's own full stop
     if letter := letter or _LETTER.fullmatch(text):
