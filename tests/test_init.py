@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,32 @@ KINDS = {
         "summarize",
         {"document": "document", "summary": "summary"},
     ),
+    "prompts and completions of messages": (
+        lambda i: {"prompt": turns()[:1], "completion": turns()[1:]},
+        "instruct",
+        {},
+    ),
+    "names in capitals and with blanks": (lambda i: {"Question ": words(), "Answer": words()}, "instruct", {}),
+    "a prompt and an answer by other pairs of names": (
+        lambda i: {"input": words(), "response": words()},
+        "instruct",
+        {},
+    ),
+    "problems, solutions and answers": (
+        lambda i: {"problem": words(), "solution": f"{words()} $\\boxed{{{i}}}$", "answer": i},
+        "math",
+        {},
+    ),
+    "questions, choices and their places": (
+        lambda i: {"question": words(), "choices": [words(1), words(1)], "answer": i % 2},
+        "instruct",
+        {},
+    ),
+    "summaries by other names": (
+        lambda i: {"Content": words(30), "Summary": words()},
+        "summarize",
+        {"document": "Content", "summary": "Summary"},
+    ),
     "plain text": (lambda i: {"text": words(30)}, "text", {"text": "text"}),
 }
 KINDS["Dolly"] = (KINDS["Dolly"][0], "instruct", {})  # a category beside an answer is no label
@@ -174,6 +201,31 @@ def test_prose_is_learned_in_paragraphs(here, models):
     assert recipes.load("book.yaml").require_task().options["sample_by"] == "paragraph"
 
 
+def test_prose_in_an_archive_is_prose(here, models):
+    with zipfile.ZipFile("book.zip", "w") as archive:
+        archive.writestr("book.txt", "\n".join(f"{words(5)}, {words(4)}." for _ in range(30)))
+    trimtab("init", "book.zip", "--model", models["decoder"])
+    found = recipes.load("book.yaml").require_task()
+    assert (found.name, found.options["sample_by"]) == ("text", "line")
+    assert "3 of 30 training rows were split off" in trimtab("show", "book.yaml").stderr
+
+
+def test_texts_in_folders_may_be_classes(here, models):
+    for folder in ("pos", "neg"):
+        (here / "rows/train" / folder).mkdir(parents=True)
+        (here / "rows/train" / folder / "1.txt").write_text(words())
+    assert "folders (neg, pos)" in refused("rows", "--model", models["decoder"])
+    trimtab("init", "rows", "task.name=text", "--model", models["decoder"])
+
+
+def test_files_for_scoring_are_those_that_are_called_alike(here, models):
+    for name in ("my_train", "my_test", "a_dev", "other_val"):
+        write_jsonl(here / f"{name}.jsonl", [{"text": words(), "label": "ab"[i % 2]} for i in range(N)])
+    trimtab("init", "my_train.jsonl", "--model", models["encoder"])
+    data = yaml.safe_load(Path("my_train.yaml").read_text())["data"]
+    assert (data["train"], data["test"], "validation" in data) == ("my_train.jsonl", "my_test.jsonl", False)
+
+
 def test_a_recipe_that_is_there_stays(here, models):
     write_jsonl(here / "rows.jsonl", [{"text": words(), "label": i % 2} for i in range(N)])
     Path("rows.yaml").write_text("mine")
@@ -193,6 +245,11 @@ def test_a_recipe_that_is_there_stays(here, models):
         ([{"text": words(), "label": i % 2} for i in range(N)], ("task.txt=x",), "task.txt"),
         ([{"text": words(), "label": i % 2} for i in range(N)], ("train.lr=1",), "train.learning_rate"),
         ([{"messages": turns()} for _ in range(N)], ("model={encoder}",), "encoder"),
+        (
+            [{"body": words(9), "highlights": words()} for _ in range(N)],
+            (),
+            "'task.prompt=body' 'task.answer=highlights'",
+        ),
     ],
 )
 def test_what_is_not_understood_is_refused_with_the_columns_that_were_seen(rows, more, says, here, models):

@@ -84,6 +84,22 @@ ROWS = {
     "an input alone": ({"instruction": "", "input": "Hi", "output": "Yo"}, {}, HI + "«Yo<|end|>»"),
     "messages as text, as in CSV": ({"messages": json.dumps([user("Hi"), says("Yo")])}, {}, HI + "«Yo<|end|>»"),
     "Dolly": ({"instruction": "Hi", "context": "there", "response": "Yo"}, {}, "[user]Hi\n\nthere<|end|>\n[assistant]«Yo<|end|>»"),
+    "a question with its passage": ({"question": "Hi", "passage": "there", "answer": "Yo"}, {}, "[user]Hi\n\nthere<|end|>\n[assistant]«Yo<|end|>»"),
+    "two texts that a prompt is about": (
+        {"prompt": "Hi", "input": "there", "context": ["you", "two"], "completion": "Yo"}, {},
+        "[user]Hi\n\nthere\n\nyou\n\ntwo<|end|>\n[assistant]«Yo<|end|>»",
+    ),
+    "choices, the answer by its place": (
+        {"question": "Hi?", "choices": ["red", "blue"], "answer": 1}, {}, "[user]Hi?\n\nA. red\nB. blue<|end|>\n[assistant]«B<|end|>»",
+    ),
+    "choices in columns": (
+        {"question": "Hi?", "A": "red", "B": "blue", "answer": "A"}, {}, "[user]Hi?\n\nA. red\nB. blue<|end|>\n[assistant]«A<|end|>»",
+    ),
+    "ARC's choices": (
+        {"question": "Hi?", "choices": {"text": ["red", "blue"], "label": ["1", "2"]}, "answer": "2"}, {},
+        "[user]Hi?\n\n1. red\n2. blue<|end|>\n[assistant]«2<|end|>»",
+    ),
+    "names in capitals and with blanks": ({"Prompt ": "Hi", "RESPONSE": "Yo"}, {}, HI + "«Yo<|end|>»"),
     "OpenOrca": ({"system_prompt": "S", "question": "Hi", "response": "Yo"}, {}, "[system]S<|end|>\n" + HI + "«Yo<|end|>»"),
     "numbers": ({"question": "Hi", "answer": 3}, {}, HI + "«3<|end|>»"),
     "an answer that is JSON": ({"question": "Hi", "answer": '{"a": 1}'}, {}, HI + '«{"a": 1}<|end|>»'),
@@ -190,6 +206,17 @@ def test_what_is_left_out_of_pairs_is_said(tmp_path, odd, note):
     ("row", "settings", "words"),
     [
         ({"messages": [{"role": "robot", "content": "x"}]}, {}, ["role 'robot'", "task.roles", "{robot: user}"]),
+        (
+            {"messages": [{"speaker": "a", "text": "x"}]},
+            {},
+            ["without role", "speaker, text", "task.columns={role: speaker"],
+        ),
+        (
+            {"messages": [{"role": "user", "text": "x"}]},
+            {},
+            ["without content", "role, text", "task.columns={content: text}"],
+        ),
+        ({"question": "a", "choices": ["b"], "answer": 1}, {}, ["its answer 1 is none of its 1 choices"]),
         ({"messages": ["Hi"]}, {}, ["row 1 has a str where a message"]),
         ({"messages": "[{"}, {}, ["row 1: its list of messages is not valid JSON"]),
         ({"messages": [user("Hi"), says("x", weight=0.5)]}, {}, ["weight 0.5"]),
@@ -208,6 +235,32 @@ def test_what_cannot_be_a_conversation_is_refused_in_one_line(tmp_path, row, set
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "unread"),
+    [
+        ({"messages": [user("Hi"), says("Yo", reasoning_content="hm")], "context": "c", "id": None}, {}, "context, reasoning_content of messages"),
+        ({"question": "Hi", "reasoning": "hm", "answer": "Yo"}, {}, "reasoning"),
+        ({"question": "Hi", "context": {"a": 1}, "answer": "Yo"}, {}, "context"),
+        ({"ask": "Hi", "say": "Yo", "context": "c"}, {"prompt": "ask", "answer": "say"}, "context"),
+        ({"ask": "Hi", "say": "Yo", "A": "a", "B": "b"}, {"prompt": "ask", "answer": "say"}, "A, B"),
+        ({"question": "Hi", "options": {"temperature": 1}, "answer": "Yo"}, {}, "options"),
+        ({"question": "Hi", "options": "a|b", "answer": "Yo"}, {}, "options"),
+        ({"document": "Hi", "summary": "Yo", "topic": "t"}, {"name": "summarize"}, "topic"),
+    ],
+)  # fmt: skip
+def test_what_is_not_read_is_said(tmp_path, row, settings, unread):
+    task, _ = load(tmp_path, [row] * 2, settings)
+    assert f"train: not read: {unread}" in task.notes
+
+
+def test_the_place_of_a_choice_is_no_right_number(tmp_path):
+    row = {"question": "Hi?", "choices": ["red", "blue"], "answer": 1}
+    task, rows = load(tmp_path, [row] * 2, {"name": "math"})
+    assert rows["train"]["gold"][:] == ["B", "B"]
+    assert not any("not read" in note for note in task.notes)
+    assert any("learned by their letters" in note for note in task.notes)
 
 
 def test_a_file_of_questions_with_a_column_of_another_name_is_told_how_to_say_so(tmp_path):

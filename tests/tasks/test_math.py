@@ -49,7 +49,11 @@ def test_the_two_readings_of_a_number(text, strict, flexible):
         (".5", "0.5"),
         ("18.", 18),
         ("5%", 5),
-        ("1,8", 18),
+        ("1,8", None),
+        ("1, 2", None),
+        ("1, 200", None),
+        ("2 1/2", None),
+        ("\u22123", -3),
         ("C", None),
         ("", None),
         ("1/2", None),
@@ -77,6 +81,38 @@ def test_other_right_answers_than_numbers():
     assert gold_of("No number is stated") is None
 
 
+@pytest.mark.parametrize(
+    ("solution", "gold", "answer"),
+    [
+        ("The roots.\n#### 1, 2", "1, 2", "#### 1, 2"),
+        ("So.\n#### 1,5", "1,5", "#### 1,5"),
+        ("The answer is 42. Hope this helps!", "42", "It is 42"),
+        ("The answer is **42**.", "42", "It is 42"),
+        ("**Final answer:** 42", "42", "It is 42"),
+        ("12 * 3\nFinal Answer: 36", "36", "It is 36"),
+        ("So we get $\\boxed{12}$.", "12", "It is 12"),
+        ("So we get $\\boxed{\\frac{1}{2}}$.", "\\frac{1}{2}", "First\n\\boxed{\\frac{1}{2}}"),
+        ("The final answer is $12$. I hope it is correct.", "$12", "It is 12"),
+        ("#### \\$1,200", "$1,200", "1200"),
+        ("#### 12 km/h", "12", "12 km/h"),
+        ("#### 2 million", "2 million", "#### 2 million"),
+        ("#### \u22123", "-3", "-3"),
+        ("#### 3\u20ac", "3", "\u20ac3"),
+        ("The answer is (B) 12 km", "B", "B"),
+    ],
+)
+def test_a_stated_answer_ends_with_its_sentence_and_is_read_without_marks_around_it(solution, gold, answer):
+    assert gold_of(solution) == gold
+    assert is_same(flexible_answer(answer, gold), gold)
+    assert is_same(flexible_answer(solution, gold), gold)
+
+
+def test_numbers_that_only_look_alike_without_commas_or_blanks_differ():
+    assert not is_same("15", "1,5") and not is_same("21/2", "2 1/2") and not is_same("12", "1, 2")
+    assert strict_answer("#### **42**", ["####"], "42") == "42"
+    assert strict_answer("so $\\boxed{42}$", ["so"], "42") == "42"
+
+
 def test_fractions_written_out_agree_to_a_millionth_and_whole_numbers_exactly():
     assert is_same("1.3333333", "1.3333333333333333")
     assert not is_same("1.33", "1.3333333333333333")
@@ -87,6 +123,8 @@ def test_fractions_written_out_agree_to_a_millionth_and_whole_numbers_exactly():
 def test_a_number_that_a_model_repeated_without_end_is_wrong_and_no_accident(digits):
     assert not is_same("1" * digits, "18") and not is_same("1" * digits + ".5", "18.5")
     assert is_same("1" * digits, "1" * digits)
+    assert flexible_answer("\\boxed{" * digits, "x") is None and gold_of("\\boxed " * digits) is None
+    assert flexible_answer("111," * digits + "1", "18") == "1"  # soon
 
 
 def score(tmp_path, reply, rows=GSM, settings=None, **more):
@@ -148,6 +186,20 @@ def test_right_answers_come_from_their_column_or_from_the_solution(tmp_path):
     assert golds([{"instruction": "?", "input": "", "output": "Four. The answer is 5.", "answer": "4.0"}]) == ["4.0"]
     assert golds([{"query": "?", "response": "So 4.\n#### 4\nThe answer is: 4", "type": "GSM"}]) == ["4"]
     assert golds([{"instruction": "?", "output": "I do not know."}]) == [None]
+    for stated, gold in (
+        ("12 km", "12"), ("(B)", "B"), ("B) 12 km", "B"), ("12*1=12\n#### 12", "12"), ("Paris", "Paris"),
+    ):  # fmt: skip
+        assert golds([{"instruction": "?", "output": "He runs.", "answer": stated}]) == [gold]
+
+
+def test_rows_that_state_no_answer_are_counted_in_every_split_that_is_scored(tmp_path):
+    task = get_task({"name": "math"})
+    rows = [{"question": "?", "answer": text} for text in ("#### 1", "Who knows.", "Nobody does.")]
+    file = write_jsonl(tmp_path / "t.jsonl", rows)
+    task.load_data({"train": file, "test": file})
+    assert "test: 2 of 3 rows state no final answer and are not scored" in task.notes
+    task.load_data({"train": file, "test": write_jsonl(tmp_path / "u.jsonl", rows[1:])})
+    assert any("test: no row states a final answer: exact match is not scored; it is known by" in n for n in task.notes)
 
 
 def test_rows_without_a_right_answer_are_not_scored(tmp_path):

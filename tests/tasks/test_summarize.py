@@ -7,6 +7,7 @@ import pytest
 from tasks.stand_ins import Reciter, byte_model, byte_tokenizer, data_pack, decoder_tokenizer, write_jsonl
 from trimtab.app.models import ModelSpec, load_config
 from trimtab.app.tasks import get_task
+from trimtab.app.tasks.data import DataSpec
 from trimtab.app.tasks.summarize import by_sentences, first_tokens, rouge
 from trimtab.errors import ConfigError, DataError
 
@@ -84,6 +85,24 @@ def test_published_forms_are_known_by_their_columns(tmp_path, row, document, ref
     assert loaded["messages"][0]["input"] == document
     assert loaded["messages"][1]["content"] == references[0]
     assert loaded["references"] == references
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_words_that_stand_for_nothing_are_no_summary_and_a_list_in_a_cell_is_several(tmp_path, split):
+    rows = [
+        {"document": "D", "summary": "N/A"},
+        {"document": "nan", "summary": "S"},
+        {"document": "E", "summary": "['S', 'T']"},
+    ]
+    task = get_task({"name": "summarize"})
+    raw = task.load_data(
+        {split: write_jsonl(tmp_path / "t.jsonl", rows), "validation": write_jsonl(tmp_path / "v.jsonl", rows)}
+    )
+    assert raw[split]["references"][:] == [["S", "T"]]
+    for lack in ("document", "summary"):
+        assert f"{split}: 1 of 3 rows have no {lack} and were left out" in task.notes
+    spec = DataSpec.read({"test": str(tmp_path / "t.jsonl")}, ("test",))
+    assert task.ask(spec)[0::2] == (3, [0, 2])  # each answer stands beside its row
 
 
 def test_rows_about_one_document_are_one_row_with_several_references(tmp_path):
@@ -196,9 +215,9 @@ def test_settings_that_cannot_be_are_refused(settings, words):
     ("row", "words"),
     [
         ({"a": "D", "b": "S"}, "its columns a, b are in none of the forms known"),
-        ({"document": " ", "summary": "S"}, "row 1 has no document"),
+        ({"document": " ", "summary": "S"}, "no row has a document"),
         ({"document": "D", "summary": [3]}, "row 1 has a summary that is no text"),
-        ({"document": "D", "summary": None}, "no row has an answer"),
+        ({"document": "D", "summary": None}, "no row has a summary"),
     ],
 )
 def test_wrong_rows_are_reported(tmp_path, row, words):

@@ -132,6 +132,31 @@ def test_no_data_is_refused():
         get_task({"name": "text_classification"}).load_data()
 
 
+def test_numbers_that_are_all_one_are_refused(tmp_path):
+    file = write_jsonl(tmp_path / "t.jsonl", [{"text": f"t {i}", "label": 3.5} for i in range(8)])
+    with pytest.raises(DataError, match=r"every row has label 3\.5; a number that is always one is not learned"):
+        get_task({"name": "text_classification", "regression": True}).load_data({"train": file})
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"text": "label"}, r"task\.label='label': another column than task\.text's"),
+        ({"text_pair": "text"}, r"task\.text_pair='text': another column than task\.text's"),
+        ({"text_pair": "label"}, r"task\.label='label': another column than task\.text_pair's"),
+    ],
+)
+def test_a_column_cannot_be_two_things(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        get_task({"name": "text_classification", **settings})
+
+
+def test_yes_and_no_that_yaml_read_as_truth_are_told_to_be_quoted(tmp_path):
+    file = write_jsonl(tmp_path / "t.jsonl", [{"text": f"t {i}", "label": ("no", "yes")[i % 2]} for i in range(8)])
+    with pytest.raises(DataError, match=r"quote them in task\.labels: \['yes', 'no'\]"):
+        get_task({"name": "text_classification", "labels": [True, False]}).load_data({"train": file})
+
+
 def test_too_few_rows_to_split_off_a_validation_split(tmp_path):
     task = get_task({"name": "text_classification", "labels": ["a", "b"]})
     with pytest.raises(DataError, match=r"holds one row"):

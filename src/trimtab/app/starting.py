@@ -20,7 +20,7 @@ from . import recipe as recipes
 from .lookup import parse_yaml
 from .tasks.columns import Table
 from .tasks.data import DataSpec
-from .tasks.files import existing_files, split_of
+from .tasks.files import SPLIT, existing_files, is_data, is_lines, split_of
 from .tasks.guessing import Guess, guess
 
 SPLITS = ("train", "validation", "test")
@@ -104,15 +104,17 @@ def start(data: Path, out: Path | None = None, model: str | None = None, overrid
 def _beside(data: Path, files: Sequence[Path]) -> dict[str, str]:
     """Files for validation and test that stand beside ``train.csv``, or in the same folder."""
     if data.is_dir():
-        named = {split_of(p.name) for p in data.rglob("*") if p.is_file()}
+        named = {split_of(p.relative_to(data)) for p in data.rglob("*") if p.is_file() and is_data(p)}
         return {split: str(data) for split in SPLITS[1:] if split in named}
     if len(files) != 1 or split_of(files[0].name) != "train":
         return {}
-    suffixes = files[0].suffixes
+    ours = files[0]
     found: dict[str, str] = {}
-    for other in sorted(files[0].parent.iterdir()):
+    for other in sorted(ours.parent.iterdir(), key=lambda p: (SPLIT.sub("", p.name) != SPLIT.sub("", ours.name), p)):
         split = split_of(other.name)
-        if split in SPLITS[1:] and split not in found and other.suffixes == suffixes:
+        is_alike = SPLIT.sub("", ours.name) == SPLIT.sub("", other.name)  # my_train.csv, my_test.csv
+        is_alike |= bool(SPLIT.match(ours.name) and SPLIT.match(other.name))  # train.csv, test_2024.csv
+        if split in SPLITS[1:] and split not in found and other.suffixes == ours.suffixes and is_alike:
             found[split] = str(data.parent / other.name)
     return found
 
@@ -121,7 +123,7 @@ def _understood(places: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[Ta
     source = f"data.train={places['train']!r}"
     usual = {key: value for key, value in places.items() if key not in SPLITS[1:]}
     files = existing_files("data.train", places["train"], "train")
-    if not all(file.suffix.lower() == ".txt" for file in files):
+    if not all(map(is_lines, files)):
         table = DataSpec.read(usual, SPLITS).table("train")
         return table, guess(table, source, given)
     try:  # `.txt` may be separated text, or text
@@ -131,6 +133,12 @@ def _understood(places: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[Ta
     except DataError:
         if given.get("name", "text") != "text":
             raise
+    folders = sorted({file.parent.name for file in files})
+    if len(folders) > 1 and "name" not in given:  # as IMDb's reviews are kept
+        raise DataError(
+            f"{source}: its texts lie in folders ({', '.join(folders[:6])}); if these are classes, write one file with "
+            "columns text and label; to learn the texts alone: task.name=text"
+        )
     lines = DataSpec.read(usual, SPLITS, "line").table("train")
     parts = DataSpec.read(usual, SPLITS, "paragraph").table("train")
     sample_by, table = ("paragraph", parts) if 1 < len(parts["text"]) < len(lines["text"]) else ("line", lines)

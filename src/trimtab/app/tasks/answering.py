@@ -25,7 +25,7 @@ from ...errors import ConfigError, DataError, did_you_mean
 from .answer_loss import answer_scores, answer_sums, kept_sums
 from .chats import NO_ANSWER, Message
 from .columns import Table
-from .data import MISSING, Columns, DataSpec, column, duplicates
+from .data import MISSING, Columns, DataSpec, column, duplicates, is_missing
 from .encoding import TEMPLATES, Encoding, Padder
 from .files import from_dataset
 from .generation import Decoding, MakeBar, Question, generate
@@ -137,6 +137,18 @@ class Answering(Encoding):
     def score(self, rows: Dataset, answers: list[list[str]]) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Scores by name, and for each row what it was given."""
         return {}, []
+
+    def say_unread(self, split: str, table: Columns, read: Iterable[str], others: Iterable[str] = ()) -> None:
+        """Notes the columns that hold something and are left alone."""
+        left = [
+            name for name, values in table.items()
+            if name not in {*read, *self.read_beside} and not all(is_missing(value, self.missing) for value in values)
+        ]  # fmt: skip
+        if split == "train" and (names := [*left, *others]):
+            self.notes.append(f"{split}: not read: {', '.join(names[:12])}{', …' if len(names) > 12 else ''}")
+
+    read_beside: ClassVar[tuple[str, ...]] = ()
+    """Columns that are read for scoring."""
 
     # The task's interface.
 

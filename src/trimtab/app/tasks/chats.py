@@ -36,8 +36,17 @@ PAIRS: dict[str, tuple[str, str, str | None]] = {
     "question": ("question", "answer", None),  # GSM8K
     "orca": ("question", "response", None),
     "targets": ("inputs", "targets", None),
+    "problem": ("problem", "solution", None),  # MATH
     "input": ("input", "output", None),
 }
+PROMPTS = ("instruction", "prompt", "question", "problem", "query", "input", "inputs")
+ANSWERS = ("output", "response", "completion", "solution", "answer", "targets")
+_KNOWN = {names[:2] for names in PAIRS.values()}
+PAIRS |= {f"{p} {a}": (p, a, None) for p in PROMPTS for a in ANSWERS if (p, a) not in _KNOWN}
+ABOUT = ("input", "context", "passage", "document", "article")
+"""Columns that hold what a prompt is about, beside any pair."""
+CHOICES = ("choices", "options")
+_LETTERS = "ABCDEFGHIJ"
 FORMS: dict[str, tuple[str, ...]] = {
     **{name: (name,) for name in CHATS},
     "instances": ("instruction", "instances"),  # Self-Instruct: several inputs to one instruction
@@ -54,6 +63,10 @@ ROLES = {
     **dict.fromkeys(("tool", "observation", "function", "function_response", "tool_response", "ipython"), "tool"),
 }
 """What a role is called, in small letters -> the role."""
+
+_OF_MESSAGES = (
+    "role", "from", "tool_calls", "function_call", "name", "tool_call_id", "weight", "train", "loss",
+)  # fmt: skip
 
 NO_TEXT, NO_ANSWER, NO_PROMPT, NOT_LEARNED = (
     "no text",
@@ -76,8 +89,15 @@ class Reader:
     """Rows need no answer: a message stands in for the one to be written."""
     met: Counter[str] = field(default_factory=Counter)
     """What is worth saying -> in how many rows."""
+    read: set[str] = field(default_factory=set)
+    """Our names of the columns that were read."""
+    unread: dict[str, None] = field(default_factory=dict)
+    """Keys of messages that hold something and were not read, as they come."""
+    answers_in: str | None = None
+    """Column of the answers, as the file calls it."""
 
     def __post_init__(self) -> None:
+        self._theirs: dict[str, str] = {}
         self._known = {**ROLES, **{name.lower(): role for name, role in self.roles.items()}}
 
     def form(self, table: Columns, source: str) -> str:
@@ -94,7 +114,6 @@ class Reader:
                             f"{source}: {lacking} has no column {name!r}, which others have; give files of one form"
                         )
                 return form
-        forms = "; ".join(" and ".join(names) for names in FORMS.values())
         if self.asking:
             known = ", ".join(dict.fromkeys(names[0] for names in FORMS.values()))
             raise DataError(
@@ -102,7 +121,8 @@ class Reader:
                 f"say which it is: 'task.columns={{instruction: {next(iter(table))}}}'"
             )
         raise DataError(
-            f"{source}: its columns {', '.join(table)} are in none of the forms known ({forms}); "
+            f"{source}: its columns {', '.join(table)} are in none of the forms known ({', '.join(CHATS)}; "
+            f"a prompt ({', '.join(PROMPTS)}) and an answer ({', '.join(ANSWERS)}); instruction and instances); "
             "name two of them in task.prompt and task.answer, or say in task.columns what ours are called"
             + ("; task text learns a column of text whole" if "text" in table else "")
         )
@@ -111,9 +131,16 @@ class Reader:
     def _is_whole(table: Columns) -> bool:
         return any(all(name in table for name in needed) for needed in FORMS.values())
 
-    def renamed(self, table: Columns, source: str) -> Columns:
-        """The table with our names of its columns."""
+    def renamed(self, table: Columns, source: str, known: Sequence[str] = ()) -> Columns:
+        """The table with our names of its columns.
+
+        Args:
+            known: names of ours that are known in capitals and with blanks around them, too.
+        """
         ours = {theirs: name for name, theirs in self.columns.items() if name not in ("role", "content")}
+        folded = in_small(name for name in table if name not in ours)
+        ours |= {folded[n]: n for n in known if n in folded and n not in table and n not in ours.values()}
+        self._theirs = {name: theirs for theirs, name in ours.items()}
         for theirs, name in ours.items():
             if theirs not in table:
                 has = f"It has {', '.join(table)}"
@@ -128,8 +155,10 @@ class Reader:
         form = form or self.form(table, source)
         wheres = [f"{source}: row {i}" for i in range(1, len(table[FORMS[form][0]]) + 1)]
         if form in CHATS:
+            self.read.add(form)
             return self.beside(table, [self._chat(turns, w) for turns, w in zip(table[form], wheres)], wheres)
         if form == "instances" and not self.asking:
+            self.read |= {"instruction", "instances"}
             return [
                 conversation
                 for prompt, instances, where in zip(table["instruction"], table["instances"], wheres)
@@ -141,23 +170,69 @@ class Reader:
                 "is not done here; keep the rows where it is true"
             )
         prompt, answer, about = PAIRS.get(form, PAIRS["alpaca"])
-        answers = table.get(answer, [None] * len(wheres))
-        return self.pairs(table, table[prompt], answers, table.get(about or "", [None] * len(wheres)), wheres)
+        names = [
+            name for name in dict.fromkeys((about or "", *ABOUT)) if name in table and name not in (prompt, answer)
+        ]
+        return self.pairs(table, prompt, answer, wheres, [name for name in names if all(map(_is_texts, table[name]))])
 
     def pairs(
-        self,
-        table: Columns,
-        prompts: Sequence[Any],
-        answers: Sequence[Any],
-        abouts: Sequence[Any],
-        wheres: Sequence[str],
+        self, table: Columns, prompt: str, answer: str, wheres: Sequence[str], abouts: Sequence[str] | None = None
     ) -> list[Conversation]:
-        """One question and one answer a row. Either may be a list of messages (TRL's conversational form)."""
-        return self.beside(table, [self._turn(*row) for row in zip(prompts, answers, abouts, wheres)], wheres)
+        """One question and one answer a row. Either may be a list of messages (TRL's conversational form).
+
+        Args:
+            abouts: columns of what the prompt is about; what stands in several is put one below the other. None: the
+                two columns are all that is read, without choices.
+        """
+        self.read |= {prompt, answer, *(abouts or ())}
+        self.answers_in = self._theirs.get(answer, answer)
+        answers: Sequence[Any] = [None] * len(wheres) if self.asking else table[answer]
+        prompts: Sequence[Any] = table[prompt]
+        if abouts is not None:
+            prompts, answers = self._with_choices(table, prompts, answers, wheres)
+        found = []
+        for i, row in enumerate(zip(prompts, answers)):
+            there = [value for name in abouts or () if not is_missing(value := table[name][i], self.missing)]
+            told = [_text(t, "input", wheres[i]) for v in there for t in (v if isinstance(v, list) else [v])]
+            found.append(self._turn(*row, "\n\n".join(told) if told else None, wheres[i]))
+        return self.beside(table, found, wheres)
+
+    def _with_choices(
+        self, table: Columns, prompts: Sequence[Any], answers: Sequence[Any], wheres: Sequence[str]
+    ) -> tuple[Sequence[Any], Sequence[Any]]:
+        """Prompts with the choices that stand in a column, or in columns A, B, …; answers by their letters."""
+        letters = [letter for letter in _LETTERS if letter in table]
+        for name in CHOICES:
+            found = [_choices(value, self.missing) for value in table.get(name, ())]
+            if found and None not in found:
+                names, each = [name], [choices or {} for choices in found]
+                break
+        else:
+            if letters[:2] != ["A", "B"]:
+                return prompts, answers
+            names, rows = letters, zip(*(table[letter] for letter in letters))
+            each = [{a: str(v) for a, v in zip(letters, row) if not is_missing(v, self.missing)} for row in rows]
+        self.read |= set(names)
+        asked = [
+            f"{prompt}\n\n" + "\n".join(f"{letter}. {text}" for letter, text in choices.items())
+            if choices and isinstance(prompt, str)
+            else prompt
+            for prompt, choices in zip(prompts, each)
+        ]
+        places = [value for value in answers if not is_missing(value, self.missing)]
+        if not places or not all(isinstance(value, int) and not isinstance(value, bool) for value in places):
+            return asked, answers
+        for value, choices, where in zip(answers, each, wheres):
+            if isinstance(value, int) and choices and not 0 <= value < len(choices):
+                raise DataError(f"{where}: its answer {value} is none of its {len(choices)} choices, counted from 0")
+        self.met["\0places"] += 1
+        named = [list(choices)[v] if isinstance(v, int) and choices else v for v, choices in zip(answers, each)]
+        return asked, named
 
     def beside(self, table: Columns, found: list[Conversation], wheres: Sequence[str]) -> list[Conversation]:
         """The conversations with what other columns say: what came before, the system's words, tools."""
         n = len(found)
+        self.read |= set(BESIDE)
         systems = table.get("system", table.get("system_prompt", [None] * n))
         rows = zip(found, table.get("history", [None] * n), systems, table.get("tools", [None] * n), wheres)
         return [self._complete(*row) for row in rows]
@@ -239,12 +314,18 @@ class Reader:
             raise DataError(f"{where} has a {type(turn).__name__} where a message {{role, content}} is needed")
         called = _first(turn, (self.columns.get("role"), "role", "from"))
         role = self._known.get(called.strip().lower()) if isinstance(called, str) else None
+        if called is None:
+            raise DataError(
+                f"{where} has a message without role; it has {', '.join(turn) or 'nothing'}: say which are role and "
+                "content (task.columns={role: speaker, content: text})"
+            )
         if role is None:
             raise DataError(
                 f"{where} has a message with role {called!r}; known are {', '.join(self._known)}; "
                 f"task.roles says what others are ({{{called}: user}})"
             )
-        content = _first(turn, (self.columns.get("content"), "content", "value"))
+        keys = (self.columns.get("content"), "content", "value")
+        content = _first(turn, keys)
         calls = _from_json(turn.get("tool_calls"), "tool_calls", where)
         if isinstance(old := _from_json(turn.get("function_call"), "function_call", where), dict):
             calls = [{"type": "function", "function": old}]
@@ -254,7 +335,16 @@ class Reader:
             if all(isinstance(call, dict) and "name" in call for call in each):
                 calls, content = [{"type": "function", "function": call} for call in each], ""
         if content is None:
+            if not calls and not any(key in turn for key in keys):
+                raise DataError(
+                    f"{where} has a message without content; it has {', '.join(turn)}: say which of them is content "
+                    "(task.columns={content: text})"
+                )
             content = ""
+        known = (*keys, self.columns.get("role"), *_OF_MESSAGES)
+        self.unread |= {
+            key: None for key, value in turn.items() if key not in known and value not in (None, "", [], {})
+        }
         message: Message = {"role": role, "content": _content(content, where)}
         if calls:
             message["tool_calls"] = json.dumps(calls, ensure_ascii=False)
@@ -287,6 +377,18 @@ class Reader:
         return messages[: learned[-1] + 1]
 
 
+def in_small(names: Iterable[str]) -> dict[str, str]:
+    """Names in small letters and without blanks around them -> as they are; not where two become one.
+
+    >>> in_small(["Question", "answer ", "a", "A"])
+    {'question': 'Question', 'answer': 'answer '}
+    """
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(name.strip().lower(), []).append(name)
+    return {small: several[0] for small, several in found.items() if len(several) == 1}
+
+
 def m_is_learned(message: Mapping[str, Any]) -> bool:
     """Whether an assistant's message is one to learn."""
     return message.get("train") is not False
@@ -303,6 +405,28 @@ def _is_learned(turn: Mapping[str, Any], where: str) -> bool:
         if not value:
             return False
     return True
+
+
+def _is_texts(value: Any) -> bool:
+    """Whether a cell is a text, or several."""
+    return not isinstance(value, dict) and all(isinstance(t, str) for t in (value if isinstance(value, list) else ()))
+
+
+def _choices(value: Any, missing: frozenset[str]) -> dict[str, str] | None:
+    """Letter -> text, of a list of texts, or of an object of letters or of lists ``label`` and ``text`` (ARC).
+
+    None for what is no such thing; nothing in it for a cell without.
+    """
+    if is_missing(value, missing):
+        return {}
+    read = loads(value) if isinstance(value, str) else value
+    if isinstance(read, dict) and isinstance(read.get("text"), list):
+        read = dict(zip(map(str, read.get("label") or _LETTERS), read["text"]))
+    if isinstance(read, list) and len(read) <= len(_LETTERS):
+        read = dict(zip(_LETTERS, read))
+    if not isinstance(read, dict) or not all(isinstance(text, (str, int, float)) for text in read.values()):
+        return None
+    return {str(letter): str(text) for letter, text in read.items()} if all(len(str(k)) == 1 for k in read) else None
 
 
 def _first(turn: Mapping[str, Any], keys: Iterable[str | None]) -> Any:

@@ -286,6 +286,11 @@ class SequenceClassification(Task):
             how = ", of each class its share" if by_class else ""
             self.notes.append(f"no data.validation: {len(held)} of {n} training rows were split off for it{how}")
             if whole := labels["train"]:
+                if self.label_names is not None and len({whole[i] for i in rest}) < 2 <= len(set(whole)):
+                    raise DataError(
+                        "data.train: too few rows: one class is left to learn from where rows are split off; "
+                        "give data.validation"
+                    )
                 trained, scored = [whole[i] for i in rest], [whole[i] for i in held]
                 labels |= {"train": trained, "validation": scored}
                 self._name_unscored(trained, scored)

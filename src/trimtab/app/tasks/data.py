@@ -214,7 +214,10 @@ class DataSpec:
         They depend on the rows alone, not on the run's seed, so that runs over several seeds are scored on the same.
         """
         if n < 2:
-            raise DataError("data.train: holds one row, too few to split off a validation split; give data.validation")
+            raise DataError(
+                "data.train: holds one row that can be learned from, too few to split off a validation split; "
+                "give data.validation"
+            )
         share = 0.1 if self.validation_share is None else self.validation_share
         labels = None if self.stratify is False else labels
         k = share if isinstance(share, int) else max(1, int(n * share))
@@ -357,6 +360,8 @@ def is_missing(value: Any, words: frozenset[str] | set[str] = frozenset(MISSING)
     """
     if isinstance(value, str):
         return not value.strip() or value.strip() in words
+    if isinstance(value, int) and not isinstance(value, bool):  # -1, where the recipe says so
+        return str(value) in words
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 

@@ -7,9 +7,12 @@ nothing is cached in the user's home, a CSV cell stays the text that it is ("007
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import io
+import os
 import re
+import zipfile
 from collections.abc import Sequence
 from datetime import date, time
 from decimal import Decimal
@@ -63,15 +66,15 @@ def existing_file(key: str, path: str | Path) -> Path:
 def existing_files(key: str, path: str | Path, split: str) -> list[Path]:
     """The files that a path, a folder or a pattern (``part-*.jsonl``) stands for, in order of their names.
 
-    A folder written by `save_to_disk` is one file here. Of a folder in which file names begin with a split's name, only
-    those of this split are taken.
+    A folder written by `save_to_disk` is one file here. Of a folder in which files or folders are called by a split,
+    only those of this split are taken.
     """
     place = Path(path).expanduser()
     if place.is_dir():
         if is_saved(place):
             return [place]
         inside = sorted(p for p in place.rglob("*") if p.is_file() and is_data(p))
-        named = {p: split_of(p.name) for p in inside}
+        named = {p: split_of(p.relative_to(place)) for p in inside}
         if any(named.values()):
             inside = [p for p in inside if named[p] == split]
         if not inside:
@@ -104,11 +107,30 @@ def _suffix(path: Path) -> str:
     return Path(path.stem).suffix.lower() if suffix in _PACKED else suffix
 
 
-def split_of(name: str) -> str | None:
-    """As `datasets` knows the split by a file's name."""
-    found = re.match(r"(train|training|validation|valid|val|dev|test|testing)(?![a-z])", name.lower())
+SPLIT = re.compile(r"(?<![a-z0-9])(train|training|validation|valid|val|dev|test|testing)(?![a-z])", re.I)
+"""A split's name, as a word of a file's."""
+
+
+def split_of(path: str | Path) -> str | None:
+    """The split by a file's path: a folder that is called so, else a word of the file's name, else of a folder's.
+
+    >>> [split_of(path) for path in ("test/pos/my_train.txt", "my_train.csv", "dev-set/a.csv", "trained.csv")]
+    ['test', 'train', 'validation', None]
+    """
+    *folders, name = Path(path).parts
+    words = [*filter(SPLIT.fullmatch, folders), name, *folders]
+    found = next((found[1].lower() for word in words if (found := SPLIT.search(word))), None)
     other = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation", "testing": "test"}
-    return other.get(found[1], found[1]) if found else None
+    return other.get(found, found) if found else None
+
+
+def is_lines(file: Path) -> bool:
+    """Whether a file may be lines of text: ``.txt``, packed or not."""
+    suffix = _suffix(file)
+    if not suffix and file.suffix.lower() == ".zip" and file.is_file():
+        with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(file) as archive:
+            suffix = next((_suffix(Path(name)) for name in _rows_in(archive)), "")
+    return suffix == ".txt"
 
 
 # -- reading -------------------------------------------------------------------------------------------
@@ -118,6 +140,10 @@ def read_files(key: str, files: Sequence[Path], reading: Reading = AS_FOUND) -> 
     """The rows of several files, one after the other; a column that one of them lacks is None there."""
     table = read_file(key, files[0], reading)
     n = _length(table)
+    if len(files) > 1:
+        within = os.path.commonpath([file.absolute().parent for file in files])
+        names = [str(file.absolute().relative_to(within)) for file in files]
+        table.notes.append(f"read from {len(files)} files: {', '.join(names[:6])}{', …' if len(names) > 6 else ''}")
     for file in files[1:]:
         more = read_file(key, file, reading)
         m = _length(more)
@@ -152,9 +178,10 @@ def read_file(key: str, file: Path, reading: Reading = AS_FOUND) -> Table:
     if suffix not in (*SUFFIXES, ""):
         raise DataError(f"{where}: cannot tell its format; use one of {', '.join(SUFFIXES)}, also as .gz or .zst")
     try:
-        data = _unpacked(where, file.read_bytes())
+        data, name = _unpacked(where, file.read_bytes())
     except OSError as error:
         raise DataError(f"{where}: cannot be read: {error.strerror or error}") from error
+    suffix = suffix or _suffix(Path(name))
     if data.startswith(b"version https://git-lfs."):
         raise DataError(f"{where}: is a Git LFS pointer to the rows, not the rows; fetch them: git lfs pull")
     if re.match(rb"\s*<(!doctype html|html)\b", data[:200], re.IGNORECASE):
@@ -169,7 +196,7 @@ def read_file(key: str, file: Path, reading: Reading = AS_FOUND) -> Table:
             rows = [line.split(maxsplit=1) for line in text.split("\n") if line.strip()]
             table = Table({"text": [row[1].strip() for row in rows], "label": [row[0][9:] for row in rows]})
         elif suffix in _JSON or re.match(r"\s*(\[\s*)?\{\s*\"", text):
-            table = Table(read_json(where, text, key.rpartition(".")[2]))
+            table = Table(read_json(where, text, key.rpartition(".")[2], by_line=suffix in (".jsonl", ".ndjson")))
         else:
             table = read_separated(where, text, suffix, reading)
     if not table or not _length(table):
@@ -177,37 +204,44 @@ def read_file(key: str, file: Path, reading: Reading = AS_FOUND) -> Table:
     return table
 
 
-def _unpacked(where: str, data: bytes) -> bytes:
+def _rows_in(archive: zipfile.ZipFile) -> list[str]:
+    return [name for name in archive.namelist() if is_data(Path(name)) and not name.startswith("__MACOSX")]
+
+
+def _unpacked(where: str, data: bytes) -> tuple[bytes, str]:
+    """What is packed, and its name if it has one of its own."""
     kind = next((kind for mark, kind in _PACKED_BYTES.items() if data.startswith(mark)), None)
     if kind is None:
-        return data
+        return data, ""
     import bz2
     import gzip
     import lzma
-    import zipfile
+    import zlib
 
     try:
         if kind == "zip":
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
                 if "xl/workbook.xml" in archive.namelist():
                     raise DataError(f"{where}: is an Excel workbook; save it as CSV (UTF-8)")
-                inside = [
-                    name for name in archive.namelist() if is_data(Path(name)) and not name.startswith("__MACOSX")
-                ]
+                inside = _rows_in(archive)
                 if len(inside) != 1:
                     held = ", ".join(archive.namelist()[:4])
                     raise DataError(f"{where}: a zip archive must hold one file of rows; this one holds {held}")
-                return archive.read(inside[0])
+                return archive.read(inside[0]), inside[0]
         if kind == "zstd":
             import pyarrow
 
             with pyarrow.CompressedInputStream(pyarrow.BufferReader(data), "zstd") as stream:
-                return stream.read()
-        return {"gzip": gzip, "bz2": bz2, "xz": lzma}[kind].decompress(data)  # type: ignore[attr-defined]
-    except (OSError, EOFError, ValueError, lzma.LZMAError, zipfile.BadZipFile) as error:
+                return stream.read(), ""
+        return {"gzip": gzip, "bz2": bz2, "xz": lzma}[kind].decompress(data), ""  # type: ignore[attr-defined]
+    except (OSError, EOFError, ValueError, lzma.LZMAError, zipfile.BadZipFile, zlib.error) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{where}: is packed as {kind}, and damaged or cut short: {error}") from error
+    except RuntimeError as error:  # a password, or a method of packing that Python does not know
+        raise DataError(
+            f"{where}: is packed as {kind} and cannot be unpacked here ({error}); unpack it first"
+        ) from error
 
 
 def _decoded(where: str, data: bytes, encoding: str | None) -> str:

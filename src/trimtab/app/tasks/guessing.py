@@ -7,12 +7,12 @@ message names the columns and the key that says which.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import ConfigError, DataError
-from .chats import BESIDE, CHATS, FORMS, PAIRS, loads
+from .chats import ABOUT, ANSWERS, BESIDE, CHATS, CHOICES, FORMS, PAIRS, in_small, loads
 from .columns import Columns
 from .data import is_missing
 from .json_rows import is_chat
@@ -32,6 +32,12 @@ TEXT_PAIRS = (
     ("question1", "question2"), ("text1", "text2"), ("text_a", "text_b"), ("text", "text_pair"), ("query", "passage"),
     ("query", "document"), ("question", "passage"), ("question", "sentence"), ("question", "context"),
 )  # fmt: skip
+_LEARNED = (
+    *ANSWERS, "answers", "canonical_solution", "summary", "highlights", "abstract", "tldr", "translation", "tags",
+    "ner_tags",
+)  # fmt: skip
+"""What is learned from another text, where it stands beside one."""
+_DOCUMENTS = ("document", "article", "dialogue", "text", "content", "body", "passage", "transcript")
 _NAMES_OF_ROWS = re.compile(r"(.*[_ ])?(id|idx|index|guid|uid|uuid|key|row|date|time|timestamp|url)|unnamed.*|", re.I)
 _DATE = re.compile(r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}([T ].*)?|\d{1,2}[-/.]\d{1,2}[-/.](\d{2}|\d{4})( .*)?")
 _MOST_CLASSES = 50
@@ -132,7 +138,7 @@ def guess(table: Columns, source: str, given: Mapping[str, Any]) -> Guess:
     if found is None and wanted in (None, "text_classification"):
         found = _classified(columns, source, given, list(table))
     if found is None and wanted in (None, "text"):
-        found = _whole(columns, source, given)
+        found = _whole(columns, source, given, list(table))
     if found is None and wanted is None:
         raise DataError(
             f"{source}: its columns {seen} fit no task by their names or values; say which is which: "
@@ -150,16 +156,23 @@ def guess(table: Columns, source: str, given: Mapping[str, Any]) -> Guess:
 
 def _refuse_what_is_not_learned(table: Columns, columns: Mapping[str, _Column], source: str) -> None:
     """Columns that say what the rows are for, and that no task here reads: leaving them out would be another job."""
+    if {"preferred_output", "non_preferred_output"} <= table.keys():
+        raise DataError(
+            f"{source}: 'preferred_output' and 'non_preferred_output' are answers to prefer one of, which is not "
+            "learned here; to learn the preferred ones, put them behind the input's messages, in one column messages"
+        )
     if {"chosen", "rejected"} <= table.keys():
         chats = any(map(is_chat, columns["chosen"].values)) if "chosen" in columns else False
-        asked = next((name for name in ("prompt", "question", "instruction", "input") if name in table), "PROMPT")
-        how = "'task.columns={messages: chosen}'" if chats else f"task.prompt={asked} task.answer=chosen"
+        asked = next((name for name in ("prompt", "question", "instruction", "input") if name in table), None)
+        how = f"instruct task.prompt={asked} task.answer=chosen" if asked else "text task.text=chosen"
+        how = "instruct 'task.columns={messages: chosen}'" if chats else how
         raise DataError(
             f"{source}: 'chosen' and 'rejected' are answers to prefer one of, which is not learned here; "
-            f"to learn the chosen ones: task.name=instruct {how}"
+            f"to learn the chosen ones: task.name={how}"
         )
     for name in LABELS[:4]:
         values = columns[name].values if name in columns else []
+        values = [read if isinstance(read := loads(value), (list, dict)) else value for value in values]
         if any(isinstance(value, (list, dict)) for value in values):
             raise DataError(
                 f"{source}: column {name!r} holds {type(values[0]).__name__}s, and one label a row is learned; "
@@ -173,6 +186,7 @@ def _refuse_what_is_not_learned(table: Columns, columns: Mapping[str, _Column], 
 
 def _written(columns: Mapping[str, _Column], wanted: str | None) -> Guess | None:
     """Answers that the model is to write."""
+    small = in_small(columns)
     held = [
         name for name, c in columns.items() if any(is_chat(v if isinstance(v, list) else loads(v)) for v in c.values)
     ]
@@ -180,8 +194,8 @@ def _written(columns: Mapping[str, _Column], wanted: str | None) -> Guess | None
     others = [name for name in held if name not in BESIDE]
     if wanted == "vqa" or (wanted is None and {"image", "png_base64", "image_id"} & columns.keys()):
         return Guess("vqa", {}, "questions about images")
-    kinds = [kind.columns for kind in KINDS.values() if set(kind.columns) <= columns.keys()]
-    kinds += [("text", "summary")] if {"text", "summary"} <= columns.keys() else []
+    known = [*(kind.columns for kind in KINDS.values()), *((name, "summary") for name in _DOCUMENTS)]
+    kinds = [(small[one], small[other]) for one, other in known if {one, other} <= small.keys()]
     if wanted == "summarize" or (wanted is None and kinds and not chats):
         named = dict(zip(("document", "summary"), kinds[0])) if kinds else {}
         return Guess(
@@ -193,25 +207,30 @@ def _written(columns: Mapping[str, _Column], wanted: str | None) -> Guess | None
         return Guess(wanted)
     if chats:
         return Guess("instruct", {}, f"conversations ({', '.join(chats)}{_and(columns, BESIDE)})")
-    if others and wanted in (None, "instruct"):
-        return Guess("instruct", {"columns": {"messages": others[0]}}, f"conversations ({others[0]})")
     for form, needed in FORMS.items():
-        if form in CHATS or not set(needed) <= columns.keys():
+        if form in CHATS or not set(needed) <= small.keys():
             continue
-        answers = columns[needed[-1]]
-        if wanted is None and form in ("question", "query"):
+        asked, answered = (small[name] for name in (needed[0], needed[-1]))
+        answers, about = columns[answered], (PAIRS[form][2], *ABOUT) if form in PAIRS else ()
+        choices = [small[name] for name in CHOICES if name in small]
+        choices += [name for name in "AB" if {"A", "B"} <= columns.keys()]
+        if form in PAIRS and not answers.is_plain and asked not in held:
+            continue
+        if wanted is None and needed[0] in ("question", "query", "problem") and not choices:
             golds = [gold_of(str(value)) for value in answers.values]
             if answers.numbers is not None or sum(gold is not None for gold in golds) > len(golds) / 2:
-                return Guess("math", {}, f"problems ({needed[0]}) and their solutions ({needed[1]})")
-        if wanted is None and answers.repeats and form not in ("alpaca", "completion", "dolly"):
+                return Guess("math", {}, f"problems ({asked}) and their solutions ({answered})")
+        if wanted is None and answers.repeats and needed[0] != "instruction" and form != "completion" and not choices:
             continue  # yes and no, say: classes
-        about = (PAIRS[form][2],) if form in PAIRS else ()
-        return Guess("instruct", {}, f"prompts ({needed[0]}{_and(columns, about)}) and answers ({needed[-1]})")
+        beside = _and(columns, [*(small.get(name or "") for name in about if name not in needed), *choices])
+        return Guess("instruct", {}, f"prompts ({asked}{beside}) and answers ({answered})")
+    if others and wanted in (None, "instruct"):
+        return Guess("instruct", {"columns": {"messages": others[0]}}, f"conversations ({others[0]})")
     return Guess("instruct") if wanted else None
 
 
-def _and(columns: Mapping[str, _Column], names: tuple[str | None, ...]) -> str:
-    there = [name for name in names if name in columns]
+def _and(columns: Mapping[str, _Column], names: Iterable[str | None]) -> str:
+    there = [name for name in dict.fromkeys(names) if name in columns]
     return f", with {', '.join(map(str, there))}" if there else ""
 
 
@@ -234,6 +253,15 @@ def _classified(
     if not texts:
         raise DataError(
             f"{source}: no column of text beside the label {label.name!r}; its columns are {seen} (task.text)"
+        )
+    named = {*TEXTS, *(name.lower() for pair in TEXT_PAIRS for name in pair)}
+    is_named = (
+        bool({"label", "text"} & given.keys()) or texts[0].strip().lower() in named or all(map(str.isdigit, names))
+    )
+    if not is_named and label.name.strip() in {str(value).strip() for value in label.values}:
+        raise DataError(
+            f"{source}: the first line of a file must name its columns; it reads {seen[:100]!r}, and {label.name!r} is "
+            f"among the labels below it, too; if it does name them: 'task.text={texts[0]}' 'task.label={label.name}'"
         )
     settings: dict[str, Any] = {"text": texts[0]}
     if len(texts) > 1:
@@ -289,7 +317,7 @@ def _texts(columns: Mapping[str, _Column], given: Mapping[str, Any]) -> list[str
     return named[:1] or [column.name for column in free[:1]]
 
 
-def _whole(columns: Mapping[str, _Column], source: str, given: Mapping[str, Any]) -> Guess | None:
+def _whole(columns: Mapping[str, _Column], source: str, given: Mapping[str, Any], names: list[str]) -> Guess | None:
     """Plain text, to be learned as it stands."""
     if "text" in given:
         return Guess("text", {"text": given["text"]}, f"plain text ({given['text']})")
@@ -303,5 +331,12 @@ def _whole(columns: Mapping[str, _Column], source: str, given: Mapping[str, Any]
         raise DataError(
             f"{source}: columns {', '.join(columns)}, of which {', '.join(lists)} hold lists; say what is learned: "
             f"task.name=text task.text={chosen[0].name} for that column alone, or task.prompt=… task.answer=…"
+        )
+    small = in_small(names)  # with those that hold nothing
+    if not given and (learned := [small[name] for name in _LEARNED if name in small and small[name] != chosen[0].name]):
+        raise DataError(
+            f"{source}: {learned[0]!r} beside {chosen[0].name!r} is called like what is to be learned from it; if it "
+            f"is, say 'task.prompt={chosen[0].name}' 'task.answer={learned[0]}', else task.name=text "
+            f"'task.text={chosen[0].name}'"
         )
     return Guess("text", {"text": chosen[0].name}, f"plain text ({chosen[0].name})")

@@ -12,11 +12,11 @@ from typing import Any
 
 from ...errors import ConfigError, did_you_mean
 from .answering import Answering
-from .chats import BESIDE, FORMS, PAIRS, Reader
+from .chats import ABOUT, BESIDE, CHOICES, FORMS, PAIRS, Reader
 from .data import Columns, column
 
 _OF_FORMS = (name for names in (*FORMS.values(), *PAIRS.values()) for name in names if name)
-_OURS = tuple(dict.fromkeys(("role", "content", *BESIDE, *_OF_FORMS)))
+_OURS = tuple(dict.fromkeys(("role", "content", *BESIDE, *_OF_FORMS, *ABOUT, *CHOICES)))
 
 
 @dataclass(kw_only=True)
@@ -51,7 +51,7 @@ class Instruct(Answering):
 
     def conversations(self, split: str, table: Columns, source: str) -> Columns:
         reader = Reader(self.columns or {}, self.roles or {}, self.missing)
-        table = reader.renamed(table, source)
+        table = reader.renamed(table, source, () if self.prompt else _OURS[2:])
         if self.prompt is None or self.answer is None:
             form = reader.form(table, source)
             if split == "train":  # a prompt given whole is taken as it stands
@@ -59,9 +59,10 @@ class Instruct(Answering):
             found = reader.conversations(table, source, form)
         else:
             prompts = column(table, self.prompt, f"task.prompt={self.prompt!r}", source)
-            answers = column(table, self.answer, f"task.answer={self.answer!r}", source)
+            column(table, self.answer, f"task.answer={self.answer!r}", source)
             wheres = [f"{source}: row {i}" for i in range(1, len(prompts) + 1)]
-            found = reader.pairs(table, prompts, answers, [None] * len(prompts), wheres)
+            found = reader.pairs(table, self.prompt, self.answer, wheres)
+        self._answers_in = reader.answers_in
         unanswered = reader.met.pop("\0unanswered", 0)
         if unanswered:
             self.notes.append(
@@ -69,18 +70,21 @@ class Instruct(Answering):
             )
         if words := ", ".join(f"{word!r} {n}" for word, n in reader.met.most_common(6)):
             self.notes.append(f"{split}: words that count as missing: {words} (data.missing lists them)")
+        if reader.met.pop("\0places", 0):
+            self.notes.append(f"{split}: answers are the places of their choices, from 0, and learned by their letters")
+        self.say_unread(split, table, reader.read, [f"{key} of messages" for key in reader.unread])
         return {"messages": found}
 
     def questions(self, table: Columns, source: str) -> Columns:
         reader = Reader(self.columns or {}, self.roles or {}, self.missing, asking=True)
-        table = reader.renamed(table, source)
+        table = reader.renamed(table, source, () if self.prompt else _OURS[2:])
         if self.prompt is None:
             form = reader.form(table, source)
             self.fallback_template = "plain" if form == "completion" else type(self).fallback_template
             return {"messages": reader.conversations(table, source, form)}
         prompts = column(table, self.prompt, f"task.prompt={self.prompt!r}", source)
         wheres = [f"{source}: row {i}" for i in range(1, len(prompts) + 1)]
-        return {"messages": reader.pairs(table, prompts, [None] * len(prompts), [None] * len(prompts), wheres)}
+        return {"messages": reader.pairs(table, self.prompt, str(self.answer), wheres)}
 
 
 def _check_names(key: str, value: Any, known: Any, what: str, of_keys: bool) -> None:

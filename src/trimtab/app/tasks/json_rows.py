@@ -13,14 +13,26 @@ _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # as JSON escapes it
 _SHAPES = "a list of objects, one object a line, or an object that holds one list of objects"
 
 
-def read_json(where: str, text: str, split: str) -> Columns:
-    """Rows from JSON: whole, or object after object, on one line each or not."""
+# What a row's own text is called; beside one, a list of objects belongs to the row.
+_TEXTS = {
+    "text", "sentence", "sentence1", "review", "instruction", "prompt", "question", "problem", "query", "input",
+    "inputs", "output", "completion", "response", "answer", "document", "article", "dialogue", "premise", "label",
+}  # fmt: skip
+
+
+def read_json(where: str, text: str, split: str, by_line: bool = False) -> Columns:
+    """Rows from JSON: whole, or object after object, on one line each or not.
+
+    Args:
+        by_line: an object on one line is a row, as in JSON Lines, whatever lists it holds.
+    """
     try:
         value = json.loads(text)
     except ValueError as whole:
         numbered, unit = _one_after_the_other(where, text, whole), "line"
     else:
-        rows = _rows_within(where, value, split)
+        is_row = by_line and isinstance(value, dict) and "\n" not in text.strip()
+        rows = [value] if is_row else _rows_within(where, value, split)
         if isinstance(rows, dict):
             return rows
         numbered, unit = list(enumerate(rows, 1)), "entry"
@@ -100,6 +112,8 @@ def _rows_within(where: str, value: Any, split: str) -> list[Any] | Columns:
     if not isinstance(value, dict):
         raise DataError(f"{where}: holds a {type(value).__name__}; expected is {_SHAPES}")
     lists = {name: inner for name, inner in value.items() if _is_rows(inner)}
+    if lists and any(is_chat(v) or (isinstance(v, str) and k.strip().lower() in _TEXTS) for k, v in value.items()):
+        return [value]
     if split in lists:
         return lists[split]
     if len(lists) == 1:

@@ -15,11 +15,13 @@ from .columns import Reading, Table
 
 SEPARATORS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
 _OWN_SEPARATOR = {".tsv": "\t", ".tab": "\t", ".psv": "|"}
+_LATE_QUOTE = re.compile(r"\s+\"")
 _QUOTED = re.compile(r'"(?:[^"]|"")*"')
 Rows = list[tuple[int, list[str]]]
 
 
 def read_separated(where: str, text: str, suffix: str, reading: Reading) -> Table:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     said = re.match(r'"?sep=(.)"?\r?\n', text)  # as Excel writes it
     text = text[said.end() :] if said else text
     usual = _OWN_SEPARATOR.get(suffix, ",")
@@ -59,6 +61,7 @@ def read_separated(where: str, text: str, suffix: str, reading: Reading) -> Tabl
 def _found_separator(text: str, usual: str) -> str:
     """The one by which the first line has the most fields, and the next lines as many."""
     sample = "".join(line for line, _ in zip(io.StringIO(text, newline="\n"), range(60)))
+    sample = sample.replace("\r\n", "\n").replace("\r", " ")  # which no reader takes alone
     best, most = usual, 1
     for mark in (usual, *(mark for mark in SEPARATORS.values() if mark != usual)):
         widths = [len(row) for row in csv.reader(io.StringIO(sample, newline="\n"), delimiter=mark) if row]
@@ -109,7 +112,6 @@ def _unquoted(cell: str) -> str:
 
 def _quoted(where: str, text: str, separator: str) -> Rows:
     # Line ends inside a quoted cell are kept, and only "\n" ends a line.
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     found: Rows = []
 
     def read(**more: Any) -> Rows:
@@ -119,13 +121,19 @@ def _quoted(where: str, text: str, separator: str) -> Rows:
         return found
 
     try:
-        return read()
+        plain = list(read())
+        if any(_LATE_QUOTE.match(cell) for _, row in plain[:2] for cell in row):  # "text", "label"
+            with contextlib.suppress(csv.Error):
+                if _fits(read(skipinitialspace=True)):
+                    return found
+        return plain
     except csv.Error as error:
         after = found[-1][0] if found else 0
         if '\\"' in text:  # databases write a quote inside of a quoted cell so
             with contextlib.suppress(csv.Error):
                 if _fits(read(escapechar="\\", doublequote=False)):
                     return found
+        told = "a carriage return stands alone" if "new-line character" in str(error) else error
         raise DataError(
-            f"{where}: after line {after}: not valid CSV: {error}; if quotes are part of the texts: data.quotes=false"
+            f"{where}: after line {after}: not valid CSV: {told}; if quotes are part of the texts: data.quotes=false"
         ) from error

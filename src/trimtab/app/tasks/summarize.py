@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import ConfigError, DataError
 from .answering import Answering, check_choice, mean_of
-from .chats import Message
-from .data import Columns, column
+from .chats import Message, loads
+from .data import Columns, column, is_missing
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -104,13 +104,18 @@ class Summarize(Answering):
 
     def conversations(self, split: str, table: Columns, source: str) -> Columns:
         documents, summaries, instruction = self._columns(table, source)
-        texts = [_joined(value, i, source) for i, value in enumerate(documents, 1)]
-        references = [_references(value, i, source) for i, value in enumerate(summaries, 1)]
+        self.say_unread(split, {n: v for n, v in table.items() if v is not documents and v is not summaries}, ())
+        texts = [
+            None if is_missing(value, self.missing) else _joined(value, i, source)
+            for i, value in enumerate(documents, 1)
+        ]
+        references = [_references(value, i, source, self.missing) for i, value in enumerate(summaries, 1)]
         if split != "train":
             texts, references = _together(texts, references)
         return {
             "messages": [
-                self._turns(instruction, text, refs[0]) if refs else None for text, refs in zip(texts, references)
+                "no document" if text is None else self._turns(instruction, text, refs[0]) if refs else "no summary"
+                for text, refs in zip(texts, references)
             ],
             "references": references,
         }
@@ -120,7 +125,7 @@ class Summarize(Answering):
         kinds = [KINDS[self.dataset]] if self.dataset else list(KINDS.values())
         for document, summary in [(self.document, self.summary), *(kind.columns for kind in kinds)]:
             if document in table and summary is not None:
-                return self.conversations("train", {**table, summary: ["?"] * n}, source)
+                return self.conversations("train", {**table, summary: ["a summary"] * n}, source)
         return self.conversations("train", table, source)  # which says what is lacking
 
     def _columns(self, table: Columns, source: str) -> tuple[list[Any], list[Any], str]:
@@ -229,16 +234,21 @@ def _joined(value: Any, number: int, source: str) -> str:
     return value
 
 
-def _references(value: Any, number: int, source: str) -> list[str]:
-    values = value if isinstance(value, list) else [value]
+def _references(value: Any, number: int, source: str, missing: frozenset[str]) -> list[str]:
+    read = loads(value)  # several, as pandas writes them into CSV
+    values = next((one for one in (value, read) if isinstance(one, list)), [value])
     if not all(text is None or isinstance(text, str) for text in values):
         raise DataError(f"{source}: row {number} has a summary that is no text")
-    return [text for text in values if text and text.strip()]
+    return [text for text in values if not is_missing(text, missing)]
 
 
-def _together(documents: Sequence[str], references: Sequence[list[str]]) -> tuple[list[str], list[list[str]]]:
+def _together(
+    documents: Sequence[str | None], references: Sequence[list[str]]
+) -> tuple[list[str | None], list[list[str]]]:
     """Rows with the same document become one row with all their references (DialogSum gives one a row)."""
     found: dict[str, list[str]] = {}
     for document, own in zip(documents, references):
-        found.setdefault(document, []).extend(own)
-    return list(found), list(found.values())
+        if document is not None:
+            found.setdefault(document, []).extend(own)
+    lacking = documents.count(None)  # each a row of its own, to be counted
+    return [*found, *[None] * lacking], [*found.values(), *[[] for _ in range(lacking)]]

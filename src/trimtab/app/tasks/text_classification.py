@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError, DataError, did_you_mean
+from .chats import loads
 from .classification import (
     Score,
     SequenceClassification,
@@ -70,6 +71,9 @@ class TextClassification(SequenceClassification):
             value = getattr(self, key)
             if not (isinstance(value, str) and value) and not (key == "text_pair" and value is None):
                 raise ConfigError(f"task.{key}", value, "the name of a column")
+        for key, other in (("text_pair", "text"), ("label", "text"), ("label", "text_pair")):
+            if (value := getattr(self, key)) is not None and value == getattr(self, other):
+                raise ConfigError(f"task.{key}", value, f"another column than task.{other}'s")
         if self.labels is not None:
             if self.regression:
                 raise ConfigError("task.labels", self.labels, "leave it out: with regression there are none")
@@ -182,7 +186,18 @@ class TextClassification(SequenceClassification):
     def _ids(self, split: str, values: Mapping[int, Any], source: str) -> list[float]:
         """Ids (or numbers) of labels that are given by the number of their row."""
         if self.regression:
-            return [_number(value, number, source) for number, value in values.items()]
+            found = [_number(value, number, source) for number, value in values.items()]
+            if split == "train" and len(found) > 1 and len(set(found)) == 1:
+                raise DataError(
+                    f"{source}: every row has label {found[0]:g}; a number that is always one is not learned"
+                )
+            return found
+        for number, value in values.items() if self.labels is None else ():
+            if isinstance(loads(value), (list, dict)):  # as pandas writes lists into CSV
+                raise DataError(
+                    f"{source}: row {number} has label {value!r}, a {type(loads(value)).__name__} written as text, and "
+                    "one label a row is learned; make it one, or name the classes in task.labels"
+                )
         keys = {number: self._key(value, number, source) for number, value in values.items()}
         if self._names is None or (split == "train" and self.labels is None):
             self._names = self._found(keys, values, source)
@@ -196,8 +211,11 @@ class TextClassification(SequenceClassification):
                 name = str(values[number])
                 why = "task.labels does not name" if self.labels else "no training row has"
                 near = [one for one in self._names if _folded(one) == _folded(name)]
+                is_quoted = {"True", "False"} & set(self.labels or ()) and name.lower() in ("yes", "no", "on", "off")
                 cure = (
-                    f" {near[0]!r} differs in blanks or case only: task.fold_labels=true makes them one."
+                    " YAML reads yes and no as true and false; quote them in task.labels: ['yes', 'no']."
+                    if is_quoted
+                    else f" {near[0]!r} differs in blanks or case only: task.fold_labels=true makes them one."
                     if near
                     else did_you_mean(name, self._names)
                 )
@@ -230,10 +248,11 @@ class TextClassification(SequenceClassification):
                 f"{source}: every row has label {next(iter(spelt))!r}; at least two classes are needed{self._left_out}"
             )
         if len(keys) >= 20 and len(spelt) > len(keys) / 2:
+            commas = any("," in key for key in spelt) and all(re.fullmatch(r"[-\d.,\s]+", key) for key in spelt)
             raise DataError(
                 f"{source}: column {self.label!r} has {len(spelt)} different values in "
                 f"{len(keys)} rows; name the label's column in task.label, "
-                "or set task.regression=true for numbers"
+                "or set task.regression=true for numbers" + (", written without commas (1000, 1.5)" if commas else "")
             )
         alike: dict[str, list[str]] = {}
         for key in spelt:
@@ -244,6 +263,8 @@ class TextClassification(SequenceClassification):
             )
         if unclear := [key for key in ("-", "?", "unknown") if key in spelt and len(spelt) > 2]:
             self.notes.append(f"is {unclear[0]!r} a class? If it stands for no label: data.missing=['{unclear[0]}']")
+        if "-1" in spelt and {"0", "1"} <= spelt.keys():
+            self.notes.append("is '-1' a class? If it stands for no label: data.missing=['-1']")
         names = [min(counts, key=lambda name: (-counts[name], name)) for counts in spelt.values()]
         try:
             return sorted(names, key=lambda name: (int(name), name))
