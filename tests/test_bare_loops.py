@@ -174,6 +174,37 @@ def test_a_closure_that_makes_the_gradients_anew_is_refused():
         Controller(model, torch.optim.LBFGS([p for p in model.parameters() if p.requires_grad]), 12)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_optimizer_made_anew_in_mid_run_is_refused(fused):
+    model, optimizer, controller, _ = made(fused=fused)
+    with pytest.raises(StaleAdapterError, match=r"\(AdamW\) was not stepped.*optimizer\.state\.clear\(\)"):
+        for step in range(12):
+            if step == 4:  # for a warm restart
+                optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=fused)
+            model(**tiny.batch("bert", seed=step)).loss.backward()
+            controller.before_step()
+            optimizer.step()
+            controller.after_step()
+            optimizer.zero_grad()
+    assert controller.step == 4
+
+
+def test_a_step_that_the_loop_leaves_out_is_no_mistake_where_it_says_so_or_gradients_do():
+    model, optimizer, controller, events = made()
+    for step in range(12):
+        model(**tiny.batch("bert", seed=step)).loss.backward()
+        if step == 3:
+            next(p for n, p in model.named_parameters() if "modules_to_save" in n).grad[0] = float("nan")
+        controller.before_step()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        if is_taken := bool(norm.isfinite()) and step != 7:
+            optimizer.step()
+        controller.after_step(skipped=not is_taken and step == 7)
+        optimizer.zero_grad()
+    controller.finish()
+    assert [e["step"] for e in events if e["event"] == "skipped"] == [4, 8]
+
+
 # -- overflow -------------------------------------------------------------------------------------------------------
 
 
@@ -196,14 +227,15 @@ def test_a_loss_scale_changes_nothing():
 @pytest.mark.parametrize("method", ["adalora", "aflora"])
 @pytest.mark.parametrize("where", ["everywhere", "in the head"])
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_step_that_overflowed_counts_scores_nothing_and_is_recorded(fused, where, method):
+@pytest.mark.parametrize("lost", [0, 5])  # at the first one nobody has seen the scaler yet
+def test_a_step_that_overflowed_counts_scores_nothing_and_is_recorded(lost, fused, where, method):
     options = {"rank": ADALORA} if method == "adalora" else {"freeze": AFLoRA(warmup=2, final=4, interval_steps=2)}
     model, optimizer, controller, events = made(fused=fused, method=options)
     scaler = GradScaler("cpu", init_scale=8.0)
     for step in range(12):
         loss = model(**tiny.batch("bert", seed=step)).loss
-        scaler.scale(loss * (float("inf") if step == 5 and where == "everywhere" else 1.0)).backward()
-        if step == 5 and where == "in the head":
+        scaler.scale(loss * (float("inf") if step == lost and where == "everywhere" else 1.0)).backward()
+        if step == lost and where == "in the head":
             next(p for n, p in model.named_parameters() if "modules_to_save" in n and p.grad is not None).grad.fill_(
                 float("inf")
             )
@@ -213,7 +245,7 @@ def test_a_step_that_overflowed_counts_scores_nothing_and_is_recorded(fused, whe
         controller.after_step()
         optimizer.zero_grad()
     controller.finish()
-    assert [e for e in events if e["event"] == "skipped"] == [{"event": "skipped", "step": 6}]
+    assert [e for e in events if e["event"] == "skipped"] == [{"event": "skipped", "step": lost + 1}]
     assert controller.step == 12
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
@@ -337,6 +369,16 @@ def test_schedule_free_is_refused_by_name():
         Controller(model, optimizer, 12)
     with pytest.raises(ConfigError, match=r"AdamWScheduleFree.*second copy"):
         Controller(model, Accelerator(cpu=True).prepare(optimizer), 12)
+
+
+@pytest.mark.parametrize("held", ["list", "function"])
+def test_what_is_no_optimizer_is_refused_by_its_type(held):
+    model = runs.model_for("bert", "adalora", rank=ADALORA)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    several = [torch.optim.AdamW(trained[::2], fused=True), torch.optim.AdamW(trained[1::2], fused=True)]
+    with pytest.raises(ConfigError, match=f"optimizer='{held}': .* one torch optimizer") as said:
+        Controller(model, several if held == "list" else lambda: several, 12)
+    assert ("several parameter groups" in str(said.value)) == (held == "list")
 
 
 @pytest.mark.parametrize("kind", ["fabric", "lightning"])

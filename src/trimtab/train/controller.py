@@ -45,7 +45,13 @@ from .prune import (
     why_masks_only,
     why_not_cuttable,
 )
-from .refusals import refuse_a_second_adapter, refuse_dead_start, refuse_groups_that_leave_out, refuse_plain_layers
+from .refusals import (
+    refuse_a_second_adapter,
+    refuse_dead_start,
+    refuse_groups_that_leave_out,
+    refuse_plain_layers,
+    refuse_what_is_no_optimizer,
+)
 from .state import fingerprint, refuse_another_run, refuse_other_tensors, restore_factors, saved_factors
 from .steps import NOT_FINITE_LIMIT, StepWatch, is_accumulating, refuse_second_copies, refuse_what_cannot_be_followed
 from .tensors import AdapterTensors
@@ -114,6 +120,7 @@ class Controller:
         if self.layers:
             refuse_what_cannot_be_followed(self.optimizer)
             refuse_engines(model, self._tensors.parameters, optimizer, self.optimizer)
+            refuse_what_is_no_optimizer(optimizer, self.optimizer)
             if is_distributed():
                 refuse_other_sites(self._tensors.shapes())
                 keep_whole(model, adapter_name)
@@ -233,6 +240,8 @@ class Controller:
 
         Args:
             skipped: the optimizer was not stepped, for a reason that cannot be seen from here.
+        Raises:
+            StaleAdapterError: the optimizer was not stepped without such a reason, or the calls come in another order.
         """
         if not self._is_ready:
             if is_accumulating() and not self._watch.has_stepped:
@@ -241,7 +250,7 @@ class Controller:
                 "after_step: call before_step first, after backward and before clipping"
                 + (" (accelerate says that gradients are still accumulating)" if is_accumulating() else "")
             )
-        skipped = skipped or not self._watch.was_finite()
+        skipped = skipped or not self._watch.was_finite() or self._watch.was_left_out()
         if not skipped:
             self._refuse_lost_gradients()
             if self.step == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -39,6 +39,16 @@ def refuse_a_second_adapter(adapter: AdapterTensors) -> None:
                 f"{other!r} is active as well and adapts, too, and nobody would decide on it; activate one with "
                 "model.set_adapter",
             )
+
+
+def refuse_what_is_no_optimizer(given: Any, optimizer: torch.optim.Optimizer | None) -> None:
+    """Raise `ConfigError` where something was handed over in which there is no torch optimizer: a list of several."""
+    if given is None or optimizer is not None:
+        return
+    cure = "moments are cut with the ranks, so it takes one torch optimizer, or a wrapper with .optimizer"
+    if isinstance(given, (list, tuple, dict)):
+        cure += "; give one with several parameter groups in place of several optimizers"
+    raise ConfigError("optimizer", type(given).__name__, cure)
 
 
 def refuse_groups_that_leave_out(adapter: AdapterTensors, optimizer: torch.optim.Optimizer | None) -> None:

@@ -86,6 +86,25 @@ class StepWatch:
             return False
         return _all_finite(self.norms) if self._are_finite is None else self._are_finite
 
+    def was_left_out(self) -> bool:
+        """Whether the step was not taken because of an overflow that only the gradients tell of, if it was not taken.
+
+        Raises:
+            StaleAdapterError: it was not, and nothing tells why.
+        """
+        if not self.can_tell or self.has_stepped or self.has_scaler:
+            return False
+        assert self.optimizer is not None
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        whole = [g for g in gradients if not is_dtensor(g) and not g.is_sparse]
+        if whole and not _all_finite(list(torch._foreach_norm(whole))):
+            return True  # a scaler that nobody has seen yet, or the loop itself
+        raise StaleAdapterError(
+            f"after_step: the optimizer given to the Controller ({type(self.optimizer).__name__}) was not stepped "
+            "since before_step; keep to one optimizer for the whole run (optimizer.state.clear() starts its moments "
+            "anew), or call after_step(skipped=True) where a step is left out"
+        )
+
     def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
