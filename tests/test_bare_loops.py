@@ -205,6 +205,74 @@ def test_a_step_that_the_loop_leaves_out_is_no_mistake_where_it_says_so_or_gradi
     assert [e["step"] for e in events if e["event"] == "skipped"] == [4, 8]
 
 
+# -- no gradient, no score ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["adalora", "aflora"])
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_before_step_before_backward_is_refused(set_to_none, method):
+    options = {"rank": ADALORA} if method == "adalora" else {"freeze": AFLoRA(warmup=2, final=4, interval_steps=2)}
+    model, optimizer, controller, _ = made(method=options)
+    optimizer.zero_grad(set_to_none)
+    controller.before_step()
+    model(**tiny.batch("bert")).loss.backward()
+    optimizer.step()
+    with pytest.raises(StaleAdapterError, match="before_step was called before backward"):
+        controller.after_step()
+
+
+def test_an_optimizer_that_steps_inside_backward_is_refused():
+    model = runs.model_for("bert", "adalora", lora_dropout=0.0, rank=ADALORA).eval()
+    optimizers = {p: torch.optim.AdamW([p], lr=1e-2) for p in model.parameters() if p.requires_grad}
+
+    def step_now(p: torch.nn.Parameter) -> None:
+        optimizers[p].step()
+        optimizers[p].zero_grad()
+
+    for p in optimizers:
+        p.register_post_accumulate_grad_hook(step_now)
+    with pytest.warns(UserWarning, match="no torch optimizer"):
+        controller = Controller(model, None, 12)
+    with pytest.raises(StaleAdapterError, match=r"for 3 steps in a row, up to step 3: .*inside backward"):
+        for step in range(12):
+            model(**tiny.batch("bert", seed=step)).loss.backward()
+            controller.before_step()
+            controller.after_step()
+
+
+def test_ranks_are_not_cut_by_a_controller_that_saw_no_step():
+    model, optimizer, controller, _ = made()
+    ranks = controller.ranks()
+    for step in range(12):
+        model(**tiny.batch("bert", seed=step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for _ in range(2):
+        with pytest.raises(StaleAdapterError, match=r"finish: .* no gradient was seen in 0 steps; call before_step"):
+            controller.finish()
+    assert controller.ranks() == ranks
+
+
+def test_a_batch_that_is_left_out_scores_nothing_and_moves_nothing():
+    left_out, whole = ({4, 5, 9}, set())
+    seen = []
+    for empty in (left_out, whole):
+        model, optimizer, controller, events = made(method={"rank": ADALORA})
+        for step in range(12):
+            before = weights(model)
+            if step not in empty:
+                model(**tiny.batch("bert", seed=step)).loss.backward()
+            controller.before_step()
+            optimizer.step()
+            controller.after_step()
+            optimizer.zero_grad()
+            assert (step in empty) == (same(weights(model), before, atol=0))
+        controller.finish()
+        seen.append([e["step"] - 1 for e in events if e["event"] == "skipped"])
+        assert sum(controller.ranks().values()) == 2 * len(controller.ranks())
+    assert seen == [sorted(left_out), []]
+
+
 # -- overflow -------------------------------------------------------------------------------------------------------
 
 

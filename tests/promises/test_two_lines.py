@@ -413,6 +413,52 @@ def test_steps_after_which_no_gradient_was_seen_are_refused(tmp_path):
         trainer.train()
 
 
+@pytest.mark.parametrize("method", ["salientlora", "aflora"])
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_batch_that_a_training_step_leaves_out_ends_no_run(tmp_path, method, accumulated):
+    class LeavesOut(Trainer):
+        calls = 0
+
+        def training_step(self, *args: Any, **kw: Any) -> torch.Tensor:
+            self.calls += 1
+            return torch.zeros(()) if self.calls % 6 == 4 else super().training_step(*args, **kw)
+
+    options = {"rank": SALIENT} if method == "salientlora" else {"rank": None, "freeze": AFLORA}
+    model, trim = salient_model(**options), TrimCallback()
+    args = TrainingArguments(
+        str(tmp_path), max_steps=14, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no",
+        gradient_accumulation_steps=accumulated,
+    )  # fmt: skip
+    LeavesOut(model, args, train_dataset=tiny.rows("bert"), callbacks=[trim]).train()
+    skipped = [e["step"] for e in trim.events if e["event"] == "skipped"]
+    assert skipped == ([4, 10] if accumulated == 1 else [2, 5, 8, 11, 14])
+    assert trim.controller.is_finished and all(torch.isfinite(p).all() for p in model.parameters())
+    if method == "salientlora":
+        assert sum(trim.controller.ranks().values()) == 2 * SITES
+
+
+@pytest.mark.parametrize("method", ["salientlora", "aflora"])
+def test_a_trainer_with_a_loop_of_its_own_is_refused(tmp_path, method):
+    class OwnLoop(Trainer):
+        def train(self, *args: Any, **kw: Any) -> None:
+            self.create_optimizer_and_scheduler(14)
+            self.state.max_steps, self.callback_handler.optimizer = 14, self.optimizer
+            told = self.callback_handler
+            told.on_train_begin(self.args, self.state, self.control)
+            for batch in self.get_train_dataloader():
+                self.model(**batch).loss.backward()
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                self.state.global_step += 1
+                told.on_step_end(self.args, self.state, self.control)
+
+    model = salient_model(**({"rank": SALIENT} if method == "salientlora" else {"rank": None, "freeze": AFLORA}))
+    args = TrainingArguments(str(tmp_path), max_steps=14, report_to=[], use_cpu=True, disable_tqdm=True)
+    trainer = OwnLoop(model, args, train_dataset=tiny.rows("bert"), callbacks=[TrimCallback()])
+    with pytest.raises(StaleAdapterError, match=r"taken 1 steps, and told no callback.*trimtab\.Controller"):
+        trainer.train()
+
+
 # -- steps that the scaler skipped -----------------------------------------------------------------------------------
 
 

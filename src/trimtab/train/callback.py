@@ -83,6 +83,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         self._is_queued = False
         self._loss: Tensor | None = None  # of the step's micro-batches so far, where backward went through it
         self._was_reached = False
+        self._was_ever_reached = False  # by a backward, in whichever micro-batch
         self._has_loop = False  # Trainer's own loop runs; an exception or Ctrl-C ends it without an event
         self._is_training = False
         self._penalties: list[Tensor] = []
@@ -129,7 +130,8 @@ class TrimCallback(TrainerCallback, ExportableState):
         self._figures = Figures()
         self._loss = None
         self._take_steps_again()  # after a run that was interrupted
-        self._is_queued = self._was_reached = False  # a first attempt may have run out of memory in mid-backward
+        # A first attempt may have run out of memory in mid-backward.
+        self._is_queued = self._was_reached = self._was_ever_reached = False
         if self._hook is not None:
             self._hook.remove()
         self._has_loop = _is_in_training()
@@ -169,11 +171,19 @@ class TrimCallback(TrainerCallback, ExportableState):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
     ) -> None:
-        if self._is_running() and not self._was_reached:
-            raise StaleAdapterError(
-                "the adapters' gradients were never seen: the model's forward was not called "
-                "through the PeftModel, or nothing in its output needs a gradient"
-            )
+        if not self._is_running() or self._was_reached:
+            return
+        # No backward came at the end of this step: the training step left its last batch out, or went another way.
+        assert self.controller is not None
+        if not self.controller.has_gradient() or (self._was_ever_reached and not is_distributed()):
+            self.controller.catch_up()
+            if not is_distributed() or not self.controller.has_gradient():
+                return
+        raise StaleAdapterError(
+            "the adapters' gradients were never seen: the model's forward was not called "
+            "through the PeftModel, or nothing in its output needs a gradient"
+            + (", on every process" if is_distributed() else "")
+        )
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
@@ -194,6 +204,7 @@ class TrimCallback(TrainerCallback, ExportableState):
             self._restart_best(args, state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        self._refuse_silent_loop(state)
         if state.global_step >= state.max_steps or control.should_training_stop:
             self._finish(args, state)
         self._log_before_saving(args, control)
@@ -371,6 +382,7 @@ class TrimCallback(TrainerCallback, ExportableState):
 
     def _on_backward(self, gradient: Tensor) -> None:
         # Runs at the start of the outermost backward, also under gradient checkpointing.
+        self._was_ever_reached = True
         if self._is_queued or is_accumulating():
             return
         self._is_queued = True
@@ -390,10 +402,22 @@ class TrimCallback(TrainerCallback, ExportableState):
         if not self._is_running():
             return
         assert self.controller is not None
+        self._refuse_silent_loop(state)
+        if self.controller.step == 0:
+            logger.warning("no step was taken: nothing is decided, and the adapter stays as it is")
+            return
         ranks = self.controller.ranks()
         self.controller.finish()
         if self.controller.ranks() != ranks:
             self._restart_best(args, state)
+
+    def _refuse_silent_loop(self, state: TrainerState) -> None:
+        if self._is_running() and self.controller is not None and state.global_step > 0 == self.controller.step:
+            raise StaleAdapterError(
+                f"the Trainer has taken {state.global_step} steps, and told no callback of them (on_optimizer_step), "
+                "as one with a loop of its own does: nothing can be decided in it. Use a Trainer with transformers' "
+                "own loop, or a loop of yours with trimtab.Controller"
+            )
 
     def _restart_best(self, args: TrainingArguments, state: TrainerState) -> None:
         """Only checkpoints at the final shape compete for the best model."""

@@ -53,7 +53,14 @@ from .refusals import (
     refuse_what_is_no_optimizer,
 )
 from .state import fingerprint, refuse_another_run, refuse_other_tensors, restore_factors, saved_factors
-from .steps import NOT_FINITE_LIMIT, StepWatch, is_accumulating, refuse_second_copies, refuse_what_cannot_be_followed
+from .steps import (
+    NOT_FINITE_LIMIT,
+    UNSEEN_LIMIT,
+    StepWatch,
+    is_accumulating,
+    refuse_second_copies,
+    refuse_what_cannot_be_followed,
+)
 from .tensors import AdapterTensors
 
 if TYPE_CHECKING:
@@ -139,6 +146,10 @@ class Controller:
         self._is_ready = False
         self._seen: tuple[nn.Parameter, Tensor] | None = None  # a gradient that the penalty was added to
         self._not_finite = 0  # steps in a row without finite gradients
+        self._is_unseen = False  # in this step no adapter had a gradient
+        self._is_late = False  # in this step it was seen only after clipping
+        self._unseen = 0  # steps in a row of the two kinds
+        self._has_seen = False  # at any step
         self._gradients: dict[str, Tensor] = {}
         self._e_before: dict[str, Tensor] = {}
         self._mask: dict[str, Tensor] = {}  # the last mask that processes have not compared yet, and its hash
@@ -208,12 +219,15 @@ class Controller:
             )
         if loss_scale is None:
             loss_scale = self._watch.loss_scale()
-        has_penalty = self._is_ready and not self._was_zeroed()
+        has_penalty = self._is_ready and self._seen is not None and not self._was_zeroed()
         if loss is not None:
             self._take_in(loss.detach())
         self._average_gradients()  # what was averaged before is the same everywhere, so that it stays as it is
         self._silence_dead_columns()
-        if not has_penalty:
+        self._is_unseen, self._is_late = bool(self._tensors.trained()) and not self.has_gradient(), False
+        if self._is_unseen:
+            self.last_penalty = None  # it would be all that the optimizer gets
+        elif not has_penalty:
             self._add_penalty(loss_scale)
         with_gradient = [p for p in self._tensors.trained() if p.grad is not None]
         gradients = [p.grad for p in with_gradient if p.grad is not None]
@@ -232,11 +246,20 @@ class Controller:
             self._e_before = dict(zip(gates, torch._foreach_mul([e.detach() for e in gates.values()], 1)))
         self._is_ready = self._watch.is_ready = True
 
+    def catch_up(self) -> None:
+        """`before_step`, too late to score this step: gradients were clipped, as no backward ended with the step."""
+        self.before_step()
+        self._is_late = True
+
+    def has_gradient(self) -> bool:
+        """Whether any tensor of the adaptive layers has a gradient now."""
+        return any(p.grad is not None for p in self._tensors.trained())
+
     def after_step(self, skipped: bool = False) -> None:
         """After `optimizer.step`, while gradients are still there. While accelerate accumulates, it does nothing.
 
         A step without finite gradients counts, but scores nothing; where no scaler does so, the optimizer is kept from
-        taking it.
+        taking it. Nor does a step score in which no adapter had a gradient, as where a batch is left out.
 
         Args:
             skipped: the optimizer was not stepped, for a reason that cannot be seen from here.
@@ -250,17 +273,24 @@ class Controller:
                 "after_step: call before_step first, after backward and before clipping"
                 + (" (accelerate says that gradients are still accumulating)" if is_accumulating() else "")
             )
-        skipped = skipped or not self._watch.was_finite() or self._watch.was_left_out()
-        if not skipped:
+        was_seen = not (self._is_unseen or self._is_late)
+        is_blind = not was_seen and not skipped
+        if is_blind:
+            self._refuse_to_go_on_unseen()
+        skipped = skipped or not self._watch.was_finite() or (not is_blind and self._watch.was_left_out())
+        if not skipped and not is_blind:
             self._refuse_lost_gradients()
-            if self.step == 0:
+            if not self._has_seen:
                 refuse_second_copies(self._tensors.trained(), self.optimizer, self._watch.given)
         self._is_ready = self._watch.is_ready = False
         self._watch.forget()
         self.param_steps += self.trainable_params()
         self.step += 1
-        if skipped:
+        if was_seen:
+            self._unseen, self._has_seen = 0, True
+        if skipped or is_blind:
             self._emit({"event": "skipped", "step": self.step})
+        if skipped:
             self._not_finite += 1
             if self._not_finite >= NOT_FINITE_LIMIT:
                 raise ModelError(
@@ -268,7 +298,7 @@ class Controller:
                     f"row, up to step {self.step}: lower the learning rate, train in bf16 or fp32 instead of fp16, "
                     "and look for NaN in the data and the loss"
                 )
-        else:
+        elif not is_blind:
             self._not_finite = 0
             self._undo_decay_of_e()
             if self.freezer is not None:
@@ -276,17 +306,27 @@ class Controller:
                 self.freezer.observe(self.step - 1, seen)
             if self.allocator is not None:
                 self._apply(self.allocator.after_step(self.step, self._factors()))
-        if self.freezer is not None and (not skipped or self._has_purse()):
+        if self.freezer is not None and (not (skipped or is_blind) or self._has_purse()):
             is_due = self.freezer.is_due(self.step - 1)
             self._freeze(self.freezer.decide(self.step - 1, self._allowance()), is_due)
         self._gradients, self._e_before, self._watch.norms, self._seen = {}, {}, [], None
 
     def finish(self) -> None:
-        """Cut to the target, fold the diagonals, leave plain LoRA factors. Safe to call twice."""
+        """Cut to the target, fold the diagonals, leave plain LoRA factors. Safe to call twice.
+
+        Raises:
+            StaleAdapterError: ranks would be cut by scores, and no step with a gradient was seen.
+        """
         if self.is_finished:
             return
         if self.allocator is not None:
-            self._apply(self.allocator.finish(self.step, self._factors()) or self._masked_for_good(), is_last=True)
+            decision = self.allocator.finish(self.step, self._factors()) or self._masked_for_good()
+            if decision is not None and not self._has_seen and not all(bool(k.all()) for k in decision.keep.values()):
+                raise StaleAdapterError(
+                    f"finish: ranks are to be cut by scores, and no gradient was seen in {self.step} steps; call "
+                    "before_step before optimizer.step, and after_step after it, in every step"
+                )
+            self._apply(decision, is_last=True)
         # Before the diagonals are folded in: they were trained, and are part of what the run held.
         self.final_params = self.trainable_params()
         self.held_params = self._tensors.held_params()
@@ -380,6 +420,7 @@ class Controller:
         if not meta["is_finished"]:
             refuse_other_tensors(self._tensors, tensors)
         self.step, self.param_steps = meta["step"], meta["param_steps"]
+        self._has_seen = self.step > 0
         self.initial_params, self.initial_ranks = meta["initial_params"], meta["initial_ranks"]
         self.final_params, self.held_params = meta["final_params"], meta["held_params"]
         restore_factors(self._tensors, tensors, meta["ranks"] if meta["is_finished"] else {})
@@ -516,6 +557,20 @@ class Controller:
         ):
             raise StaleAdapterError(
                 "after_step: the gradients that scores need are gone; call optimizer.zero_grad after after_step"
+            )
+
+    def _refuse_to_go_on_unseen(self) -> None:
+        if self._is_unseen and self.has_gradient():
+            raise StaleAdapterError(
+                "after_step: before_step was called before backward, when no adapter had a gradient; the order is "
+                "backward, before_step, optimizer.step, after_step, zero_grad"
+            )
+        self._unseen += 1
+        if self._unseen >= UNSEEN_LIMIT[self._has_seen]:
+            raise StaleAdapterError(
+                f"no gradient of the adapters was seen for {self._unseen} steps in a row, up to step {self.step + 1}: "
+                "the model's forward was not called through the PeftModel, nothing in its output needs a gradient, or "
+                "an optimizer steps inside backward, which cannot be followed"
             )
 
     def _take_in(self, loss: Tensor) -> None:

@@ -24,6 +24,10 @@ NOT_FINITE_LIMIT = 50
 """Steps in a row without finite gradients that end a run. A scaler that starts at 65536 needs at most 16 to find its
 scale, and 40 would take it to 2^-24, the smallest number in fp16."""
 
+UNSEEN_LIMIT = (3, 10)
+"""Steps in a row in which no adapter had a gradient that end a run: before any had one (the loop is another than it
+takes), and after that (a batch that is left out is no mistake)."""
+
 
 class Weakly:
     """A hook that does not keep its owner alive, does nothing once that is gone, and is empty in copies and pickles."""
