@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import re
 import warnings
 from typing import Any
 
@@ -248,9 +249,15 @@ def test_ranks_are_not_cut_by_a_controller_that_saw_no_step():
         optimizer.step()
         optimizer.zero_grad()
     for _ in range(2):
-        with pytest.raises(StaleAdapterError, match=r"finish: .* no gradient was seen in 0 steps; call before_step"):
+        with pytest.raises(StaleAdapterError, match=r"finish: .* no step of the optimizer was seen; call before_step"):
             controller.finish()
     assert controller.ranks() == ranks
+
+
+def test_an_adapter_that_nobody_trained_can_be_finished():
+    _, _, controller, _ = made()
+    controller.finish(stopped_early=True)
+    assert sum(controller.ranks().values()) == 2 * len(controller.ranks())
 
 
 def test_a_batch_that_is_left_out_scores_nothing_and_moves_nothing():
@@ -271,6 +278,70 @@ def test_a_batch_that_is_left_out_scores_nothing_and_moves_nothing():
         seen.append([e["step"] - 1 for e in events if e["event"] == "skipped"])
         assert sum(controller.ranks().values()) == 2 * len(controller.ranks())
     assert seen == [sorted(left_out), []]
+
+
+# -- one controller, for the whole run --------------------------------------------------------------------------
+
+
+def steps(model: Any, optimizer: Any, controller: Controller, n: int) -> None:
+    for step in range(n):
+        model(**tiny.batch("bert", seed=step)).loss.backward()
+        controller.before_step()
+        optimizer.step()
+        controller.after_step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("method", [{"rank": ADALORA}, {"freeze": AFLoRA(warmup=2, final=4, interval_steps=2)}])
+def test_a_controller_for_each_epoch_is_refused(method):
+    model, optimizer, controller, _ = made(method=method)
+    untouched = Controller(model, optimizer, 12)  # made, and never at work
+    steps(model, optimizer, controller, 4)
+    for later in (untouched, Controller(model, optimizer, 12)):
+        with pytest.raises(StaleAdapterError, match="one Controller for the whole run, with the total number of steps"):
+            steps(model, optimizer, later, 1)
+    optimizer.zero_grad()
+    steps(model, optimizer, controller, 4)
+    resumed = Controller(model, optimizer, 12)
+    resumed.load_state_dict(controller.state_dict())
+    steps(model, optimizer, resumed, 4)
+    resumed.finish()
+    assert resumed.step == 12
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ({"rank": ADALORA}, r"3 of total_steps=12 were taken, so that adalora cut 64 ranks to 32 at once"),
+        ({"freeze": AFLoRA(warmup=2, final=4, interval_steps=2)}, r"3 of total_steps=12 .* aflora froze \d+ of 32"),
+    ],
+)
+def test_a_run_that_ends_long_before_its_total_steps_says_what_was_cut_short(method, words):
+    for is_meant in (False, True):
+        model, optimizer, controller, _ = made(method=method)
+        steps(model, optimizer, controller, 3)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            controller.finish(stopped_early=is_meant)
+        lines = [str(w.message) for w in said]
+        assert not lines if is_meant else re.search(words + ".*not micro-batches", lines[0])
+
+
+def test_a_run_that_ends_a_step_before_its_total_steps_says_nothing():
+    model, optimizer, controller, _ = made()
+    steps(model, optimizer, controller, 11)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        controller.finish()
+
+
+def test_the_active_adapter_is_taken_whatever_its_name():
+    config = TrimConfig(r=4, target_modules=["query"], rank=ADALORA, task_type="SEQ_CLS")
+    model = peft.get_peft_model(tiny.build("bert"), config, adapter_name="mine")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    controller = Controller(model, optimizer, 12)
+    train(model, optimizer, controller)
+    assert controller.adapter_name == "mine" and set(controller.ranks().values()) != {4}
 
 
 # -- overflow -------------------------------------------------------------------------------------------------------

@@ -173,6 +173,31 @@ def test_a_second_train_on_a_half_adapted_model_is_refused_with_the_cure(tmp_pat
         runs.train(model, "bert", tmp_path, trim=callback, max_steps=14, save_strategy="no")
 
 
+def test_an_interrupted_trainer_that_is_still_held_does_not_act_in_the_one_that_resumes(tmp_path):
+    def stop(**kw: Any) -> None:
+        raise KeyboardInterrupt
+
+    options = dict(save_strategy="steps", save_steps=4, max_steps=14)
+    whole, model = (salient_model(rank=replace(SALIENT, orth_weight=0.1)) for _ in range(2))
+    runs.train(whole, "bert", tmp_path / "whole", **options)
+    held = TrimCallback()
+    with pytest.raises(KeyboardInterrupt):
+        runs.train(model, "bert", tmp_path, trim=held, callbacks=(At("on_step_end", 6, stop),), **options)
+    runs.train(model, "bert", tmp_path, resume=True, **options)
+    assert held.controller.step == 6 and same(model.state_dict(), whole.state_dict())
+
+
+def test_a_second_trainer_on_a_half_adapted_model_is_refused_with_the_cure(tmp_path):
+    def stop(**kw: Any) -> None:
+        raise KeyboardInterrupt
+
+    model = salient_model()
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, tmp_path, (At("on_step_end", 3, stop),))
+    with pytest.raises(StaleAdapterError, match="one Controller for the whole run"):
+        fit(model, tmp_path)
+
+
 def test_a_second_train_on_a_finished_model_trains_on_at_its_ranks(tmp_path, caplog):
     model = salient_model()
     callback = fit(model, tmp_path)

@@ -50,6 +50,7 @@ from .parallel import (
 )
 from .state import what_differs
 from .steps import Weakly, callers, is_accumulating
+from .tensors import active_adapter
 from .trackers import Figures, layer_scores, tell
 
 logger = logging.getLogger("trimtab")
@@ -134,7 +135,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         self._is_queued = self._was_reached = self._was_ever_reached = False
         if self._hook is not None:
             self._hook.remove()
-        self._has_loop = _is_in_training()
+        self._has_loop = _is_in_training(self)
         keep_inputs_out_of_the_graph(model)  # the Trainer has turned checkpointing on by now
         self.controller = Controller(
             model,
@@ -348,8 +349,7 @@ class TrimCallback(TrainerCallback, ExportableState):
     def _name(self, model: nn.Module) -> str:
         if self.adapter_name is not None:
             return self.adapter_name
-        active = peft_model_of(model).active_adapter
-        return active if isinstance(active, str) else active[0]
+        return active_adapter(model)
 
     def _layers(self, model: nn.Module) -> dict[str, Any]:
         try:
@@ -370,7 +370,7 @@ class TrimCallback(TrainerCallback, ExportableState):
     def _watch_output(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if not torch.is_grad_enabled():
             return
-        if self._has_loop and not torch.compiler.is_compiling() and not _is_in_training():
+        if self._has_loop and not torch.compiler.is_compiling() and not _is_in_training(self):
             if self._hook is not None:
                 self._hook.remove()
             return
@@ -403,11 +403,8 @@ class TrimCallback(TrainerCallback, ExportableState):
             return
         assert self.controller is not None
         self._refuse_silent_loop(state)
-        if self.controller.step == 0:
-            logger.warning("no step was taken: nothing is decided, and the adapter stays as it is")
-            return
         ranks = self.controller.ranks()
-        self.controller.finish()
+        self.controller.finish(stopped_early=True)  # Trainer has said so, where it did
         if self.controller.ranks() != ranks:
             self._restart_best(args, state)
 
@@ -544,10 +541,12 @@ def _trainer() -> Trainer | None:
     return next((f.f_locals["self"] for f in callers() if isinstance(f.f_locals.get("self"), Trainer)), None)
 
 
-def _is_in_training() -> bool:
-    """Whether a Trainer's training loop is among the callers."""
+def _is_in_training(callback: TrimCallback) -> bool:
+    """Whether the training loop of a Trainer that has this callback is among the callers."""
     return any(
-        frame.f_code.co_name in ("_inner_training_loop", "train") and isinstance(frame.f_locals.get("self"), Trainer)
+        frame.f_code.co_name in ("_inner_training_loop", "train")
+        and isinstance(trainer := frame.f_locals.get("self"), Trainer)
+        and any(one is callback for one in trainer.callback_handler.callbacks)
         for frame in callers()
     )
 

@@ -47,10 +47,12 @@ from .prune import (
 )
 from .refusals import (
     refuse_a_second_adapter,
+    refuse_a_second_controller,
     refuse_dead_start,
     refuse_groups_that_leave_out,
     refuse_plain_layers,
     refuse_what_is_no_optimizer,
+    take_charge,
 )
 from .state import fingerprint, refuse_another_run, refuse_other_tensors, restore_factors, saved_factors
 from .steps import (
@@ -61,13 +63,15 @@ from .steps import (
     refuse_second_copies,
     refuse_what_cannot_be_followed,
 )
-from .tensors import AdapterTensors
+from .tensors import AdapterTensors, active_adapter
 
 if TYPE_CHECKING:
     from ..freeze.base import FreezeSettings
     from ..rank.base import Decision, Factors, RankSettings
 
 Event = dict[str, Any]
+_WHOLE = 0.9
+"""Share of its steps from which a run counts as whole: loops drop a last batch, and round."""
 
 
 class Controller:
@@ -94,7 +98,7 @@ class Controller:
         optimizer: the torch optimizer, or a wrapper with ``.optimizer``.
         total_steps: optimizer steps of the whole run.
         steps_per_epoch: needed where a phase is given in epochs.
-        adapter_name: PEFT's name of the adapter.
+        adapter_name: PEFT's name of the adapter; None takes the active one.
         on_event: called with each history row (see the reports page for the rows).
     Raises:
         ConfigError: a schedule that does not fit ``total_steps``, with the numbers.
@@ -108,19 +112,21 @@ class Controller:
         total_steps: int = 0,
         *,
         steps_per_epoch: int | None = None,
-        adapter_name: str = "default",
+        adapter_name: str | None = None,
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
         if not is_count(total_steps):
             raise ConfigError("total_steps", total_steps, "the number of optimizer steps of the run, at least 1")
         if steps_per_epoch is not None and not is_count(steps_per_epoch):
             raise ConfigError("steps_per_epoch", steps_per_epoch, "optimizer steps of one epoch, at least 1")
-        self.model, self.adapter_name = model, adapter_name
+        self.model = model
+        self.adapter_name = adapter_name = active_adapter(model) if adapter_name is None else adapter_name
         self.optimizer = unwrap_optimizer(optimizer)
         self.total_steps = operator.index(total_steps)
         self.steps_per_epoch = steps_per_epoch = None if steps_per_epoch is None else operator.index(steps_per_epoch)
         self.on_event = on_event
         self.step = 0
+        self._mark = object()  # tells this controller from another on the same adapter
         self._tensors = AdapterTensors(model, adapter_name)
         self.layers = self._tensors.layers
         refuse_groups_that_leave_out(self._tensors, self.optimizer)
@@ -284,6 +290,7 @@ class Controller:
                 refuse_second_copies(self._tensors.trained(), self.optimizer, self._watch.given)
         self._is_ready = self._watch.is_ready = False
         self._watch.forget()
+        take_charge(self._tensors, self._mark)
         self.param_steps += self.trainable_params()
         self.step += 1
         if was_seen:
@@ -311,22 +318,28 @@ class Controller:
             self._freeze(self.freezer.decide(self.step - 1, self._allowance()), is_due)
         self._gradients, self._e_before, self._watch.norms, self._seen = {}, {}, [], None
 
-    def finish(self) -> None:
+    def finish(self, stopped_early: bool = False) -> None:
         """Cut to the target, fold the diagonals, leave plain LoRA factors. Safe to call twice.
 
+        Args:
+            stopped_early: the run was meant to end before ``total_steps``, so that no warning tells of it.
         Raises:
-            StaleAdapterError: ranks would be cut by scores, and no step with a gradient was seen.
+            StaleAdapterError: ranks would be cut by scores, and the steps that were taken were not seen.
         """
         if self.is_finished:
             return
+        ranks = sum(self.ranks().values())
         if self.allocator is not None:
             decision = self.allocator.finish(self.step, self._factors()) or self._masked_for_good()
-            if decision is not None and not self._has_seen and not all(bool(k.all()) for k in decision.keep.values()):
+            is_cut = decision is not None and not all(bool(keep.all()) for keep in decision.keep.values())
+            if is_cut and not self._has_seen and (self.step or self._watch.has_stepped):
                 raise StaleAdapterError(
-                    f"finish: ranks are to be cut by scores, and no gradient was seen in {self.step} steps; call "
-                    "before_step before optimizer.step, and after_step after it, in every step"
+                    "finish: ranks are to be cut by scores, and no step of the optimizer was seen; call before_step "
+                    "before optimizer.step, and after_step after it, in every step"
                 )
             self._apply(decision, is_last=True)
+        if not stopped_early and self.step < _WHOLE * self.total_steps:
+            self._warn_of_an_early_end(ranks)
         # Before the diagonals are folded in: they were trained, and are part of what the run held.
         self.final_params = self.trainable_params()
         self.held_params = self._tensors.held_params()
@@ -421,6 +434,7 @@ class Controller:
             refuse_other_tensors(self._tensors, tensors)
         self.step, self.param_steps = meta["step"], meta["param_steps"]
         self._has_seen = self.step > 0
+        take_charge(self._tensors, self._mark)
         self.initial_params, self.initial_ranks = meta["initial_params"], meta["initial_ranks"]
         self.final_params, self.held_params = meta["final_params"], meta["held_params"]
         restore_factors(self._tensors, tensors, meta["ranks"] if meta["is_finished"] else {})
@@ -522,6 +536,7 @@ class Controller:
                 "loop of your own load the controller too (accelerator.register_for_checkpointing(controller)); "
                 "to train on from a finished adapter, use PeftModel.from_pretrained(checkpoint, is_trainable=True)"
             )
+        refuse_a_second_controller(self._tensors, self._mark)
         if any(layer.hosted[self.adapter_name].awaits_start for layer in self.layers.values()):
             assert self.rank is not None and self.rank.starter is not None
             raise StaleAdapterError(
@@ -557,6 +572,22 @@ class Controller:
         ):
             raise StaleAdapterError(
                 "after_step: the gradients that scores need are gone; call optimizer.zero_grad after after_step"
+            )
+
+    def _warn_of_an_early_end(self, ranks: int) -> None:
+        cut_short = []
+        if (left := sum(self.ranks().values())) < ranks:
+            assert self.rank is not None
+            cut_short.append(f"{self.rank.method} cut {ranks} ranks to {left} at once")
+        projections = len(self._tensors.projections())
+        if self.freeze is not None and (frozen := len(self.frozen())) < projections:
+            cut_short.append(f"{self.freeze.method} froze {frozen} of {projections} projections")
+        if cut_short:
+            warnings.warn(
+                f"finish: {self.step} of total_steps={self.total_steps} were taken, so that {' and '.join(cut_short)}; "
+                "total_steps counts optimizer steps, not micro-batches (a run that is meant to end early: "
+                "finish(stopped_early=True))",
+                stacklevel=3,
             )
 
     def _refuse_to_go_on_unseen(self) -> None:
