@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import GradientState
 from torch.amp import GradScaler
 from transformers import Trainer, TrainingArguments
 
@@ -433,6 +434,31 @@ def test_a_run_that_died_leaves_no_hook_that_acts(tmp_path, error):
     del trainer
     gc.collect()
     assert not model._forward_hooks
+
+
+def test_a_trainer_that_was_interrupted_while_it_accumulated_holds_up_no_bare_loop(tmp_path):
+    class Dies(Trainer):
+        calls = 0
+
+        def training_step(self, *args, **kw):
+            self.calls += 1
+            if self.calls == 6:
+                raise KeyboardInterrupt
+            return super().training_step(*args, **kw)
+
+    model = runs.model_for("bert", "adalora", rank=None)
+    args = TrainingArguments(
+        str(tmp_path), max_steps=12, report_to=[], use_cpu=True, disable_tqdm=True, gradient_accumulation_steps=4
+    )
+    trainer = Dies(model, args, train_dataset=tiny.rows("bert"))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert not GradientState().sync_gradients
+    del trainer
+    gc.collect()
+    model, optimizer, controller, _ = made()
+    train(model, optimizer, controller)
+    assert controller.step == 12
 
 
 # -- the optimizer holds what trains --------------------------------------------------------------------------------

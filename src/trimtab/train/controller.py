@@ -59,6 +59,7 @@ from .steps import (
     NOT_FINITE_LIMIT,
     UNSEEN_LIMIT,
     StepWatch,
+    forget_interrupted_accumulation,
     is_accumulating,
     refuse_second_copies,
     refuse_what_cannot_be_followed,
@@ -131,6 +132,7 @@ class Controller:
         self.layers = self._tensors.layers
         refuse_groups_that_leave_out(self._tensors, self.optimizer)
         if self.layers:
+            forget_interrupted_accumulation()
             refuse_what_cannot_be_followed(self.optimizer)
             refuse_engines(model, self._tensors.parameters, optimizer, self.optimizer)
             refuse_what_is_no_optimizer(optimizer, self.optimizer)
@@ -277,7 +279,12 @@ class Controller:
                 return
             raise StaleAdapterError(
                 "after_step: call before_step first, after backward and before clipping"
-                + (" (accelerate says that gradients are still accumulating)" if is_accumulating() else "")
+                + (
+                    " (accelerate says that gradients are still accumulating, as it also does while a Trainer is held "
+                    "that was interrupted)"
+                    if is_accumulating()
+                    else ""
+                )
             )
         was_seen = not (self._is_unseen or self._is_late)
         is_blind = not was_seen and not skipped

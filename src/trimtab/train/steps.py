@@ -48,6 +48,16 @@ def is_accumulating() -> bool:
     return not GradientState().sync_gradients
 
 
+def forget_interrupted_accumulation() -> None:
+    """accelerate's flag outlives a Trainer that was interrupted while it accumulated; then nothing would ever be due.
+
+    Where a data loader of accelerate's is being gone through, the flag is left to whoever does that.
+    """
+    state = GradientState()
+    if not state.sync_gradients and not state.in_dataloader:
+        state._set_sync_gradients(True)
+
+
 class StepWatch:
     """Whether an optimizer stepped since the last `forget`, and what a scaler told it.
 
@@ -72,6 +82,10 @@ class StepWatch:
                 optimizer.register_step_pre_hook(Weakly(self._begins)),
                 optimizer.register_step_post_hook(Weakly(self._ended)),
             ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """accelerate's wrapper cannot be pickled; of it the scaler is all that counts."""
+        return {**self.__dict__, "given": self.optimizer, "scaler": self._scaler()}
 
     @property
     def can_tell(self) -> bool:
