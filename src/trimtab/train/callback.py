@@ -7,12 +7,15 @@ the synchronising micro-batch only. `after_step` sits at `on_optimizer_step`.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 import logging
 import math
 import os
 import uuid
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +95,10 @@ class TrimCallback(TrainerCallback, ExportableState):
         self._over: Any = None  # the Trainer, where it resumes a run that is at its end
         self._run = ""  # tells this run's checkpoints from another run's
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is in no Trainer: accelerate's optimizer holds its data, and cannot be pickled."""
+        return {**self.__dict__, "_optimizer": None, "_hook": None, "_over": None}
+
     @property
     def events(self) -> list[Event]:
         """The history of this run, or since it was resumed."""
@@ -105,6 +112,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         if model is None or not self._layers(model):
             return
         trainer = _trainer()
+        self._refuse_a_second_callback(trainer, model)
         self._refuse_engines(args, model)
         if trainer is not None and getattr(trainer, "is_distributed_loading_by_transformers", False):
             self._save_for_resume(args)
@@ -127,6 +135,7 @@ class TrimCallback(TrainerCallback, ExportableState):
                 "after its first steps, or a second train()); build the model anew (with a per_device_train_batch_size "
                 "that fits), or load it with PeftModel.from_pretrained(checkpoint, is_trainable=True)"
             )
+        self._refuse_a_second_callback(_trainer(), model)
         self._history, self._penalties, self._run = History(self.history), [], ""
         self._figures = Figures()
         self._loss = None
@@ -286,8 +295,16 @@ class TrimCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """Writes `trim_state` into the checkpoint being saved; called by Trainer before `trainer_state.json`."""
         controller, args = self.controller, self._args
-        if self._is_training and controller is not None and args is not None and controller.step > 0:
+        # A new run asks as well, and may find the checkpoint that an interrupted one has just completed.
+        is_begun = any(isinstance(frame.f_locals.get("self"), TrainerState) for frame in itertools.islice(callers(), 4))
+        is_saving = self._is_training and not is_begun
+        if is_saving and controller is not None and args is not None and controller.step > 0:
             folder = _being_saved(Path(args.output_dir or "."), controller.step)
+            if folder is None and not args.save_only_model:
+                logger.warning(
+                    "no checkpoint-%d was found in %r: what a resumed run needs is not saved", controller.step,
+                    args.output_dir,
+                )  # fmt: skip
             if folder is not None and not args.save_only_model:
                 (folder / COMPLETE).unlink(missing_ok=True)  # of an earlier run that is being overwritten
                 tensors, facts = controller.state_dict()
@@ -430,6 +447,12 @@ class TrimCallback(TrainerCallback, ExportableState):
         state.best_metric = state.best_model_checkpoint = None
         state.best_global_step = None
 
+    def _refuse_a_second_callback(self, trainer: Trainer | None, model: nn.Module) -> None:
+        handler = getattr(trainer, "callback_handler", None)
+        ours = [one for one in getattr(handler, "callbacks", ()) if isinstance(one, TrimCallback)]
+        if len(ours) > 1 and self._layers(model):
+            raise ConfigError("callbacks", f"{len(ours)} TrimCallbacks", "one decides for the whole run; pass one")
+
     @staticmethod
     def _refuse_engines(args: TrainingArguments, model: nn.Module) -> None:
         if getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None):
@@ -460,7 +483,7 @@ class TrimCallback(TrainerCallback, ExportableState):
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         assert self.controller is not None
         own = Path(args.output_dir or ".")
-        folder = self.resume_from or _trainers_folder() or own / f"checkpoint-{state.global_step}"
+        folder = self.resume_from or _trainers_own("resume_from_checkpoint") or own / f"checkpoint-{state.global_step}"
         if not self.controller.layers and what_is_wrong(folder):
             self._start_history()
             return  # a plain adapter resumes with Trainer's own means
@@ -523,14 +546,16 @@ def _reshard(model: nn.Module | None = None, **_: Any) -> None:
 
 def _being_saved(output_dir: Path, step: int) -> Path | None:
     """The checkpoint folder that Trainer is writing; a hyperparameter search has one folder a trial in between."""
+    if (told := _trainers_own("output_dir")) is not None and told.name == f"checkpoint-{step}" and told.is_dir():
+        return told  # wherever a Trainer of the user's puts it
     found = [p for p in (output_dir / f"checkpoint-{step}", *output_dir.glob(f"*/checkpoint-{step}")) if p.is_dir()]
     return max(found, key=lambda p: p.stat().st_mtime_ns, default=None)
 
 
-def _trainers_folder() -> Path | None:
-    """The folder that the Trainer which is calling resumes from: it tells no callback, so its own variable is read."""
+def _trainers_own(variable: str) -> Path | None:
+    """A folder that the Trainer which is calling keeps in a variable of its own: it tells no callback of it."""
     for frame in callers():
-        folder = frame.f_locals.get("resume_from_checkpoint")
+        folder = frame.f_locals.get(variable)
         if isinstance(frame.f_locals.get("self"), Trainer) and isinstance(folder, (str, os.PathLike)):
             return Path(folder)
     return None
@@ -551,14 +576,19 @@ def _is_in_training(callback: TrimCallback) -> bool:
     )
 
 
-def _tensors(output: Any) -> list[Tensor]:
+def _tensors(output: Any, depth: int = 4) -> list[Tensor]:
+    """Those in a model's output: a tensor, a container of them, or an object that keeps them as attributes."""
     if isinstance(output, Tensor):
         return [output]
-    if isinstance(output, dict):
-        return [t for value in output.values() for t in _tensors(value)]
-    if isinstance(output, (list, tuple)):
-        return [t for value in output for t in _tensors(value)]
-    return []
+    if isinstance(output, Mapping):
+        held = list(output.values())
+    elif isinstance(output, (list, tuple)):
+        held = list(output)
+    elif dataclasses.is_dataclass(output):  # with slots it has no __dict__
+        held = [getattr(output, field.name, None) for field in dataclasses.fields(output)]
+    else:  # an output may hold the module that made it
+        held = [] if isinstance(output, (nn.Module, type)) else list(getattr(output, "__dict__", {}).values())
+    return [t for value in held for t in _tensors(value, depth - 1)] if depth else []
 
 
 def _is_main() -> bool:
