@@ -232,12 +232,13 @@ class Controller:
             self._take_in(loss.detach())
         self._average_gradients()  # what was averaged before is the same everywhere, so that it stays as it is
         self._silence_dead_columns()
-        self._is_unseen, self._is_late = bool(self._tensors.trained()) and not self.has_gradient(), False
+        trained = self._tensors.trained()
+        self._is_unseen, self._is_late = bool(trained) and all(p.grad is None for p in trained), False
         if self._is_unseen:
             self.last_penalty = None  # it would be all that the optimizer gets
         elif not has_penalty:
             self._add_penalty(loss_scale)
-        with_gradient = [p for p in self._tensors.trained() if p.grad is not None]
+        with_gradient = [p for p in trained if p.grad is not None]
         gradients = [p.grad for p in with_gradient if p.grad is not None]
         self._seen = (with_gradient[0], gradients[0]) if gradients else None
         self._watch.norms = list(torch._foreach_norm(gradients)) if gradients else []
