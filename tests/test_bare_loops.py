@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import re
 import warnings
 from typing import Any
 
@@ -13,6 +14,7 @@ import peft
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import GradientState
 from torch.amp import GradScaler
 from transformers import Trainer, TrainingArguments
 
@@ -174,6 +176,175 @@ def test_a_closure_that_makes_the_gradients_anew_is_refused():
         Controller(model, torch.optim.LBFGS([p for p in model.parameters() if p.requires_grad]), 12)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_optimizer_made_anew_in_mid_run_is_refused(fused):
+    model, optimizer, controller, _ = made(fused=fused)
+    with pytest.raises(StaleAdapterError, match=r"\(AdamW\) was not stepped.*optimizer\.state\.clear\(\)"):
+        for step in range(12):
+            if step == 4:  # for a warm restart
+                optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=fused)
+            model(**tiny.batch("bert", seed=step)).loss.backward()
+            controller.before_step()
+            optimizer.step()
+            controller.after_step()
+            optimizer.zero_grad()
+    assert controller.step == 4
+
+
+def test_a_step_that_the_loop_leaves_out_is_no_mistake_where_it_says_so_or_gradients_do():
+    model, optimizer, controller, events = made()
+    for step in range(12):
+        model(**tiny.batch("bert", seed=step)).loss.backward()
+        if step == 3:
+            next(p for n, p in model.named_parameters() if "modules_to_save" in n).grad[0] = float("nan")
+        controller.before_step()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        if is_taken := bool(norm.isfinite()) and step != 7:
+            optimizer.step()
+        controller.after_step(skipped=not is_taken and step == 7)
+        optimizer.zero_grad()
+    controller.finish()
+    assert [e["step"] for e in events if e["event"] == "skipped"] == [4, 8]
+
+
+# -- no gradient, no score ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["adalora", "aflora"])
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_before_step_before_backward_is_refused(set_to_none, method):
+    options = {"rank": ADALORA} if method == "adalora" else {"freeze": AFLoRA(warmup=2, final=4, interval_steps=2)}
+    model, optimizer, controller, _ = made(method=options)
+    optimizer.zero_grad(set_to_none)
+    controller.before_step()
+    model(**tiny.batch("bert")).loss.backward()
+    optimizer.step()
+    with pytest.raises(StaleAdapterError, match="before_step was called before backward"):
+        controller.after_step()
+
+
+def test_an_optimizer_that_steps_inside_backward_is_refused():
+    model = runs.model_for("bert", "adalora", lora_dropout=0.0, rank=ADALORA).eval()
+    optimizers = {p: torch.optim.AdamW([p], lr=1e-2) for p in model.parameters() if p.requires_grad}
+
+    def step_now(p: torch.nn.Parameter) -> None:
+        optimizers[p].step()
+        optimizers[p].zero_grad()
+
+    for p in optimizers:
+        p.register_post_accumulate_grad_hook(step_now)
+    with pytest.warns(UserWarning, match="no torch optimizer"):
+        controller = Controller(model, None, 12)
+    with pytest.raises(StaleAdapterError, match=r"for 3 steps in a row, up to step 3: .*inside backward"):
+        for step in range(12):
+            model(**tiny.batch("bert", seed=step)).loss.backward()
+            controller.before_step()
+            controller.after_step()
+
+
+def test_ranks_are_not_cut_by_a_controller_that_saw_no_step():
+    model, optimizer, controller, _ = made()
+    ranks = controller.ranks()
+    for step in range(12):
+        model(**tiny.batch("bert", seed=step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for _ in range(2):
+        with pytest.raises(StaleAdapterError, match=r"finish: .* no step of the optimizer was seen; call before_step"):
+            controller.finish()
+    assert controller.ranks() == ranks
+
+
+def test_an_adapter_that_nobody_trained_can_be_finished():
+    _, _, controller, _ = made()
+    controller.finish(stopped_early=True)
+    assert sum(controller.ranks().values()) == 2 * len(controller.ranks())
+
+
+def test_a_batch_that_is_left_out_scores_nothing_and_moves_nothing():
+    left_out, whole = ({4, 5, 9}, set())
+    seen = []
+    for empty in (left_out, whole):
+        model, optimizer, controller, events = made(method={"rank": ADALORA})
+        for step in range(12):
+            before = weights(model)
+            if step not in empty:
+                model(**tiny.batch("bert", seed=step)).loss.backward()
+            controller.before_step()
+            optimizer.step()
+            controller.after_step()
+            optimizer.zero_grad()
+            assert (step in empty) == (same(weights(model), before, atol=0))
+        controller.finish()
+        seen.append([e["step"] - 1 for e in events if e["event"] == "skipped"])
+        assert sum(controller.ranks().values()) == 2 * len(controller.ranks())
+    assert seen == [sorted(left_out), []]
+
+
+# -- one controller, for the whole run --------------------------------------------------------------------------
+
+
+def steps(model: Any, optimizer: Any, controller: Controller, n: int) -> None:
+    for step in range(n):
+        model(**tiny.batch("bert", seed=step)).loss.backward()
+        controller.before_step()
+        optimizer.step()
+        controller.after_step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("method", [{"rank": ADALORA}, {"freeze": AFLoRA(warmup=2, final=4, interval_steps=2)}])
+def test_a_controller_for_each_epoch_is_refused(method):
+    model, optimizer, controller, _ = made(method=method)
+    untouched = Controller(model, optimizer, 12)  # made, and never at work
+    steps(model, optimizer, controller, 4)
+    for later in (untouched, Controller(model, optimizer, 12)):
+        with pytest.raises(StaleAdapterError, match="one Controller for the whole run, with the total number of steps"):
+            steps(model, optimizer, later, 1)
+    optimizer.zero_grad()
+    steps(model, optimizer, controller, 4)
+    resumed = Controller(model, optimizer, 12)
+    resumed.load_state_dict(controller.state_dict())
+    steps(model, optimizer, resumed, 4)
+    resumed.finish()
+    assert resumed.step == 12
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ({"rank": ADALORA}, r"3 of total_steps=12 were taken, so that adalora cut 64 ranks to 32 at once"),
+        ({"freeze": AFLoRA(warmup=2, final=4, interval_steps=2)}, r"3 of total_steps=12 .* aflora froze \d+ of 32"),
+    ],
+)
+def test_a_run_that_ends_long_before_its_total_steps_says_what_was_cut_short(method, words):
+    for is_meant in (False, True):
+        model, optimizer, controller, _ = made(method=method)
+        steps(model, optimizer, controller, 3)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            controller.finish(stopped_early=is_meant)
+        lines = [str(w.message) for w in said]
+        assert not lines if is_meant else re.search(words + ".*not micro-batches", lines[0])
+
+
+def test_a_run_that_ends_a_step_before_its_total_steps_says_nothing():
+    model, optimizer, controller, _ = made()
+    steps(model, optimizer, controller, 11)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        controller.finish()
+
+
+def test_the_active_adapter_is_taken_whatever_its_name():
+    config = TrimConfig(r=4, target_modules=["query"], rank=ADALORA, task_type="SEQ_CLS")
+    model = peft.get_peft_model(tiny.build("bert"), config, adapter_name="mine")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    controller = Controller(model, optimizer, 12)
+    train(model, optimizer, controller)
+    assert controller.adapter_name == "mine" and set(controller.ranks().values()) != {4}
+
+
 # -- overflow -------------------------------------------------------------------------------------------------------
 
 
@@ -196,14 +367,15 @@ def test_a_loss_scale_changes_nothing():
 @pytest.mark.parametrize("method", ["adalora", "aflora"])
 @pytest.mark.parametrize("where", ["everywhere", "in the head"])
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_step_that_overflowed_counts_scores_nothing_and_is_recorded(fused, where, method):
+@pytest.mark.parametrize("lost", [0, 5])  # at the first one nobody has seen the scaler yet
+def test_a_step_that_overflowed_counts_scores_nothing_and_is_recorded(lost, fused, where, method):
     options = {"rank": ADALORA} if method == "adalora" else {"freeze": AFLoRA(warmup=2, final=4, interval_steps=2)}
     model, optimizer, controller, events = made(fused=fused, method=options)
     scaler = GradScaler("cpu", init_scale=8.0)
     for step in range(12):
         loss = model(**tiny.batch("bert", seed=step)).loss
-        scaler.scale(loss * (float("inf") if step == 5 and where == "everywhere" else 1.0)).backward()
-        if step == 5 and where == "in the head":
+        scaler.scale(loss * (float("inf") if step == lost and where == "everywhere" else 1.0)).backward()
+        if step == lost and where == "in the head":
             next(p for n, p in model.named_parameters() if "modules_to_save" in n and p.grad is not None).grad.fill_(
                 float("inf")
             )
@@ -213,7 +385,7 @@ def test_a_step_that_overflowed_counts_scores_nothing_and_is_recorded(fused, whe
         controller.after_step()
         optimizer.zero_grad()
     controller.finish()
-    assert [e for e in events if e["event"] == "skipped"] == [{"event": "skipped", "step": 6}]
+    assert [e for e in events if e["event"] == "skipped"] == [{"event": "skipped", "step": lost + 1}]
     assert controller.step == 12
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
@@ -262,6 +434,31 @@ def test_a_run_that_died_leaves_no_hook_that_acts(tmp_path, error):
     del trainer
     gc.collect()
     assert not model._forward_hooks
+
+
+def test_a_trainer_that_was_interrupted_while_it_accumulated_holds_up_no_bare_loop(tmp_path):
+    class Dies(Trainer):
+        calls = 0
+
+        def training_step(self, *args, **kw):
+            self.calls += 1
+            if self.calls == 6:
+                raise KeyboardInterrupt
+            return super().training_step(*args, **kw)
+
+    model = runs.model_for("bert", "adalora", rank=None)
+    args = TrainingArguments(
+        str(tmp_path), max_steps=12, report_to=[], use_cpu=True, disable_tqdm=True, gradient_accumulation_steps=4
+    )
+    trainer = Dies(model, args, train_dataset=tiny.rows("bert"))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert not GradientState().sync_gradients
+    del trainer
+    gc.collect()
+    model, optimizer, controller, _ = made()
+    train(model, optimizer, controller)
+    assert controller.step == 12
 
 
 # -- the optimizer holds what trains --------------------------------------------------------------------------------
@@ -337,6 +534,16 @@ def test_schedule_free_is_refused_by_name():
         Controller(model, optimizer, 12)
     with pytest.raises(ConfigError, match=r"AdamWScheduleFree.*second copy"):
         Controller(model, Accelerator(cpu=True).prepare(optimizer), 12)
+
+
+@pytest.mark.parametrize("held", ["list", "function"])
+def test_what_is_no_optimizer_is_refused_by_its_type(held):
+    model = runs.model_for("bert", "adalora", rank=ADALORA)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    several = [torch.optim.AdamW(trained[::2], fused=True), torch.optim.AdamW(trained[1::2], fused=True)]
+    with pytest.raises(ConfigError, match=f"optimizer='{held}': .* one torch optimizer") as said:
+        Controller(model, several if held == "list" else lambda: several, 12)
+    assert ("several parameter groups" in str(said.value)) == (held == "list")
 
 
 @pytest.mark.parametrize("kind", ["fabric", "lightning"])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import replace
+import pickle
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,31 @@ def test_a_second_train_on_a_half_adapted_model_is_refused_with_the_cure(tmp_pat
         runs.train(model, "bert", tmp_path, trim=callback, callbacks=(At("on_step_end", 3, stop),), save_strategy="no")
     with pytest.raises(StaleAdapterError, match=r"second train.*from_pretrained"):
         runs.train(model, "bert", tmp_path, trim=callback, max_steps=14, save_strategy="no")
+
+
+def test_an_interrupted_trainer_that_is_still_held_does_not_act_in_the_one_that_resumes(tmp_path):
+    def stop(**kw: Any) -> None:
+        raise KeyboardInterrupt
+
+    options = dict(save_strategy="steps", save_steps=4, max_steps=14)
+    whole, model = (salient_model(rank=replace(SALIENT, orth_weight=0.1)) for _ in range(2))
+    runs.train(whole, "bert", tmp_path / "whole", **options)
+    held = TrimCallback()
+    with pytest.raises(KeyboardInterrupt):
+        runs.train(model, "bert", tmp_path, trim=held, callbacks=(At("on_step_end", 6, stop),), **options)
+    runs.train(model, "bert", tmp_path, resume=True, **options)
+    assert held.controller.step == 6 and same(model.state_dict(), whole.state_dict())
+
+
+def test_a_second_trainer_on_a_half_adapted_model_is_refused_with_the_cure(tmp_path):
+    def stop(**kw: Any) -> None:
+        raise KeyboardInterrupt
+
+    model = salient_model()
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, tmp_path, (At("on_step_end", 3, stop),))
+    with pytest.raises(StaleAdapterError, match="one Controller for the whole run"):
+        fit(model, tmp_path)
 
 
 def test_a_second_train_on_a_finished_model_trains_on_at_its_ranks(tmp_path, caplog):
@@ -411,6 +437,158 @@ def test_steps_after_which_no_gradient_was_seen_are_refused(tmp_path):
     trainer = Around(model, args, train_dataset=tiny.rows("bert"), callbacks=[TrimCallback()])
     with pytest.raises(StaleAdapterError, match="forward was not called through the PeftModel"):
         trainer.train()
+
+
+@pytest.mark.parametrize("method", ["salientlora", "aflora"])
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_batch_that_a_training_step_leaves_out_ends_no_run(tmp_path, method, accumulated):
+    class LeavesOut(Trainer):
+        calls = 0
+
+        def training_step(self, *args: Any, **kw: Any) -> torch.Tensor:
+            self.calls += 1
+            return torch.zeros(()) if self.calls % 6 == 4 else super().training_step(*args, **kw)
+
+    options = {"rank": SALIENT} if method == "salientlora" else {"rank": None, "freeze": AFLORA}
+    model, trim = salient_model(**options), TrimCallback()
+    args = TrainingArguments(
+        str(tmp_path), max_steps=14, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no",
+        gradient_accumulation_steps=accumulated,
+    )  # fmt: skip
+    LeavesOut(model, args, train_dataset=tiny.rows("bert"), callbacks=[trim]).train()
+    skipped = [e["step"] for e in trim.events if e["event"] == "skipped"]
+    assert skipped == ([4, 10] if accumulated == 1 else [2, 5, 8, 11, 14])
+    assert trim.controller.is_finished and all(torch.isfinite(p).all() for p in model.parameters())
+    if method == "salientlora":
+        assert sum(trim.controller.ranks().values()) == 2 * SITES
+
+
+@pytest.mark.parametrize("method", ["salientlora", "aflora"])
+def test_a_trainer_with_a_loop_of_its_own_is_refused(tmp_path, method):
+    class OwnLoop(Trainer):
+        def train(self, *args: Any, **kw: Any) -> None:
+            self.create_optimizer_and_scheduler(14)
+            self.state.max_steps, self.callback_handler.optimizer = 14, self.optimizer
+            told = self.callback_handler
+            told.on_train_begin(self.args, self.state, self.control)
+            for batch in self.get_train_dataloader():
+                self.model(**batch).loss.backward()
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                self.state.global_step += 1
+                told.on_step_end(self.args, self.state, self.control)
+
+    model = salient_model(**({"rank": SALIENT} if method == "salientlora" else {"rank": None, "freeze": AFLORA}))
+    args = TrainingArguments(str(tmp_path), max_steps=14, report_to=[], use_cpu=True, disable_tqdm=True)
+    trainer = OwnLoop(model, args, train_dataset=tiny.rows("bert"), callbacks=[TrimCallback()])
+    with pytest.raises(StaleAdapterError, match=r"taken 1 steps, and told no callback.*trimtab\.Controller"):
+        trainer.train()
+
+
+class Out:
+    """A model's output that is no container."""
+
+    def __init__(self, loss: torch.Tensor, logits: torch.Tensor) -> None:
+        self.loss, self.logits = loss, logits
+
+
+@dataclass(slots=True)
+class SlotsOut:
+    loss: torch.Tensor
+    logits: torch.Tensor
+
+
+@dataclass
+class Nested:
+    inner: SlotsOut
+    model: nn.Module
+
+
+@pytest.mark.parametrize("kind", [Out, SlotsOut, Nested])
+def test_an_output_may_be_any_object(tmp_path, kind):
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.fc1, self.fc2 = nn.Embedding(tiny.VOCAB, 16), nn.Linear(16, 32), nn.Linear(32, 2)
+
+        def forward(self, input_ids, attention_mask, labels):
+            logits = self.fc2(self.fc1(self.embed(input_ids).mean(1)).relu())
+            out = (nn.functional.cross_entropy(logits, labels), logits)
+            return Nested(SlotsOut(*out), self) if kind is Nested else kind(*out)
+
+    class Own(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kw):
+            out = model(**inputs)
+            return (out.inner if kind is Nested else out).loss
+
+    model = peft.get_peft_model(Net(), TrimConfig(r=4, target_modules=["fc1", "fc2"], rank=SALIENT))
+    args = TrainingArguments(str(tmp_path), max_steps=14, report_to=[], use_cpu=True, disable_tqdm=True)
+    trainer = Own(model, args, train_dataset=tiny.rows("bert"), callbacks=[trim := TrimCallback()])
+    trainer.train()
+    assert sum(trim.controller.ranks().values()) == 2 * 2
+
+
+# -- the callback itself ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_added_later", [False, True])
+def test_two_callbacks_in_one_trainer_are_refused(tmp_path, is_added_later):
+    def go() -> None:
+        args = TrainingArguments(str(tmp_path), max_steps=14, report_to=[], use_cpu=True, disable_tqdm=True)
+        first, second = TrimCallback(), TrimCallback()
+        ours = [first] if is_added_later else [first, second]
+        trainer = Trainer(salient_model(), args, train_dataset=tiny.rows("bert"), callbacks=ours)
+        trainer.add_callback(second)
+        trainer.train()
+
+    with pytest.raises(ConfigError, match=r"2 TrimCallbacks.*one decides for the whole run"):
+        go()
+
+
+def test_a_callback_that_was_used_is_pickled_with_its_history(tmp_path):
+    callback = fit(salient_model(), tmp_path)
+    for again in (pickle.loads(pickle.dumps(callback)), copy.deepcopy(callback)):
+        assert again.events == callback.events and again.controller.ranks() == callback.controller.ranks()
+    model = salient_model()
+    trim, _ = runs.train(
+        model, "bert", tmp_path / "again", trim=again, max_steps=14, save_strategy="no", logging_steps=1
+    )
+    assert trim.events == callback.events
+
+
+def test_checkpoints_are_resumed_from_wherever_a_trainer_puts_them(tmp_path):
+    class Deeper(Trainer):
+        def _get_output_dir(self, trial: Any) -> str:
+            return str(tmp_path / "a" / "b")
+
+    def go(resume: str | None = None) -> dict[str, torch.Tensor]:
+        args = TrainingArguments(
+            str(tmp_path), max_steps=14, save_steps=7, report_to=[], use_cpu=True, disable_tqdm=True
+        )
+        model = salient_model()
+        trainer = Deeper(model, args, train_dataset=tiny.rows("bert"), callbacks=[TrimCallback()])
+        trainer.train(resume_from_checkpoint=resume)
+        return model.state_dict()
+
+    whole = go()
+    assert what_is_wrong(tmp_path / "a" / "b" / "checkpoint-7") is None
+    assert same(whole, go(str(tmp_path / "a" / "b" / "checkpoint-7")))
+
+
+def test_beginning_again_after_an_interrupt_leaves_the_last_checkpoint_whole(tmp_path):
+    class Dies(Trainer):
+        def training_step(self, *args: Any, **kw: Any) -> torch.Tensor:
+            if self.state.global_step == 7:
+                raise KeyboardInterrupt
+            return super().training_step(*args, **kw)
+
+    args = TrainingArguments(str(tmp_path), max_steps=14, save_steps=7, report_to=[], use_cpu=True, disable_tqdm=True)
+    trainer = Dies(salient_model(), args, train_dataset=tiny.rows("bert"), callbacks=[TrimCallback()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    with pytest.raises(StaleAdapterError, match="second train"):
+        trainer.train()
+    assert what_is_wrong(tmp_path / "checkpoint-7") is None
 
 
 # -- steps that the scaler skipped -----------------------------------------------------------------------------------

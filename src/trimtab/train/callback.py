@@ -7,12 +7,15 @@ the synchronising micro-batch only. `after_step` sits at `on_optimizer_step`.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 import logging
 import math
 import os
 import uuid
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,7 @@ from .parallel import (
 )
 from .state import what_differs
 from .steps import Weakly, callers, is_accumulating
+from .tensors import active_adapter
 from .trackers import Figures, layer_scores, tell
 
 logger = logging.getLogger("trimtab")
@@ -83,12 +87,17 @@ class TrimCallback(TrainerCallback, ExportableState):
         self._is_queued = False
         self._loss: Tensor | None = None  # of the step's micro-batches so far, where backward went through it
         self._was_reached = False
+        self._was_ever_reached = False  # by a backward, in whichever micro-batch
         self._has_loop = False  # Trainer's own loop runs; an exception or Ctrl-C ends it without an event
         self._is_training = False
         self._penalties: list[Tensor] = []
         self._optimizer: Any = None
         self._over: Any = None  # the Trainer, where it resumes a run that is at its end
         self._run = ""  # tells this run's checkpoints from another run's
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is in no Trainer: accelerate's optimizer holds its data, and cannot be pickled."""
+        return {**self.__dict__, "_optimizer": None, "_hook": None, "_over": None}
 
     @property
     def events(self) -> list[Event]:
@@ -103,6 +112,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         if model is None or not self._layers(model):
             return
         trainer = _trainer()
+        self._refuse_a_second_callback(trainer, model)
         self._refuse_engines(args, model)
         if trainer is not None and getattr(trainer, "is_distributed_loading_by_transformers", False):
             self._save_for_resume(args)
@@ -125,14 +135,16 @@ class TrimCallback(TrainerCallback, ExportableState):
                 "after its first steps, or a second train()); build the model anew (with a per_device_train_batch_size "
                 "that fits), or load it with PeftModel.from_pretrained(checkpoint, is_trainable=True)"
             )
+        self._refuse_a_second_callback(_trainer(), model)
         self._history, self._penalties, self._run = History(self.history), [], ""
         self._figures = Figures()
         self._loss = None
         self._take_steps_again()  # after a run that was interrupted
-        self._is_queued = self._was_reached = False  # a first attempt may have run out of memory in mid-backward
+        # A first attempt may have run out of memory in mid-backward.
+        self._is_queued = self._was_reached = self._was_ever_reached = False
         if self._hook is not None:
             self._hook.remove()
-        self._has_loop = _is_in_training()
+        self._has_loop = _is_in_training(self)
         keep_inputs_out_of_the_graph(model)  # the Trainer has turned checkpointing on by now
         self.controller = Controller(
             model,
@@ -169,11 +181,19 @@ class TrimCallback(TrainerCallback, ExportableState):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
     ) -> None:
-        if self._is_running() and not self._was_reached:
-            raise StaleAdapterError(
-                "the adapters' gradients were never seen: the model's forward was not called "
-                "through the PeftModel, or nothing in its output needs a gradient"
-            )
+        if not self._is_running() or self._was_reached:
+            return
+        # No backward came at the end of this step: the training step left its last batch out, or went another way.
+        assert self.controller is not None
+        if not self.controller.has_gradient() or (self._was_ever_reached and not is_distributed()):
+            self.controller.catch_up()
+            if not is_distributed() or not self.controller.has_gradient():
+                return
+        raise StaleAdapterError(
+            "the adapters' gradients were never seen: the model's forward was not called "
+            "through the PeftModel, or nothing in its output needs a gradient"
+            + (", on every process" if is_distributed() else "")
+        )
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
@@ -194,6 +214,7 @@ class TrimCallback(TrainerCallback, ExportableState):
             self._restart_best(args, state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        self._refuse_silent_loop(state)
         if state.global_step >= state.max_steps or control.should_training_stop:
             self._finish(args, state)
         self._log_before_saving(args, control)
@@ -274,8 +295,16 @@ class TrimCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """Writes `trim_state` into the checkpoint being saved; called by Trainer before `trainer_state.json`."""
         controller, args = self.controller, self._args
-        if self._is_training and controller is not None and args is not None and controller.step > 0:
+        # A new run asks as well, and may find the checkpoint that an interrupted one has just completed.
+        is_begun = any(isinstance(frame.f_locals.get("self"), TrainerState) for frame in itertools.islice(callers(), 4))
+        is_saving = self._is_training and not is_begun
+        if is_saving and controller is not None and args is not None and controller.step > 0:
             folder = _being_saved(Path(args.output_dir or "."), controller.step)
+            if folder is None and not args.save_only_model:
+                logger.warning(
+                    "no checkpoint-%d was found in %r: what a resumed run needs is not saved", controller.step,
+                    args.output_dir,
+                )  # fmt: skip
             if folder is not None and not args.save_only_model:
                 (folder / COMPLETE).unlink(missing_ok=True)  # of an earlier run that is being overwritten
                 tensors, facts = controller.state_dict()
@@ -337,8 +366,7 @@ class TrimCallback(TrainerCallback, ExportableState):
     def _name(self, model: nn.Module) -> str:
         if self.adapter_name is not None:
             return self.adapter_name
-        active = peft_model_of(model).active_adapter
-        return active if isinstance(active, str) else active[0]
+        return active_adapter(model)
 
     def _layers(self, model: nn.Module) -> dict[str, Any]:
         try:
@@ -359,7 +387,7 @@ class TrimCallback(TrainerCallback, ExportableState):
     def _watch_output(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if not torch.is_grad_enabled():
             return
-        if self._has_loop and not torch.compiler.is_compiling() and not _is_in_training():
+        if self._has_loop and not torch.compiler.is_compiling() and not _is_in_training(self):
             if self._hook is not None:
                 self._hook.remove()
             return
@@ -371,6 +399,7 @@ class TrimCallback(TrainerCallback, ExportableState):
 
     def _on_backward(self, gradient: Tensor) -> None:
         # Runs at the start of the outermost backward, also under gradient checkpointing.
+        self._was_ever_reached = True
         if self._is_queued or is_accumulating():
             return
         self._is_queued = True
@@ -390,10 +419,19 @@ class TrimCallback(TrainerCallback, ExportableState):
         if not self._is_running():
             return
         assert self.controller is not None
+        self._refuse_silent_loop(state)
         ranks = self.controller.ranks()
-        self.controller.finish()
+        self.controller.finish(stopped_early=True)  # Trainer has said so, where it did
         if self.controller.ranks() != ranks:
             self._restart_best(args, state)
+
+    def _refuse_silent_loop(self, state: TrainerState) -> None:
+        if self._is_running() and self.controller is not None and state.global_step > 0 == self.controller.step:
+            raise StaleAdapterError(
+                f"the Trainer has taken {state.global_step} steps, and told no callback of them (on_optimizer_step), "
+                "as one with a loop of its own does: nothing can be decided in it. Use a Trainer with transformers' "
+                "own loop, or a loop of yours with trimtab.Controller"
+            )
 
     def _restart_best(self, args: TrainingArguments, state: TrainerState) -> None:
         """Only checkpoints at the final shape compete for the best model."""
@@ -408,6 +446,12 @@ class TrimCallback(TrainerCallback, ExportableState):
         )
         state.best_metric = state.best_model_checkpoint = None
         state.best_global_step = None
+
+    def _refuse_a_second_callback(self, trainer: Trainer | None, model: nn.Module) -> None:
+        handler = getattr(trainer, "callback_handler", None)
+        ours = [one for one in getattr(handler, "callbacks", ()) if isinstance(one, TrimCallback)]
+        if len(ours) > 1 and self._layers(model):
+            raise ConfigError("callbacks", f"{len(ours)} TrimCallbacks", "one decides for the whole run; pass one")
 
     @staticmethod
     def _refuse_engines(args: TrainingArguments, model: nn.Module) -> None:
@@ -439,7 +483,7 @@ class TrimCallback(TrainerCallback, ExportableState):
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         assert self.controller is not None
         own = Path(args.output_dir or ".")
-        folder = self.resume_from or _trainers_folder() or own / f"checkpoint-{state.global_step}"
+        folder = self.resume_from or _trainers_own("resume_from_checkpoint") or own / f"checkpoint-{state.global_step}"
         if not self.controller.layers and what_is_wrong(folder):
             self._start_history()
             return  # a plain adapter resumes with Trainer's own means
@@ -502,14 +546,16 @@ def _reshard(model: nn.Module | None = None, **_: Any) -> None:
 
 def _being_saved(output_dir: Path, step: int) -> Path | None:
     """The checkpoint folder that Trainer is writing; a hyperparameter search has one folder a trial in between."""
+    if (told := _trainers_own("output_dir")) is not None and told.name == f"checkpoint-{step}" and told.is_dir():
+        return told  # wherever a Trainer of the user's puts it
     found = [p for p in (output_dir / f"checkpoint-{step}", *output_dir.glob(f"*/checkpoint-{step}")) if p.is_dir()]
     return max(found, key=lambda p: p.stat().st_mtime_ns, default=None)
 
 
-def _trainers_folder() -> Path | None:
-    """The folder that the Trainer which is calling resumes from: it tells no callback, so its own variable is read."""
+def _trainers_own(variable: str) -> Path | None:
+    """A folder that the Trainer which is calling keeps in a variable of its own: it tells no callback of it."""
     for frame in callers():
-        folder = frame.f_locals.get("resume_from_checkpoint")
+        folder = frame.f_locals.get(variable)
         if isinstance(frame.f_locals.get("self"), Trainer) and isinstance(folder, (str, os.PathLike)):
             return Path(folder)
     return None
@@ -520,22 +566,29 @@ def _trainer() -> Trainer | None:
     return next((f.f_locals["self"] for f in callers() if isinstance(f.f_locals.get("self"), Trainer)), None)
 
 
-def _is_in_training() -> bool:
-    """Whether a Trainer's training loop is among the callers."""
+def _is_in_training(callback: TrimCallback) -> bool:
+    """Whether the training loop of a Trainer that has this callback is among the callers."""
     return any(
-        frame.f_code.co_name in ("_inner_training_loop", "train") and isinstance(frame.f_locals.get("self"), Trainer)
+        frame.f_code.co_name in ("_inner_training_loop", "train")
+        and isinstance(trainer := frame.f_locals.get("self"), Trainer)
+        and any(one is callback for one in trainer.callback_handler.callbacks)
         for frame in callers()
     )
 
 
-def _tensors(output: Any) -> list[Tensor]:
+def _tensors(output: Any, depth: int = 4) -> list[Tensor]:
+    """Those in a model's output: a tensor, a container of them, or an object that keeps them as attributes."""
     if isinstance(output, Tensor):
         return [output]
-    if isinstance(output, dict):
-        return [t for value in output.values() for t in _tensors(value)]
-    if isinstance(output, (list, tuple)):
-        return [t for value in output for t in _tensors(value)]
-    return []
+    if isinstance(output, Mapping):
+        held = list(output.values())
+    elif isinstance(output, (list, tuple)):
+        held = list(output)
+    elif dataclasses.is_dataclass(output):  # with slots it has no __dict__
+        held = [getattr(output, field.name, None) for field in dataclasses.fields(output)]
+    else:  # an output may hold the module that made it
+        held = [] if isinstance(output, (nn.Module, type)) else list(getattr(output, "__dict__", {}).values())
+    return [t for value in held for t in _tensors(value, depth - 1)] if depth else []
 
 
 def _is_main() -> bool:

@@ -45,16 +45,34 @@ from .prune import (
     why_masks_only,
     why_not_cuttable,
 )
-from .refusals import refuse_a_second_adapter, refuse_dead_start, refuse_groups_that_leave_out, refuse_plain_layers
+from .refusals import (
+    refuse_a_second_adapter,
+    refuse_a_second_controller,
+    refuse_dead_start,
+    refuse_groups_that_leave_out,
+    refuse_plain_layers,
+    refuse_what_is_no_optimizer,
+    take_charge,
+)
 from .state import fingerprint, refuse_another_run, refuse_other_tensors, restore_factors, saved_factors
-from .steps import NOT_FINITE_LIMIT, StepWatch, is_accumulating, refuse_second_copies, refuse_what_cannot_be_followed
-from .tensors import AdapterTensors
+from .steps import (
+    NOT_FINITE_LIMIT,
+    UNSEEN_LIMIT,
+    StepWatch,
+    forget_interrupted_accumulation,
+    is_accumulating,
+    refuse_second_copies,
+    refuse_what_cannot_be_followed,
+)
+from .tensors import AdapterTensors, active_adapter
 
 if TYPE_CHECKING:
     from ..freeze.base import FreezeSettings
     from ..rank.base import Decision, Factors, RankSettings
 
 Event = dict[str, Any]
+_WHOLE = 0.9
+"""Share of its steps from which a run counts as whole: loops drop a last batch, and round."""
 
 
 class Controller:
@@ -81,7 +99,7 @@ class Controller:
         optimizer: the torch optimizer, or a wrapper with ``.optimizer``.
         total_steps: optimizer steps of the whole run.
         steps_per_epoch: needed where a phase is given in epochs.
-        adapter_name: PEFT's name of the adapter.
+        adapter_name: PEFT's name of the adapter; None takes the active one.
         on_event: called with each history row (see the reports page for the rows).
     Raises:
         ConfigError: a schedule that does not fit ``total_steps``, with the numbers.
@@ -95,25 +113,29 @@ class Controller:
         total_steps: int = 0,
         *,
         steps_per_epoch: int | None = None,
-        adapter_name: str = "default",
+        adapter_name: str | None = None,
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
         if not is_count(total_steps):
             raise ConfigError("total_steps", total_steps, "the number of optimizer steps of the run, at least 1")
         if steps_per_epoch is not None and not is_count(steps_per_epoch):
             raise ConfigError("steps_per_epoch", steps_per_epoch, "optimizer steps of one epoch, at least 1")
-        self.model, self.adapter_name = model, adapter_name
+        self.model = model
+        self.adapter_name = adapter_name = active_adapter(model) if adapter_name is None else adapter_name
         self.optimizer = unwrap_optimizer(optimizer)
         self.total_steps = operator.index(total_steps)
         self.steps_per_epoch = steps_per_epoch = None if steps_per_epoch is None else operator.index(steps_per_epoch)
         self.on_event = on_event
         self.step = 0
+        self._mark = object()  # tells this controller from another on the same adapter
         self._tensors = AdapterTensors(model, adapter_name)
         self.layers = self._tensors.layers
         refuse_groups_that_leave_out(self._tensors, self.optimizer)
         if self.layers:
+            forget_interrupted_accumulation()
             refuse_what_cannot_be_followed(self.optimizer)
             refuse_engines(model, self._tensors.parameters, optimizer, self.optimizer)
+            refuse_what_is_no_optimizer(optimizer, self.optimizer)
             if is_distributed():
                 refuse_other_sites(self._tensors.shapes())
                 keep_whole(model, adapter_name)
@@ -132,6 +154,10 @@ class Controller:
         self._is_ready = False
         self._seen: tuple[nn.Parameter, Tensor] | None = None  # a gradient that the penalty was added to
         self._not_finite = 0  # steps in a row without finite gradients
+        self._is_unseen = False  # in this step no adapter had a gradient
+        self._is_late = False  # in this step it was seen only after clipping
+        self._unseen = 0  # steps in a row of the two kinds
+        self._has_seen = False  # at any step
         self._gradients: dict[str, Tensor] = {}
         self._e_before: dict[str, Tensor] = {}
         self._mask: dict[str, Tensor] = {}  # the last mask that processes have not compared yet, and its hash
@@ -201,14 +227,18 @@ class Controller:
             )
         if loss_scale is None:
             loss_scale = self._watch.loss_scale()
-        has_penalty = self._is_ready and not self._was_zeroed()
+        has_penalty = self._is_ready and self._seen is not None and not self._was_zeroed()
         if loss is not None:
             self._take_in(loss.detach())
         self._average_gradients()  # what was averaged before is the same everywhere, so that it stays as it is
         self._silence_dead_columns()
-        if not has_penalty:
+        trained = self._tensors.trained()
+        self._is_unseen, self._is_late = bool(trained) and all(p.grad is None for p in trained), False
+        if self._is_unseen:
+            self.last_penalty = None  # it would be all that the optimizer gets
+        elif not has_penalty:
             self._add_penalty(loss_scale)
-        with_gradient = [p for p in self._tensors.trained() if p.grad is not None]
+        with_gradient = [p for p in trained if p.grad is not None]
         gradients = [p.grad for p in with_gradient if p.grad is not None]
         self._seen = (with_gradient[0], gradients[0]) if gradients else None
         self._watch.norms = list(torch._foreach_norm(gradients)) if gradients else []
@@ -225,33 +255,57 @@ class Controller:
             self._e_before = dict(zip(gates, torch._foreach_mul([e.detach() for e in gates.values()], 1)))
         self._is_ready = self._watch.is_ready = True
 
+    def catch_up(self) -> None:
+        """`before_step`, too late to score this step: gradients were clipped, as no backward ended with the step."""
+        self.before_step()
+        self._is_late = True
+
+    def has_gradient(self) -> bool:
+        """Whether any tensor of the adaptive layers has a gradient now."""
+        return any(p.grad is not None for p in self._tensors.trained())
+
     def after_step(self, skipped: bool = False) -> None:
         """After `optimizer.step`, while gradients are still there. While accelerate accumulates, it does nothing.
 
         A step without finite gradients counts, but scores nothing; where no scaler does so, the optimizer is kept from
-        taking it.
+        taking it. Nor does a step score in which no adapter had a gradient, as where a batch is left out.
 
         Args:
             skipped: the optimizer was not stepped, for a reason that cannot be seen from here.
+        Raises:
+            StaleAdapterError: the optimizer was not stepped without such a reason, or the calls come in another order.
         """
         if not self._is_ready:
             if is_accumulating() and not self._watch.has_stepped:
                 return
             raise StaleAdapterError(
                 "after_step: call before_step first, after backward and before clipping"
-                + (" (accelerate says that gradients are still accumulating)" if is_accumulating() else "")
+                + (
+                    " (accelerate says that gradients are still accumulating, as it also does while a Trainer is held "
+                    "that was interrupted)"
+                    if is_accumulating()
+                    else ""
+                )
             )
-        skipped = skipped or not self._watch.was_finite()
-        if not skipped:
+        was_seen = not (self._is_unseen or self._is_late)
+        is_blind = not was_seen and not skipped
+        if is_blind:
+            self._refuse_to_go_on_unseen()
+        skipped = skipped or not self._watch.was_finite() or (not is_blind and self._watch.was_left_out())
+        if not skipped and not is_blind:
             self._refuse_lost_gradients()
-            if self.step == 0:
+            if not self._has_seen:
                 refuse_second_copies(self._tensors.trained(), self.optimizer, self._watch.given)
         self._is_ready = self._watch.is_ready = False
         self._watch.forget()
+        take_charge(self._tensors, self._mark)
         self.param_steps += self.trainable_params()
         self.step += 1
-        if skipped:
+        if was_seen:
+            self._unseen, self._has_seen = 0, True
+        if skipped or is_blind:
             self._emit({"event": "skipped", "step": self.step})
+        if skipped:
             self._not_finite += 1
             if self._not_finite >= NOT_FINITE_LIMIT:
                 raise ModelError(
@@ -259,7 +313,7 @@ class Controller:
                     f"row, up to step {self.step}: lower the learning rate, train in bf16 or fp32 instead of fp16, "
                     "and look for NaN in the data and the loss"
                 )
-        else:
+        elif not is_blind:
             self._not_finite = 0
             self._undo_decay_of_e()
             if self.freezer is not None:
@@ -267,17 +321,33 @@ class Controller:
                 self.freezer.observe(self.step - 1, seen)
             if self.allocator is not None:
                 self._apply(self.allocator.after_step(self.step, self._factors()))
-        if self.freezer is not None and (not skipped or self._has_purse()):
+        if self.freezer is not None and (not (skipped or is_blind) or self._has_purse()):
             is_due = self.freezer.is_due(self.step - 1)
             self._freeze(self.freezer.decide(self.step - 1, self._allowance()), is_due)
         self._gradients, self._e_before, self._watch.norms, self._seen = {}, {}, [], None
 
-    def finish(self) -> None:
-        """Cut to the target, fold the diagonals, leave plain LoRA factors. Safe to call twice."""
+    def finish(self, stopped_early: bool = False) -> None:
+        """Cut to the target, fold the diagonals, leave plain LoRA factors. Safe to call twice.
+
+        Args:
+            stopped_early: the run was meant to end before ``total_steps``, so that no warning tells of it.
+        Raises:
+            StaleAdapterError: ranks would be cut by scores, and the steps that were taken were not seen.
+        """
         if self.is_finished:
             return
+        ranks = sum(self.ranks().values())
         if self.allocator is not None:
-            self._apply(self.allocator.finish(self.step, self._factors()) or self._masked_for_good(), is_last=True)
+            decision = self.allocator.finish(self.step, self._factors()) or self._masked_for_good()
+            is_cut = decision is not None and not all(bool(keep.all()) for keep in decision.keep.values())
+            if is_cut and not self._has_seen and (self.step or self._watch.has_stepped):
+                raise StaleAdapterError(
+                    "finish: ranks are to be cut by scores, and no step of the optimizer was seen; call before_step "
+                    "before optimizer.step, and after_step after it, in every step"
+                )
+            self._apply(decision, is_last=True)
+        if not stopped_early and self.step < _WHOLE * self.total_steps:
+            self._warn_of_an_early_end(ranks)
         # Before the diagonals are folded in: they were trained, and are part of what the run held.
         self.final_params = self.trainable_params()
         self.held_params = self._tensors.held_params()
@@ -371,6 +441,8 @@ class Controller:
         if not meta["is_finished"]:
             refuse_other_tensors(self._tensors, tensors)
         self.step, self.param_steps = meta["step"], meta["param_steps"]
+        self._has_seen = self.step > 0
+        take_charge(self._tensors, self._mark)
         self.initial_params, self.initial_ranks = meta["initial_params"], meta["initial_ranks"]
         self.final_params, self.held_params = meta["final_params"], meta["held_params"]
         restore_factors(self._tensors, tensors, meta["ranks"] if meta["is_finished"] else {})
@@ -472,6 +544,7 @@ class Controller:
                 "loop of your own load the controller too (accelerator.register_for_checkpointing(controller)); "
                 "to train on from a finished adapter, use PeftModel.from_pretrained(checkpoint, is_trainable=True)"
             )
+        refuse_a_second_controller(self._tensors, self._mark)
         if any(layer.hosted[self.adapter_name].awaits_start for layer in self.layers.values()):
             assert self.rank is not None and self.rank.starter is not None
             raise StaleAdapterError(
@@ -507,6 +580,36 @@ class Controller:
         ):
             raise StaleAdapterError(
                 "after_step: the gradients that scores need are gone; call optimizer.zero_grad after after_step"
+            )
+
+    def _warn_of_an_early_end(self, ranks: int) -> None:
+        cut_short = []
+        if (left := sum(self.ranks().values())) < ranks:
+            assert self.rank is not None
+            cut_short.append(f"{self.rank.method} cut {ranks} ranks to {left} at once")
+        projections = len(self._tensors.projections())
+        if self.freeze is not None and (frozen := len(self.frozen())) < projections:
+            cut_short.append(f"{self.freeze.method} froze {frozen} of {projections} projections")
+        if cut_short:
+            warnings.warn(
+                f"finish: {self.step} of total_steps={self.total_steps} were taken, so that {' and '.join(cut_short)}; "
+                "total_steps counts optimizer steps, not micro-batches (a run that is meant to end early: "
+                "finish(stopped_early=True))",
+                stacklevel=3,
+            )
+
+    def _refuse_to_go_on_unseen(self) -> None:
+        if self._is_unseen and self.has_gradient():
+            raise StaleAdapterError(
+                "after_step: before_step was called before backward, when no adapter had a gradient; the order is "
+                "backward, before_step, optimizer.step, after_step, zero_grad"
+            )
+        self._unseen += 1
+        if self._unseen >= UNSEEN_LIMIT[self._has_seen]:
+            raise StaleAdapterError(
+                f"no gradient of the adapters was seen for {self._unseen} steps in a row, up to step {self.step + 1}: "
+                "the model's forward was not called through the PeftModel, nothing in its output needs a gradient, or "
+                "an optimizer steps inside backward, which cannot be followed"
             )
 
     def _take_in(self, loss: Tensor) -> None:

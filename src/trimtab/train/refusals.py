@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError, ModelError, StaleAdapterError
 from ..host.adapted import adapter_layers, peft_model_of
-from ..host.layers import hosted_layers
+from ..host.layers import Hosted, hosted_layers
 from .tensors import AdapterTensors
 
 if TYPE_CHECKING:
@@ -39,6 +40,41 @@ def refuse_a_second_adapter(adapter: AdapterTensors) -> None:
                 f"{other!r} is active as well and adapts, too, and nobody would decide on it; activate one with "
                 "model.set_adapter",
             )
+
+
+def refuse_what_is_no_optimizer(given: Any, optimizer: torch.optim.Optimizer | None) -> None:
+    """Raise `ConfigError` where something was handed over in which there is no torch optimizer: a list of several."""
+    if given is None or optimizer is not None:
+        return
+    cure = "moments are cut with the ranks, so it takes one torch optimizer, or a wrapper with .optimizer"
+    if isinstance(given, (list, tuple, dict)):
+        cure += "; give one with several parameter groups in place of several optimizers"
+    raise ConfigError("optimizer", type(given).__name__, cure)
+
+
+_IN_CHARGE: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""What a layer keeps for an adapter -> the mark of the controller that decides. Nothing of it is saved or copied."""
+
+
+def take_charge(adapter: AdapterTensors, mark: object) -> None:
+    """From here on this controller decides: it has taken a step, or the state of a run."""
+    if (own := _first_hosted(adapter)) is not None:
+        _IN_CHARGE[own] = mark
+
+
+def refuse_a_second_controller(adapter: AdapterTensors, mark: object) -> None:
+    """Raise `StaleAdapterError` where another one took the steps so far: this one knows nothing of them."""
+    if (own := _first_hosted(adapter)) is not None and _IN_CHARGE.get(own, mark) is not mark:
+        raise StaleAdapterError(
+            "another Controller has taken steps on this adapter, and this one knows neither its scores nor its place "
+            "in the schedule: make one Controller for the whole run, with the total number of steps, or give the new "
+            "one the old one's state (load_state_dict)"
+        )
+
+
+def _first_hosted(adapter: AdapterTensors) -> Hosted | None:
+    layer = next(iter(adapter.layers.values()), None)
+    return None if layer is None else layer.hosted.get(adapter.adapter_name)
 
 
 def refuse_groups_that_leave_out(adapter: AdapterTensors, optimizer: torch.optim.Optimizer | None) -> None:

@@ -24,6 +24,10 @@ NOT_FINITE_LIMIT = 50
 """Steps in a row without finite gradients that end a run. A scaler that starts at 65536 needs at most 16 to find its
 scale, and 40 would take it to 2^-24, the smallest number in fp16."""
 
+UNSEEN_LIMIT = (3, 10)
+"""Steps in a row in which no adapter had a gradient that end a run: before any had one (the loop is another than it
+takes), and after that (a batch that is left out is no mistake)."""
+
 
 class Weakly:
     """A hook that does not keep its owner alive, does nothing once that is gone, and is empty in copies and pickles."""
@@ -42,6 +46,16 @@ class Weakly:
 def is_accumulating() -> bool:
     """Whether accelerate says that this backward pass is not yet the one that an optimizer step follows."""
     return not GradientState().sync_gradients
+
+
+def forget_interrupted_accumulation() -> None:
+    """accelerate's flag outlives a Trainer that was interrupted while it accumulated; then nothing would ever be due.
+
+    Where a data loader of accelerate's is being gone through, the flag is left to whoever does that.
+    """
+    state = GradientState()
+    if not state.sync_gradients and not state.in_dataloader:
+        state._set_sync_gradients(True)
 
 
 class StepWatch:
@@ -69,6 +83,10 @@ class StepWatch:
                 optimizer.register_step_post_hook(Weakly(self._ended)),
             ]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """accelerate's wrapper cannot be pickled; of it the scaler is all that counts."""
+        return {**self.__dict__, "given": self.optimizer, "scaler": self._scaler()}
+
     @property
     def can_tell(self) -> bool:
         return bool(self._hooks)
@@ -85,6 +103,25 @@ class StepWatch:
         if self.found_inf is not None and bool(self.found_inf):
             return False
         return _all_finite(self.norms) if self._are_finite is None else self._are_finite
+
+    def was_left_out(self) -> bool:
+        """Whether the step was not taken because of an overflow that only the gradients tell of, if it was not taken.
+
+        Raises:
+            StaleAdapterError: it was not, and nothing tells why.
+        """
+        if not self.can_tell or self.has_stepped or self.has_scaler:
+            return False
+        assert self.optimizer is not None
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        whole = [g for g in gradients if not is_dtensor(g) and not g.is_sparse]
+        if whole and not _all_finite(list(torch._foreach_norm(whole))):
+            return True  # a scaler that nobody has seen yet, or the loop itself
+        raise StaleAdapterError(
+            f"after_step: the optimizer given to the Controller ({type(self.optimizer).__name__}) was not stepped "
+            "since before_step; keep to one optimizer for the whole run (optimizer.state.clear() starts its moments "
+            "anew), or call after_step(skipped=True) where a step is left out"
+        )
 
     def close(self) -> None:
         for hook in self._hooks:

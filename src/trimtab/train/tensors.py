@@ -6,12 +6,18 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from ..host.adapted import adapter_parameters
+from ..host.adapted import adapter_parameters, peft_model_of
 from ..host.layers import PROJECTIONS, TrimLayer, hosted_layers
 from ..host.sharding import is_dtensor
 
 if TYPE_CHECKING:
     from ..rank.base import Factors
+
+
+def active_adapter(model: nn.Module) -> str:
+    """PEFT's name of the active adapter; of the first one where several are."""
+    active = peft_model_of(model).active_adapter
+    return active if isinstance(active, str) else active[0]
 
 
 class AdapterTensors:
