@@ -340,3 +340,11 @@ def test_what_the_user_has_frozen_stays_so_at_the_end(method):
     left = {name: p.requires_grad for name, p in model.named_parameters() if "lora_" in name}
     assert not any(wants for name, wants in left.items() if "layers.0." in name)
     assert all(wants for name, wants in left.items() if "layers.0." not in name)
+
+
+def test_an_idle_adapter_that_was_loaded_in_part_stops_no_other_one():
+    model = model_with(config_for("salientlora"))
+    model.add_adapter("idle", config_for("salientlora"))
+    part = {name: p + 1 for name, p in model.state_dict().items() if "layers.0." in name and ".idle." in name}
+    model.load_state_dict(part, strict=False)
+    fit(model)

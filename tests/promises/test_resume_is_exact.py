@@ -283,5 +283,5 @@ def test_a_run_resumed_without_its_callback_stops_before_moments_of_other_shapes
     assert not all(f".{site}.lora_A" in written for site in hosted_layers(model)), "no site at rank 0"
     arguments = TrainingArguments(str(tmp_path), max_steps=runs.STEPS, report_to=[], use_cpu=True)
     trainer = Trainer(model, arguments, train_dataset=tiny.rows("bert"))
-    with pytest.raises(ModelError, match=r"cut to rank 0.*TrimCallback"):
+    with pytest.raises(ModelError, match=r"cut it to rank 0.*TrimCallback"):
         trainer.train(resume_from_checkpoint=str(checkpoint))

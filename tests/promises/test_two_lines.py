@@ -463,6 +463,25 @@ def test_a_batch_that_a_training_step_leaves_out_ends_no_run(tmp_path, method, a
         assert sum(trim.controller.ranks().values()) == 2 * SITES
 
 
+def test_a_backward_that_runs_out_of_memory_and_is_left_out_costs_one_step(tmp_path):
+    class LeavesOut(Trainer):
+        def training_step(self, model, *args: Any, **kw: Any) -> torch.Tensor:
+            try:
+                return super().training_step(model, *args, **kw)
+            except RuntimeError:
+                model.zero_grad()
+                return torch.zeros(())
+
+    model, trim = salient_model(), TrimCallback()
+    out_of_memory(model, 5, "backward")
+    options = dict(max_steps=14, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no")
+    trainer = LeavesOut(
+        model, TrainingArguments(str(tmp_path), **options), train_dataset=tiny.rows("bert"), callbacks=[trim]
+    )
+    trainer.train()
+    assert [e["step"] for e in trim.events if e["event"] == "skipped"] == [5]
+
+
 @pytest.mark.parametrize("method", ["salientlora", "aflora"])
 def test_a_trainer_with_a_loop_of_its_own_is_refused(tmp_path, method):
     class OwnLoop(Trainer):

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 
 from .dropout import draw_bits, drop_rate, keep_mask
 from .gated import Gated
@@ -106,7 +107,8 @@ def lowrank_linear(
     Returns:
         Tensor of shape (..., out), in x's dtype, or in autocast's.
 
-    Gradients are exact; where a second derivative is asked for, they are made by the formulas above.
+    Gradients are exact; where a second derivative is asked for, they are made by the formulas above. Where A does not
+    train there is only the first, and a second raises.
     """
     device = x.device.type
     call = _LowRankLinear.apply if torch.is_grad_enabled() else _without_gradient
@@ -140,7 +142,7 @@ def lowrank_added(
         base: shape (..., out).
         x, A, B, scale, e, b, dropout: as in `lowrank_linear`.
 
-    Products are made in x's dtype, or in autocast's. Gradients can be taken once: a second derivative raises.
+    Products are made in x's dtype, or in autocast's. Derivatives are as there.
     """
     return lowrank_linear(x, None, None, A, B, scale, e, b, dropout, base=base)
 
@@ -411,6 +413,9 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None, grad_bias, grad_a, grad_b_factor, grad_e, grad_b, *sources, None, None, None, None, grad_base
 
 
+_gradients_once = once_differentiable(_gradients)
+
+
 def _recorded_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The same gradients, as the formulas stand and by operations that autograd follows: for second derivatives."""
     x, _, bits, weight, A, B, e, b, gate, up = ctx.saved_tensors
@@ -427,11 +432,8 @@ def _recorded_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if need_a or need_b_factor or need_e or need_b:
         if source is not None:
             x = source.activated() * up
-        if x is None:
-            raise RuntimeError(
-                "a layer whose projection A does not train keeps no input, which a second derivative needs: let A "
-                "train, or take one derivative"
-            )
+        if x is None:  # not kept where A does not train; without it only these first ones can be made
+            return _gradients_once(ctx, grad)
         dropped = _as(x.reshape(-1, a.shape[1]), wide) * mask
         G = scale * g.t() @ (dropped @ a.t())  # (out, r)
         grad_a = _as(scale * gh.t() @ dropped, A.dtype) if need_a else None

@@ -53,7 +53,7 @@ def check_folder(out: Path, is_ours: Callable[[Path], bool], what: str) -> None:
 
 
 def _check_place(out: Path) -> None:
-    above = next(path for path in out.absolute().parents if os.path.lexists(path))
+    above = next((path for path in out.absolute().parents if os.path.lexists(path)), out)
     if not above.is_dir():
         raise ConfigError("out", str(out), f"cannot be written: {above} is a file")
     if not os.access(above, os.W_OK):

@@ -304,12 +304,12 @@ class Session:
         if not is_main():
             return folder
         if self.resume:
-            began = folder.read(folder.about) if folder.about.is_file() else {}
+            began = folder.read(folder.about) if folder.about.is_file() else about.facts()
             if data and (before := began.setdefault("data", data)) != data:
                 raise _changed_data(recipe, folder, before, data)
             now = about.facts()
             again = [*began.get("resumed", ()), {key: now[key] for key in ("began", "command")}]
-            folder.write(folder.about, {**(began or now), "resumed": again})
+            folder.write(folder.about, {**began, "resumed": again})
             return folder
         if self.overwrite:
             folder.set_aside()

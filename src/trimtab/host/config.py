@@ -123,6 +123,7 @@ class TrimConfig(LoraConfig):
             with safe_open(weights, "pt") as saved:
                 raw = [key for key in cast(Any, saved).keys() if re.search(r"\.lora_[eb](\.|$)", key)]  # noqa: SIM118
             if raw:
+                self.inference_mode = False  # PEFT has set it for the file, and would set it back after this call
                 raise ModelError(
                     f"state_dict: {raw[0]} and {len(raw) - 1} more are raw parameters of an adapter that adapts; leave "
                     f"state_dict out, or give model.state_dict(), which is plain LoRA. {weights} is not"

@@ -63,8 +63,8 @@ class Hosted:
     """Diagonals that are at rest, at one, until a projection of the layer freezes."""
     is_stale: bool = False
     """Tensors from elsewhere were loaded: a running controller's state no longer describes them."""
-    is_missing: bool = False
-    """There were none among them for this layer, though they are a whole model's: it was at rank 0."""
+    was_loaded: bool | None = None
+    """Whether the tensors that were loaded last had any for it."""
     is_decided: bool = False
     """A controller is at work."""
     awaits_start: bool = False
@@ -331,16 +331,16 @@ class TrimLayer(_Mixed):
         for name, hosted in self.hosted.items():
             if hosted.is_decided or (live := self.configs[name]._live).is_told or torch.compiler.is_compiling():
                 continue
+            A, B = self.factors(name)
+            if name not in self.active_adapters or not (A.requires_grad or B.requires_grad):
+                continue
             if self._is_missing(name):
                 raise ModelError(
-                    f"adapter {name!r}: the tensors that were loaded have none for {self.site_name!r}, which a rank "
-                    "method had cut to rank 0, and nothing restores that: add trimtab.TrimCallback() to the Trainer's "
-                    "callbacks, or make and load the trimtab.Controller; to train on without, load the checkpoint "
-                    "with PeftModel.from_pretrained(..., is_trainable=True)"
+                    f"adapter {name!r}: the tensors that were loaded have none for {self.site_name!r}, as where a rank "
+                    "method had cut it to rank 0, and nothing restores that: add trimtab.TrimCallback() to the "
+                    "Trainer's callbacks, or make and load the trimtab.Controller; to train on without, load the "
+                    "checkpoint with PeftModel.from_pretrained(..., is_trainable=True)"
                 )
-            A, B = self.factors(name)
-            if not (A.requires_grad or B.requires_grad):
-                continue
             now = float(A.detach().sum() + B.detach().sum())
             if hosted.seen is None:
                 hosted.seen = now
@@ -353,12 +353,11 @@ class TrimLayer(_Mixed):
                 )
 
     def _is_missing(self, name: str) -> bool:
-        """Whether tensors were loaded, and none for this site: it was at rank 0, and an optimizer's moments of it are,
-        which a fused one would read beyond their end."""
-        others = self.configs[name]._live.layers()
-        return self.hosted[name].is_missing or (
-            not self.hosted[name].is_stale
-            and any((its := other.hosted.get(own)) is not None and its.is_stale for other, own in others)
+        """Whether other sites got tensors in the last load, and this one none: it was at rank 0, and so are an
+        optimizer's moments of it, beyond whose end a fused one would read."""
+        return self.hosted[name].was_loaded is False and any(
+            (its := other.hosted.get(own)) is not None and its.was_loaded
+            for other, own in self.configs[name]._live.layers()
         )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -454,6 +453,7 @@ def _accept_plain_lora(layer: TrimLayer, state_dict: dict[str, Any], prefix: str
         key_a, key_b = (f"{prefix}{which}.{name}.weight" for which in PROJECTIONS)
         own = {f"{prefix}{d}.{name}": p for d, p in zip(DIAGONALS, layer.diagonals(name)) if p is not None}
         A, B = layer.factors(name)
+        hosted.was_loaded = key_a in state_dict or bool(own.keys() & state_dict.keys())
         if own.keys() & state_dict.keys():
             _accept_raw_factors(layer, name, state_dict, {key_a: A, key_b: B, **own})
             continue
@@ -462,11 +462,10 @@ def _accept_plain_lora(layer: TrimLayer, state_dict: dict[str, Any], prefix: str
                 state_dict.update({key_a: A.data, key_b: B.data})
             elif any(key.startswith(f"{prefix}base_layer.") for key in state_dict):
                 # A whole model was saved with this site at rank 0: it adds nothing, until `trim_state` cuts it.
-                hosted.is_stale = hosted.is_missing = True
+                hosted.is_stale = True
                 state_dict.update({key_a: A.data, key_b: torch.zeros_like(B.data)})
             state_dict.update({key: p.data for key, p in own.items()})
             continue
-        hosted.is_missing = False
         new_a, new_b = state_dict[key_a], state_dict[key_b]
         folded_a, folded_b = layer.folded(name)
         if A.device.type != "meta" and _same(folded_a, new_a) and _same(folded_b, new_b):

@@ -54,8 +54,9 @@ class SalientLoRA(RankSettings):
     start: Start = "lora"
     target_r: float
     """Mean rank per site at the end; ``target_r · sites`` ranks remain in total, exactly."""
-    warmup: StepLength = 0.1
-    """Training before anything is recorded (the paper's n_i): steps, fraction, or ``"1ep"``."""
+    warmup: StepLength = 0.3
+    """Training before anything is recorded (the paper's n_i): steps, fraction, or ``"1ep"``. Later than in the
+    paper's runs, in which a task that is learned late would be cut before anything tells its ranks apart."""
     allocation: StepLength = 0.5
     """Training during which the budget falls to the target (n_f); the pattern is fixed afterwards."""
     initial_window: int | None = None

@@ -183,7 +183,9 @@ class TrimCallback(TrainerCallback, ExportableState):
     ) -> None:
         if not self._is_running() or self._was_reached:
             return
-        # No backward came at the end of this step: the training step left its last batch out, or went another way.
+        # No backward came at the end of this step: the training step left its last batch out, or went another way. One
+        # that ran out of memory midway leaves these behind.
+        self._is_queued, self._loss = False, None
         assert self.controller is not None
         if not self.controller.has_gradient() or (self._was_ever_reached and not is_distributed()):
             self.controller.catch_up()
@@ -579,7 +581,7 @@ def _is_in_training(callback: TrimCallback) -> bool:
 def _tensors(output: Any, depth: int = 4) -> list[Tensor]:
     """Those in a model's output: a tensor, a container of them, or an object that keeps them as attributes."""
     if isinstance(output, Tensor):
-        return [output]
+        return [] if isinstance(output, nn.Parameter) else [output]  # a parameter would collect hooks
     if isinstance(output, Mapping):
         held = list(output.values())
     elif isinstance(output, (list, tuple)):

@@ -105,7 +105,8 @@ def restore_factors(adapter: AdapterTensors, tensors: Mapping[str, Tensor], fini
             if (saved := tensors.get(f"factors/{name}/{key}")) is not None:
                 _restore(parameter, saved.to(parameter.device))
         layer.resized(adapter.adapter_name)
-        layer.hosted[adapter.adapter_name].is_stale = layer.hosted[adapter.adapter_name].is_missing = False
+        hosted = layer.hosted[adapter.adapter_name]
+        hosted.is_stale, hosted.was_loaded = False, None
 
 
 def _restore(parameter: nn.Parameter, saved: Tensor) -> None:
