@@ -6,7 +6,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from trimtab.app.recipe import Where
+import yaml
+
 from trimtab.app.report.words import byte_size, count, listing, number
 
 from .matrix import ROWS, TASKS, UNTUNED
@@ -125,20 +126,23 @@ def _by_task(results: Results, title: str, size: Callable[[Cell], float], shown:
 
 
 def _recipe(cell: Cell) -> str:
-    """The sections that make a row what it is, as they stand in a recipe."""
-    settings = cell.records[0]["settings"]
-    parts = {"adapter": {"r": settings["adapter"].get("r")}} if settings.get("adapter", {}).get("r") else {}
-    parts |= {axis: settings[axis] for axis in ("where", "rank", "freeze", "budget") if settings.get(axis)}
-    for axis, values in parts.items():
-        known = Where.model_fields if axis == "where" else {}
-        parts[axis] = {
-            key: value
-            for key, value in values.items()
-            if value is not None
-            and not (key in known and value == known[key].default)
-            and key not in ("samples", "seed")
-        }
-    return json.dumps(parts, ensure_ascii=False).replace('"', "")[1:-1] or "full fine-tuning"
+    """The sections that make a row what it is, as they stand in a recipe: of the row, since defaults may change."""
+    row = ROWS[cell.row]
+    if row.kind:
+        return "–"
+    parts: dict[str, dict[str, object]] = {"adapter": {"r": 8}}
+    for text in row.overrides:
+        key, _, value = text.partition("=")
+        section, _, name = key.partition(".")
+        given = yaml.safe_load(value.replace("SAMPLES", "0"))
+        if name:
+            parts[section][name] = given
+        else:
+            parts[section] = given if isinstance(given, dict) else {"method": given}
+    for values in parts.values():
+        values.pop("samples", None)  # the default, but for one task
+        values.pop("alpha", None)  # 2 r, the default
+    return json.dumps(parts, ensure_ascii=False).replace('"', "")[1:-1]
 
 
 BLOCKS: dict[str, Callable[[Results], str]] = {

@@ -45,18 +45,27 @@ class Task:
     """Rows that are scored, drawn from their file; all of them without it."""
     recipe: str = "minilm.yaml"
     held_out: float | None = None
-    """Share of the rows that is scored, where there is no file of others; the loss on them is the score."""
+    """Share of the rows that is scored, where there is no file of others."""
+    is_variant: bool = False
+    """Another task of this list at another length, draw or scale: not counted where tasks are pooled."""
     samples: int = 1024
     """Rows by which layers are chosen."""
 
     def overrides(self, data: Path) -> list[str]:
         folder = self.folder or self.name
+        files = [f"data.{split}={data / folder / f'{file}.jsonl'}"
+                 for split, file in zip(("train", "validation"), self.splits)]  # fmt: skip
         if self.held_out:
-            return [f"data.train={data / folder / 'train.jsonl'}", f"data.held_out={self.held_out}", *self.settings]
-        splits = zip(("train", "validation"), self.splits)
-        files = [f"data.{split}={data / folder / f'{file}.jsonl'}" for split, file in splits]
+            files = [files[0], f"data.held_out={self.held_out}"]
+        if self.is_decoder:
+            return [*files, *self.settings]
         name, epochs = f"task.name=glue/{self.glue or folder}", f"train.num_train_epochs={self.epochs}"
         return [name, *files, epochs, *self.settings]
+
+    @property
+    def is_decoder(self) -> bool:
+        """Whether the loss on answers is the score."""
+        return self.recipe != "minilm.yaml"
 
 
 @dataclass(frozen=True)
@@ -108,13 +117,17 @@ class Run:
 
 
 # At LoRA's own rate: the first ones answer whether a method can be swapped in, the others what its parts do.
-FIRST = ("lora-r8", "salientlora", "adalora", "cka-salientlora", "composition-late")
-SWAPPED = (*FIRST, "cka-lora", "random-lora", "lora-r4", "budget", "uniform-lora", "lora-r2", "aflora", "aflora-late",
+FIRST = ("lora-r8", "salientlora-late", "adalora", "cka-salientlora-late", "composition-latest")
+EARLIER = ("salientlora", "cka-salientlora", "composition-late")  # by default until it was seen to cost
+PRUNING_EARLY = ("lora-r8", *EARLIER, "adalora")
+SWAPPED = (*FIRST, *EARLIER, "cka-lora", "random-lora", "lora-r4", "budget", "uniform-lora", "lora-r2",
+           "aflora", "aflora-late",
            "composition", "peft-adalora", "sora", "gradient-lora", "fisher-lora", "influence-lora",
            "grades", "influence-salientlora", "influence-composition", "aflora-vectors",
            "aflora-late-vectors", "influence-composition-vectors", "eva", "gora")  # fmt: skip
 # On the other tasks: whether what SST-2 says of layers and of freezing holds there, too.
-PARTS = (*FIRST, "composition", "cka-lora", "random-lora", "uniform-lora", "influence-lora", "aflora", "aflora-late",
+PARTS = (*FIRST, *EARLIER, "composition", "cka-lora", "random-lora", "uniform-lora", "influence-lora",
+         "aflora", "aflora-late",
          "lora-r4", "lora-r2", "influence-composition", "influence-salientlora", "aflora-vectors",
          "aflora-late-vectors", "influence-composition-vectors")  # fmt: skip
 # On a decoder, at equal steps, by what each part of the composition brings.
@@ -127,17 +140,24 @@ TASKS = {
     for task in (
         Task("sst2", "SST-2", 6000, 1, 2400, swapped=SWAPPED),
         Task("stsb", "STS-B", 3000, 2, 1800, rate="5e-4", swapped=PARTS),
+        Task("stsb-long", "STS-B, three epochs", 5749, 3, 0, rate="5e-4", swapped=("lora-r8",), tuned=False,
+             folder="stsb", is_variant=True),
         Task("mrpc", "MRPC", 3668, 2, 1800, rate="5e-4", swapped=PARTS),
         Task("cola", "CoLA", 6000, 3, 3600, swapped=PARTS),
         Task("rte", "RTE", 2490, 3, 1500, rate="5e-4", swapped=PARTS),
         Task("snli-two", "SNLI", 6000, 2, 3600, rate="5e-4", swapped=PARTS, folder="snli", glue="mnli",
              splits=("validation", "test"), scored=1500),
-        Task("snli", "SNLI, one epoch", 6000, 1, 0, swapped=(*FIRST, "lora-r4"), tuned=False, glue="mnli",
-             splits=("validation", "test"), scored=1500),
-        Task("snli-long", "SNLI, three epochs", 6000, 3, 0, swapped=FIRST, tuned=False, folder="snli", glue="mnli",
-             splits=("validation", "test"), scored=1500),
+        Task("qnli", "QNLI", 5463, 3, 0, rate="5e-4", tuned=False, splits=("validation", ""), held_out=0.2,
+             swapped=(*FIRST, *EARLIER, "cka-lora", "uniform-lora", "lora-r4", "lora-r2")),
+        Task("snli", "SNLI, one epoch", 6000, 1, 0, swapped=(*FIRST, *EARLIER, "lora-r4"), tuned=False,
+             glue="mnli", splits=("validation", "test"), scored=1500, is_variant=True),
+        Task("snli-long", "SNLI, three epochs", 6000, 3, 0, swapped=PRUNING_EARLY, tuned=False, folder="snli",
+             glue="mnli", splits=("validation", "test"), scored=1500, is_variant=True),
         Task("sst2-first", "SST-2, the file's first rows", 6000, 1, 0, ("data.sample_seed=first",),
-             swapped=(*FIRST, "composition"), tuned=False, folder="sst2"),
+             swapped=(*PRUNING_EARLY, "composition"), tuned=False, folder="sst2", is_variant=True),
+        Task("sst2-double", "SST-2, twice the scale", 6000, 1, 0, ("adapter.alpha=32",),
+             swapped=("lora-r8", "cka-lora", "uniform-lora", "cka-salientlora", "composition-late"), tuned=False,
+             folder="sst2", is_variant=True),
         Task("code", "SmolLM2, Code Alpaca", 750, 1, 0, swapped=DECODER, tuned=False, folder="code_alpaca",
              recipe="smollm2.yaml", held_out=0.2, samples=128),
     )
@@ -148,17 +168,21 @@ INFLUENCE = "where={method: influence, ratio: 0.5, samples: SAMPLES}"
 EARLY = "freeze={method: aflora, warmup: 0.3, final: 0.3}"  # the default until it was seen on two tasks
 LATE = "freeze={method: aflora, warmup: 0.5, final: 0.1}"
 VECTORS = "rates={vectors: 10}"
-SALIENT = "rank={method: salientlora, target_r: 4}"
+SALIENT = "rank={method: salientlora, target_r: 4, warmup: 0.1, allocation: 0.5}"
+PRUNING_LATE = "rank={method: salientlora, target_r: 4, warmup: 0.3, allocation: 0.5}"
 QUARTER = 82_944  # of LoRA r 8's parameters, 331,776
 
 ROWS = {
     row.name: row
     for row in (
         Row("lora-r8", "LoRA r 8"),
-        Row("salientlora", "SalientLoRA 8→4", (SALIENT,)),
+        Row("salientlora", "SalientLoRA 8→4, pruning early", (SALIENT,), note="from 0.1 of the run on, not 0.3"),
+        Row("salientlora-late", "SalientLoRA 8→4", (PRUNING_LATE,)),
+        Row("cka-salientlora-late", "CKA half × SalientLoRA 8→4", (CKA, PRUNING_LATE)),
+        Row("composition-latest", "CKA half × SalientLoRA 8→4 × AFLoRA", (CKA, PRUNING_LATE, LATE)),
         Row("adalora", "AdaLoRA 8→4", ("rank={method: adalora, target_r: 4}",)),
-        Row("cka-salientlora", "CKA half × SalientLoRA 8→4", (CKA, SALIENT)),
-        Row("composition", "CKA half × SalientLoRA 8→4 × AFLoRA, freezing early", (CKA, SALIENT, EARLY),
+        Row("cka-salientlora", "CKA half × SalientLoRA 8→4, pruning early", (CKA, SALIENT)),
+        Row("composition", "CKA half × SalientLoRA 8→4 × AFLoRA, pruning and freezing early", (CKA, SALIENT, EARLY),
             note="phases of 0.3 and 0.3"),
         Row("lora-r4", "LoRA r 4", ("adapter.r=4", "adapter.alpha=8")),
         Row("cka-lora", "CKA half × LoRA r 8", (CKA,)),
@@ -168,22 +192,23 @@ ROWS = {
         Row("lora-r2", "LoRA r 2", ("adapter.r=2", "adapter.alpha=4"), note="holds what the composition holds"),
         Row("aflora", "AFLoRA r 8, freezing early", (EARLY,), note="phases of 0.3 and 0.3"),
         Row("aflora-late", "AFLoRA r 8", (LATE,)),
-        Row("composition-late", "CKA half × SalientLoRA 8→4 × AFLoRA", (CKA, SALIENT, LATE)),
-        Row("influence-salientlora", "influence half × SalientLoRA 8→4", (INFLUENCE, SALIENT)),
-        Row("influence-composition", "influence half × SalientLoRA 8→4 × AFLoRA",
+        Row("composition-late", "CKA half × SalientLoRA 8→4 × AFLoRA, pruning early", (CKA, SALIENT, LATE)),
+        Row("influence-salientlora", "influence half × SalientLoRA 8→4, pruning early", (INFLUENCE, SALIENT)),
+        Row("influence-composition", "influence half × SalientLoRA 8→4 × AFLoRA, pruning early",
             (INFLUENCE, SALIENT, LATE), note="the composition with another half"),
         Row("aflora-vectors", "AFLoRA r 8, freezing early, faster vectors", (EARLY, VECTORS),
             note="the vectors e and b at ten times the rate"),
         Row("aflora-late-vectors", "AFLoRA r 8, faster vectors", (LATE, VECTORS)),
-        Row("influence-composition-vectors", "influence half × SalientLoRA 8→4 × AFLoRA, faster vectors",
+        Row("influence-composition-vectors", "influence half × SalientLoRA 8→4 × AFLoRA, pruning early, faster vectors",
             (INFLUENCE, SALIENT, LATE, VECTORS),
             note="the one above, with vectors at ten times the rate"),
         Row("grades", "GradES r 8", ("freeze=grades",)),
         Row("budget", "the composition under one budget",
-            ("where={method: cka, samples: SAMPLES}", "rank=salientlora",
+            ("where={method: cka, samples: SAMPLES}", "rank={method: salientlora, warmup: 0.1}",
              "freeze={method: aflora, warmup: 0.3, final: 0.3, rule: tensor_rank}",
              f"budget={{average_params: {QUARTER}}}"),
-            note="on average a quarter of LoRA r 8's parameters; layers, ranks and freezing follow"),
+            note="on average a quarter of LoRA r 8's parameters; layers, ranks and freezing follow; pruning and "
+                 "freezing early"),
         Row("peft-adalora", "PEFT's AdaLoRA at its defaults", kind="peft_adalora",
             note="r 12 → 8, alpha 8, its own start; rates as for the rest"),
         Row("sora", "SoRA from r 8", ("rank={method: sora, prox_threshold: 2e-3}",),

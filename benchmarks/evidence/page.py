@@ -14,7 +14,7 @@ from trimtab.app.report.pairing import Difference
 from trimtab.app.report.words import byte_size, count, duration, listing, number, plural
 
 from .figures import dots, pareto
-from .matrix import FIRST, RATES, ROWS, SEEDS, TASKS, UNTUNED, Row, Task
+from .matrix import RATES, ROWS, SEEDS, TASKS, UNTUNED, Row, Task
 from .results import BASELINE, Cell, Results, learned_nothing
 
 PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
@@ -99,14 +99,19 @@ QUESTIONS = (
     Question("A half by Fisher information above CKA's?", "fisher-lora", "cka-lora"),
     Question("A half by block influence above CKA's?", "influence-lora", "cka-lora"),
     Question("CKA's half at most half a point below LoRA r 8?", "cka-lora", "lora-r8", 0.005),
-    Question("SalientLoRA above AdaLoRA, both 8→4?", "salientlora", "adalora"),
+    Question("SalientLoRA above itself pruning early?", "salientlora-late", "salientlora"),
+    Question("SalientLoRA above AdaLoRA, both 8→4?", "salientlora-late", "adalora"),
     Question("AdaLoRA above LoRA r 4, of as many ranks?", "adalora", "lora-r4"),
-    Question("SalientLoRA above LoRA r 4, of as many ranks?", "salientlora", "lora-r4"),
+    Question("SalientLoRA above LoRA r 4, of as many ranks?", "salientlora-late", "lora-r4"),
+    Question("And pruning early?", "salientlora", "lora-r4"),
     Question("Ours above PEFT's AdaLoRA at its defaults?", "adalora", "peft-adalora"),
-    Question("The composition at most a point below LoRA r 8?", "composition-late", "lora-r8", 0.01),
-    Question("The composition above LoRA r 2, which holds as much?", "composition-late", "lora-r2"),
+    Question("The composition above itself pruning early?", "composition-latest", "composition-late"),
+    Question("The composition at most a point below LoRA r 8?", "composition-latest", "lora-r8", 0.01),
+    Question("And pruning early?", "composition-late", "lora-r8", 0.01),
+    Question("The composition above LoRA r 2, which holds as much?", "composition-latest", "lora-r2"),
+    Question("And pruning early?", "composition-late", "lora-r2"),
     Question("AFLoRA above itself freezing early?", "aflora-late", "aflora"),
-    Question("The composition above itself freezing early?", "composition-late", "composition"),
+    Question("The composition, pruning early, above itself freezing early, too?", "composition-late", "composition"),
     Question("AFLoRA freezing early, with vectors at ten times the rate, above without?", "aflora-vectors", "aflora"),
     Question("AFLoRA with vectors at ten times the rate above without?", "aflora-late-vectors", "aflora-late"),
     Question(
@@ -157,7 +162,8 @@ def _over(results: Results, names: list[str], one: Question, rate: str | None = 
 
 def swapped(results: Results) -> list[str]:
     """Tasks with rows to compare at the one rate, on drawn rows."""
-    return [name for name, task in TASKS.items() if task.tuned and results.cell(name, BASELINE, UNTUNED)
+    return [name for name, task in TASKS.items() if not (task.is_variant or task.is_decoder)
+            and results.cell(name, BASELINE, UNTUNED)
             and any(results.cell(name, row, UNTUNED) for row in task.swapped if row != BASELINE)]  # fmt: skip
 
 
@@ -169,7 +175,7 @@ def measured(results: Results) -> list[str]:
 def untuned(results: Results) -> str:
     """Methods swapped at LoRA's own rate."""
     names = [task.name for task in TASKS.values()
-             if task.swapped and not task.held_out
+             if task.swapped and not task.is_decoder
              and any(results.cell(task.name, BASELINE, rate) for rate in (UNTUNED, Task.rate))]  # fmt: skip
     return "\n\n".join(
         f"### {TASKS[name].title}, rate {TASKS[name].rate}\n\n{_untuned(results, name)}" for name in names
@@ -177,13 +183,13 @@ def untuned(results: Results) -> str:
 
 
 def _untuned(results: Results, task: str) -> str:
-    rows, behind = [], []
+    rows, behind, first = [], [], TASKS[task].swapped[:5]
     cells = {row: results.cell(task, row.name, UNTUNED) for row in map(ROWS.__getitem__, TASKS[task].swapped)}
     for row, cell in cells.items():
         if cell is None:
             continue
         apart = None if row.name == BASELINE else results.apart(task, row.name, BASELINE, UNTUNED)
-        if row.name in FIRST and apart is not None and apart.mean < -0.02:
+        if row.name in first and apart is not None and apart.mean < -0.02:
             behind.append(f"{row.title} ({points(apart.mean)})")
         rows.append([row.title, spread(cell), interval(apart), number(cell.of("loss"), 3), str(len(cell.records)),
                      ", ".join(f"{100 * one['score']:.1f}" for one in cell.records),
@@ -192,7 +198,7 @@ def _untuned(results: Results, task: str) -> str:
         return f"Not run yet.{_at_the_common_rate(results, task)}"
     metric = next(one["metric"] for one in results.records if one["task"] == task).replace("_", " ")
     columns = ["", metric, "points to LoRA r 8", "loss", "seeds", "each seed", "trained at the end", "on average"]
-    if any(_seeds(cells[ROWS[name]]) < len(SEEDS) for name in FIRST):
+    if any(_seeds(cells.get(ROWS[name])) < len(SEEDS) for name in first):
         said = "Not all of the first five are run yet."
     elif behind:
         said = f"Of the four methods above, more than two points under LoRA: {listing(behind)}."
@@ -227,7 +233,7 @@ def decoder(results: Results) -> str:
     """The loss on held-out answers at equal steps, with what was trained. Not the time: these runs did not have the
     machine to themselves."""
     parts = []
-    for task in (task for task in TASKS.values() if task.held_out):
+    for task in (task for task in TASKS.values() if task.is_decoder):
         cells = [(ROWS[name], results.cell(task.name, name, UNTUNED)) for name in task.swapped]
         if not (known := [(row, cell) for row, cell in cells if cell]):
             continue

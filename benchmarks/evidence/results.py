@@ -160,7 +160,7 @@ class Results:
     def cka_takes_the_last_half(self) -> str:
         """``in all of 9 runs`` where CKA's choice on the encoder never is another one; else empty."""
         masks = [mask for one in self.records if one["settings"].get("where", {}).get("method") == "cka"
-                 and one["settings"]["where"].get("ratio") and not TASKS[one["task"]].held_out
+                 and one["settings"]["where"].get("ratio") and not TASKS[one["task"]].is_decoder
                  for mask in one["layers"].values()]  # fmt: skip
         is_last = masks and all(mask == "".join(sorted(mask)) for mask in masks)
         return f"in all of {len(masks)} runs" if is_last else ""
