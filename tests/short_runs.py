@@ -13,7 +13,19 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import tiny
 from marks import slow
-from trimtab import EVA, AdaLoRA, AFLoRA, FreezeAt, GoRA, GradES, SalientLoRA, SoRA, TrimCallback, TrimConfig
+from trimtab import (
+    EVA,
+    AdaLoRA,
+    AFLoRA,
+    Controller,
+    FreezeAt,
+    GoRA,
+    GradES,
+    SalientLoRA,
+    SoRA,
+    TrimCallback,
+    TrimConfig,
+)
 
 STEPS = 40
 
@@ -63,6 +75,20 @@ def model_for(family: str, method: str, **options: Any) -> peft.PeftModel:
     torch.manual_seed(0)
     options = dict(target_modules=fam.target_modules, task_type=fam.task_type) | options
     return tiny.begun(peft.get_peft_model(base, config_for(method)(**options)), family)
+
+
+def steps(
+    model: peft.PeftModel, controller: Controller, optimizer: torch.optim.Optimizer, n: int, family: str = "llama"
+) -> None:
+    """A bare loop over one batch."""
+    batch = tiny.batch(family)
+    model.train()
+    for _ in range(n):
+        model(**batch).loss.backward()
+        controller.before_step()
+        optimizer.step()
+        controller.after_step()
+        optimizer.zero_grad()
 
 
 class _KeepLogits(TrainerCallback):

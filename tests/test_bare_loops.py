@@ -489,13 +489,8 @@ class SlowWeights(torch.optim.AdamW):
                 self.state[p].setdefault("slow", p.detach().clone())
 
 
-def train(model: Any, optimizer: Any, controller: Controller, steps: int = 12) -> None:
-    for step in range(steps):
-        model(**tiny.batch("bert", seed=step)).loss.backward()
-        controller.before_step()
-        optimizer.step()
-        controller.after_step()
-        optimizer.zero_grad()
+def train(model: Any, optimizer: Any, controller: Controller) -> None:
+    steps(model, optimizer, controller, 12)
     controller.finish()
 
 

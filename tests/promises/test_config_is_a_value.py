@@ -20,6 +20,7 @@ import short_runs as runs
 import tiny
 import trimtab
 from marks import slow
+from short_runs import steps
 from trimtab import AdaLoRA, Controller, TrimConfig
 from trimtab.errors import ConfigError, TrimtabError
 from trimtab.host.layers import hosted_layers
@@ -42,17 +43,6 @@ def model_with(config: TrimConfig) -> peft.PeftModel:
 
 def optimizer_of(model: torch.nn.Module, rate: float = 1e-2) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
-
-
-def steps(model: peft.PeftModel, controller: Controller, optimizer: torch.optim.Optimizer, n: int) -> None:
-    batch = tiny.batch("llama")
-    model.train()
-    for _ in range(n):
-        model(**batch).loss.backward()
-        controller.before_step()
-        optimizer.step()
-        controller.after_step()
-        optimizer.zero_grad()
 
 
 def begin(model: peft.PeftModel, name: str = "default", total: int = 40) -> tuple[Controller, torch.optim.Optimizer]:

@@ -629,13 +629,7 @@ def trained(method: str) -> peft.PeftModel:
     model = runs.model_for("llama", method)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     controller = trimtab.Controller(model, optimizer, total_steps=runs.STEPS)
-    model.train()
-    for _ in range(20):
-        model(**tiny.batch("llama")).loss.backward()
-        controller.before_step()
-        optimizer.step()
-        controller.after_step()
-        optimizer.zero_grad()
+    runs.steps(model, controller, optimizer, 20)
     return model.eval()
 
 

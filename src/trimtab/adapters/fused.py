@@ -427,11 +427,11 @@ def _recorded_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     wide_e, wide_b = (ones if e is None else _as(e, wide)), (ones if b is None else _as(b, wide).unsqueeze(1))
     gh = g @ (wide_b * column * wide_e)  # (n, r)
     mask = ones if bits is None else keep_mask(bits, dropout, wide).view(-1, a.shape[1])
-    source = None if gate is None else Gated(gate, up, gelu)
+    activated = None if gate is None else Gated(gate, up, gelu).activated()
     grad_a = grad_b_factor = grad_e = grad_b = grad_x = grad_gate = grad_up = None
     if need_a or need_b_factor or need_e or need_b:
-        if source is not None:
-            x = source.activated() * up
+        if activated is not None:
+            x = activated * up
         if x is None:  # not kept where A does not train; without it only these first ones can be made
             return _gradients_once(ctx, grad)
         dropped = _as(x.reshape(-1, a.shape[1]), wide) * mask
@@ -445,9 +445,8 @@ def _recorded_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if weight is not None:
             grad_x = grad_x + g @ _as(weight, wide)
         grad_x = _as(grad_x, x_dtype).view(shape)
-    if source is not None:
-        activated, reached = source.activated(), grad_x
-        assert reached is not None
+    if activated is not None:
+        reached: Any = grad_x
         grad_up = activated * reached if need_up else None
         if need_gate:
             (grad_gate,) = torch.autograd.grad(activated, gate, reached * up, create_graph=True)

@@ -29,7 +29,7 @@ from .peft_config import adapter_config, choose_own, choose_without_data, reads_
 from .planning import horizon_of, load_rows, model_spec, plan_of_run, plan_recipe, with_initial_ranks, with_layer_ratio
 from .progress import progress_on
 from .recipe import Recipe
-from .report.words import byte_size, count, number
+from .report.words import byte_size, count, number, some
 from .runfolder import RunFolder
 from .screen import Screen, Stage
 from .trainer import early_stopping, let_go_of_previous, make_trainer, save_at_end, training_arguments
@@ -153,8 +153,8 @@ def load_run(recipe: Recipe, folder: RunFolder, screen: Screen, *, with_rows: bo
     today = getattr(job.task, "label_names", None)
     if names is not None and today is not None and list(today) != names:
         raise DataError(
-            f"task {job.task.name!r}: has the classes {_quoted(today)}, and the run in {str(folder.path)!r} was "
-            f"trained on {_quoted(names)}; give it rows with these"
+            f"task {job.task.name!r}: has the classes {some([*map(repr, today)])}, and the run in "
+            f"{str(folder.path)!r} was trained on {some([*map(repr, names)])}; give it rows with these"
         )
     return job
 
@@ -168,7 +168,9 @@ def task_of_run(recipe: Recipe, names: Sequence[str] | None) -> Task:
         return get_task(settings)
     if (given := settings.get("labels")) is not None and list(map(str, given)) != list(names):
         raise ConfigError(
-            "task.labels", given, f"the run was trained on {_quoted(names)}, in this order; leave the key out"
+            "task.labels",
+            given,
+            f"the run was trained on {some([*map(repr, names)])}, in this order; leave the key out",
         )
     return get_task({**settings, "labels": list(names)})
 
@@ -182,10 +184,6 @@ def class_names(folder: RunFolder) -> list[str] | None:
     place = trained_adapter(folder)
     began = folder.read(folder.about) if folder.about.is_file() else {}
     return began.get("data", {}).get("classes") or loading.saved_labels(place)
-
-
-def _quoted(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:12])) + (", …" if len(names) > 12 else "")
 
 
 # -- select --------------------------------------------------------------------------------------------

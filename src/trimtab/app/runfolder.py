@@ -26,6 +26,7 @@ from ..train.checkpoint import checkpoints, last_checkpoint, read_facts, what_is
 from . import about
 from . import recipe as recipes
 from .recipe import Recipe
+from .report.words import some
 from .stopping import Stopped
 from .storage import LOCK, alone, telling_of_storage
 
@@ -413,8 +414,8 @@ def _refuse_what_is_no_run_folder(path: Path) -> None:
     if names & {*_OF_A_RUN, _ASIDE, _HALF_ASIDE} or _is_marked(path / "recipe.yaml"):
         return
     if names:
-        some = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
-        cure = f"holds {some} and no run; name a folder that is empty or not there yet, such as {path / 'run'}"
+        held = some(sorted(names), 3)
+        cure = f"holds {held} and no run; name a folder that is empty or not there yet, such as {path / 'run'}"
         raise ConfigError("output_dir", str(path), cure)
 
 
@@ -512,18 +513,14 @@ def _changed_data(recipe: Recipe, folder: RunFolder, before: Mapping[str, Any], 
         ((f"data.{key}", value) for key in ("train", "hub") if (value := getattr(recipe.data, key))), ("data", None)
     )
     if before.get("classes") != now.get("classes"):
-        what = f"its classes were {_listed(before)}, and are {_listed(now)}"
+        were, are = (some([*map(repr, data.get("classes") or ())]) or "none" for data in (before, now))
+        what = f"its classes were {were}, and are {are}"
     elif before.get("rows") != now.get("rows"):
         what = f"{before.get('rows')} training rows then, {now.get('rows')} now"
     else:
         what = "as many training rows, with something else in them"
     cure = "put the rows back as they were, or start again with --overwrite"
     return ConfigError(key, value, f"has changed since the run in {str(folder.path)!r} began ({what}); {cure}")
-
-
-def _listed(data: Mapping[str, Any]) -> str:
-    names = [repr(name) for name in data.get("classes") or ()]
-    return ", ".join(names[:6]) + (", …" if len(names) > 6 else "") or "none"
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:

@@ -193,10 +193,10 @@ def table_of_runs(run_folders: Iterable[str | Path], baseline: str | None = None
     twice = next((f for i, f in enumerate(folders) if f.resolve() in {g.resolve() for g in folders[:i]}), None)
     if twice is not None:
         raise DataError(f"compare: run folder {str(twice)!r} is given twice")
-    left_out = [folder for folder in folders if runs_within(folder)]  # `runs/*` holds them, too
+    left_out = {folder: inside for folder in folders if (inside := runs_within(folder))}  # `runs/*` holds them, too
     if len(left_out) == len(folders):
-        inside = sorted({str(run.parent / "*") for folder in left_out for run in runs_within(folder)})
-        raise DataError(f"compare: {str(left_out[0])!r} is no run, but holds some: name {' '.join(inside)}")
+        names = sorted({str(run.parent / "*") for inside in left_out.values() for run in inside})
+        raise DataError(f"compare: {str(folders[0])!r} is no run, but holds some: name {' '.join(names)}")
     runs = [read(folder) for folder in folders if folder not in left_out]
     groups: dict[str, list[RunFolder]] = {}
     for run in runs:
@@ -212,7 +212,8 @@ def table_of_runs(run_folders: Iterable[str | Path], baseline: str | None = None
     rows = [replace(row, scored_on=which) for row, which in zip(rows, scored_on)]
     table = _table(rows, list(groups.values()), baseline)
     notes = [
-        f"Left out: `{folder}` is no run, but holds {plural(len(runs_within(folder)), 'run')}." for folder in left_out
+        f"Left out: `{folder}` is no run, but holds {plural(len(inside), 'run')}."
+        for folder, inside in left_out.items()
     ]
     return replace(table, notes=[*table.notes, *notes])
 

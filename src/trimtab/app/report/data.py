@@ -398,12 +398,11 @@ def _planned(run: RunFolder) -> dict[str, float | None]:
 def _notes(run: RunFolder, header: Header) -> list[str]:
     notes = []
     total = run.plan.settings.get("total_steps") if run.plan else None
+    of = f" of {count(total)}" if total else ""
     if run.is_at_work and not header.is_finished:
-        of = f" of {count(total)}" if total else ""
         notes.append(f"This run is at work: step {count(header.steps)}{of} so far. `trimtab report` shows it anew.")
     elif not header.is_finished:
         why = f"its scores are of {progress(run.metrics)}" if run.metrics else "no metrics.json"
-        of = f" of {count(total)}" if total else ""
         notes.append(f"This run is not finished ({why}). The history ends at step {count(header.steps)}{of}.")
     if header.score_is_nan:
         notes.append(f"The score ({header.metric}) is not a number.")

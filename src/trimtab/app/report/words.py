@@ -155,6 +155,15 @@ def listing(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
+def some(words: Sequence[str], limit: int = 12) -> str:
+    """The first few of a list, as text.
+
+    >>> some(["a", "b", "c"], 2), some(["a"], 2)
+    ('a, b, …', 'a')
+    """
+    return ", ".join(words[:limit]) + (", …" if len(words) > limit else "")
+
+
 def progress(metrics: Mapping[str, Any]) -> str:
     """``step 100 of 300`` for scores of a run that had not ended; empty for any other."""
     found = metrics.get("unfinished")

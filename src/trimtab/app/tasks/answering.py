@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from ...errors import ConfigError, DataError, did_you_mean
+from ..report.words import some
 from .answer_loss import answer_scores, answer_sums, kept_sums
 from .chats import NO_ANSWER, Message
 from .columns import Table
@@ -145,7 +146,7 @@ class Answering(Encoding):
             if name not in {*read, *self.read_beside} and not all(is_missing(value, self.missing) for value in values)
         ]  # fmt: skip
         if split == "train" and (names := [*left, *others]):
-            self.notes.append(f"{split}: not read: {', '.join(names[:12])}{', …' if len(names) > 12 else ''}")
+            self.notes.append(f"{split}: not read: {some(names)}")
 
     read_beside: ClassVar[tuple[str, ...]] = ()
     """Columns that are read for scoring."""

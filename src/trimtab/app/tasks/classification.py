@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import ConfigError, DataError
+from ..report.words import some
 from . import Task
 from .data import DataSpec, column, text_of
 
@@ -318,8 +319,3 @@ class SequenceClassification(Task):
             self.notes.append(
                 f"none of their rows is among the {len(scored)} split off (data.validation_share): class {some(others)}"
             )
-
-
-def some(words: Sequence[str], limit: int = 12) -> str:
-    """The first few of a list, as text."""
-    return ", ".join(words[:limit]) + (", …" if len(words) > limit else "")

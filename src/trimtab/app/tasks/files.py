@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError, DataError, did_you_mean
+from ..report.words import some
 from .columns import AS_FOUND, Columns, Reading, Table
 from .json_rows import read_json
 from .separated import read_separated
@@ -143,7 +144,7 @@ def read_files(key: str, files: Sequence[Path], reading: Reading = AS_FOUND) -> 
     if len(files) > 1:
         within = os.path.commonpath([file.absolute().parent for file in files])
         names = [str(file.absolute().relative_to(within)) for file in files]
-        table.notes.append(f"read from {len(files)} files: {', '.join(names[:6])}{', …' if len(names) > 6 else ''}")
+        table.notes.append(f"read from {len(files)} files: {some(names, 6)}")
     for file in files[1:]:
         more = read_file(key, file, reading)
         m = _length(more)

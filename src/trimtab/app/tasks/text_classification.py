@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError, DataError, did_you_mean
+from ..report.words import some
 from .chats import loads
 from .classification import (
     Score,
@@ -25,7 +26,6 @@ from .classification import (
     matthews_correlation,
     mse,
     pearson,
-    some,
     spearmanr,
 )
 from .data import Columns, DataSpec, column, duplicates, text_of
