@@ -90,7 +90,8 @@ def python(
 
 
 _PROCESSES = """
-import os, runpy, signal, sys, traceback
+import faulthandler, os, runpy, signal, sys, traceback
+faulthandler.enable()
 count, sys.argv = int(sys.argv[1]), sys.argv[2:]
 children = set()
 for rank in range(count):
@@ -111,6 +112,7 @@ while children:
     children.remove(child)
     if status and not failed:
         failed = 1
+        print(f"a process ended with {os.waitstatus_to_exitcode(status)}", file=sys.stderr, flush=True)
         for other in children:  # they wait for it
             os.kill(other, signal.SIGKILL)
 sys.exit(failed)

@@ -6,6 +6,7 @@ With ``OUT elastic`` one process is killed once; with ``run SCRIPT`` that script
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 import runpy
@@ -280,6 +281,7 @@ def main(out: Path, names: list[str]) -> None:
             results[name] = jobs(out)[name]()
             results[name].pop("model", None)
             not_sharded()
+            gc.collect()  # here on every process, and not in a step of the next job: a reducer of DDP takes hooks off
     torch.save(results, out / f"process-{dist.get_rank()}.pt")
     dist.destroy_process_group()
 
