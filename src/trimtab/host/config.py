@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from peft import LoraConfig
-from peft.utils.constants import EMBEDDING_LAYER_NAMES, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.constants import EMBEDDING_LAYER_NAMES, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import safe_open
 from torch import nn
 
@@ -118,16 +119,15 @@ class TrimConfig(LoraConfig):
             ModelError: they are raw parameters (``state_dict=dict(model.named_parameters())``), in which the diagonals
                 are not folded: stock PEFT would read another function out of them.
         """
-        weights = Path(save_directory) / SAFETENSORS_WEIGHTS_NAME
-        if self.is_adaptive and weights.is_file():
-            with safe_open(weights, "pt") as saved:
-                raw = [key for key in cast(Any, saved).keys() if re.search(r"\.lora_[eb](\.|$)", key)]  # noqa: SIM118
-            if raw:
-                self.inference_mode = False  # PEFT has set it for the file, and would set it back after this call
-                raise ModelError(
-                    f"state_dict: {raw[0]} and {len(raw) - 1} more are raw parameters of an adapter that adapts; leave "
-                    f"state_dict out, or give model.state_dict(), which is plain LoRA. {weights} is not"
-                )
+        for weights in (Path(save_directory) / name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+            if self.is_adaptive and weights.is_file():
+                raw = [key for key in _saved_names(weights) if re.search(r"\.lora_[eb](\.|$)", key)]
+                if raw:
+                    self.inference_mode = False  # PEFT has set it for the file, and would set it back after this call
+                    raise ModelError(
+                        f"state_dict: {raw[0]} and {len(raw) - 1} more are raw parameters of an adapter that adapts; "
+                        f"leave state_dict out, or give model.state_dict(), which is plain LoRA. {weights} is not"
+                    )
         super().save_pretrained(save_directory, **kwargs)
 
     def put_to_work(self) -> None:
@@ -219,6 +219,13 @@ class ConfigAtWork(TrimConfig):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A copy is an ordinary config; the layers that are copied with it put it to work again."""
         return _bare_config, (), self.__getstate__()
+
+
+def _saved_names(weights: Path) -> list[str]:
+    if weights.suffix == ".safetensors":
+        with safe_open(weights, "pt") as saved:
+            return list(cast(Any, saved).keys())
+    return list(torch.load(weights, map_location="meta", weights_only=True))
 
 
 def _bare_config() -> TrimConfig:
