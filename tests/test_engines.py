@@ -156,7 +156,7 @@ def test_one_process_in_ddp_equals_one_without(group, method):
         model = runs.model_for("bert", method, lora_dropout=0.0).eval()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         controller = Controller(model, optimizer, runs.STEPS)
-        wrapped = model if wrap is None else wrap(model, find_unused_parameters=True)
+        wrapped = model if wrap is None else wrap(model)
         for step in range(runs.STEPS):
             wrapped(**tiny.batch("bert", seed=step)).loss.backward()
             controller.before_step()

@@ -87,6 +87,8 @@ ROWS = {
         {"instruction": "Hi", "input": "", "output": "Yo", "system": "", "history": '[["a", "b"]]'}, {},
         "[user]a<|end|>\n[assistant]«b<|end|>»\n" + HI + "«Yo<|end|>»",
     ),
+    "an empty history as some write it": ({"instruction": "Hi", "output": "Yo", "history": [["", ""]]}, {}, HI + "«Yo<|end|>»"),
+    "an answer that says nothing": ({"conversations": [human("Hi"), gpt(""), human("No"), gpt("Yo")]}, {}, HI + "<|end|>\n[user]No<|end|>\n[assistant]«Yo<|end|>»"),
     "no history": ({"instruction": "Hi", "input": None, "output": "Yo", "system": None, "history": None}, {}, HI + "«Yo<|end|>»"),
     "an empty history": ({"instruction": "Hi", "output": "Yo", "history": []}, {}, HI + "«Yo<|end|>»"),
     "an input that is missing": ({"instruction": "Hi", "input": "NaN", "output": "Yo"}, {}, HI + "«Yo<|end|>»"),

@@ -256,6 +256,8 @@ class Reader:
         if not is_missing(system, self.missing) and found[0]["role"] != "system":
             told = system.get("parts") if isinstance(system, dict) else system  # Gemini's
             found = [{"role": "system", "content": _content(told, where)}, *found]
+        empty = [m["role"] == "assistant" and not (m["content"].strip() or m.get("tool_calls")) for m in found]
+        found = [{**m, "train": False} if is_empty else m for m, is_empty in zip(found, empty)]  # to say nothing
         if tools := _from_json(tools, "tools", where):
             found = [{**found[0], "tools": json.dumps(tools, ensure_ascii=False)}, *found[1:]]
         return found
@@ -270,6 +272,8 @@ class Reader:
         for pair in value if isinstance(value, list) else [None]:
             if not isinstance(pair, (list, tuple)) or len(pair) != 2:
                 raise DataError(f"{where}: its history is no list of [question, answer]")
+            if all(is_missing(text, self.missing) for text in pair):
+                continue
             for role, text in zip(("user", "assistant"), pair):
                 out.append({"role": role, "content": _text(text, "history", where)})
         return out

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError, DataError, did_you_mean
 from .columns import AS_FOUND, Columns, Reading, Table
-from .files import existing_file, existing_files, from_dataset, read_file, read_files
+from .files import existing_file, existing_files, from_dataset, read_file, read_files, split_of
 from .separated import SEPARATORS
 
 if TYPE_CHECKING:
@@ -150,7 +150,16 @@ class DataSpec:
 
     def table(self, split: str) -> Table:
         """The rows of a split's files."""
-        return read_files(f"data.{split}", self.files[split], self.reading)
+        table = read_files(f"data.{split}", self.files[split], self.reading)
+        for name in (name for name in table if split == "train" and name.strip().lower() in ("split", "set", "subset")):
+            words = Counter(str(value).strip() for value in table[name] if not is_missing(value))
+            others = {word: n for word, n in words.items() if split_of(word) in ("validation", "test")}
+            if others and all(split_of(word) for word in words):
+                told = ", ".join(f"{word!r} {n}" for word, n in others.items())
+                table.notes.append(
+                    f"column {name!r} says that rows are for scoring ({told}), and all are trained on here"
+                )
+        return table
 
     def _from_hub(self) -> dict[str, Table]:
         from datasets import Dataset, DatasetDict, load_dataset, load_from_disk

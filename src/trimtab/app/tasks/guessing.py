@@ -149,7 +149,7 @@ def guess(table: Columns, source: str, given: Mapping[str, Any]) -> Guess:
     if found is None and wanted in (None, "text_classification"):
         found = _classified(columns, source, given, list(table))
     if found is None and wanted in (None, "text"):
-        found = _whole(columns, source, given, list(table))
+        found = _whole(columns, source, given, list(table), getattr(table, "notes", ()))
     if found is None and wanted is None:
         raise DataError(
             f"{source}: its columns {seen} fit no task by their names or values; say which is which: "
@@ -361,7 +361,9 @@ def _stem(name: str) -> str:
     return re.sub(r"[_ -]?[12ABab]$", "", name.strip()).lower()
 
 
-def _whole(columns: Mapping[str, _Column], source: str, given: Mapping[str, Any], names: list[str]) -> Guess | None:
+def _whole(
+    columns: Mapping[str, _Column], source: str, given: Mapping[str, Any], names: list[str], notes: Iterable[str]
+) -> Guess | None:
     """Plain text, to be learned as it stands."""
     if "text" in given:
         return Guess("text", {"text": given["text"]}, f"plain text ({given['text']})")
@@ -370,6 +372,9 @@ def _whole(columns: Mapping[str, _Column], source: str, given: Mapping[str, Any]
     chosen = texts if len(texts) == 1 else named if len(named) == 1 else []
     if not chosen:
         return None
+    nameless = next((note for note in notes if re.match(r"column (?!1 )\d+ has no name", note)), None)  # 1: an index
+    if nameless and not given:
+        raise DataError(f"{source}: {nameless}; name it, or say task.name=text 'task.text={chosen[0].name}'")
     lists = [name for name, column in columns.items() if any(isinstance(v, (list, dict)) for v in column.values)]
     if lists and not given:
         raise DataError(

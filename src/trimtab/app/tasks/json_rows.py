@@ -135,8 +135,9 @@ def _rows_within(where: str, value: Any, split: str) -> list[Any] | Columns:
     if isinstance(value.get(split), dict):
         return _rows_within(where, value[split], split)
     if len(inner) > 1 and all(isinstance(part, dict) for part in inner):
-        is_named = any(name.strip().lower() in _TEXTS for name in value)
-        if all(column.keys() == inner[0].keys() for column in inner) and (is_named or all(map(str.isdigit, inner[0]))):
+        has_names, is_long = (any(n.strip().lower() in _TEXTS for n in names) for names in (inner[0], value))
+        is_long = is_long or len(inner[0]) > len(value)
+        if not has_names and is_long and all(column.keys() == inner[0].keys() for column in inner):
             return {name: list(column.values()) for name, column in value.items()}  # pandas': column -> index -> value
         if set.intersection(*map(set, inner)):  # name of a row -> the row
             return inner
