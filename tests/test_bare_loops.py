@@ -191,6 +191,47 @@ def test_an_optimizer_made_anew_in_mid_run_is_refused(fused):
     assert controller.step == 4
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda loop: pickle.loads(pickle.dumps(loop))])
+def test_a_copied_or_pickled_loop_goes_on_as_the_one_that_it_is_of(copied):
+    model, optimizer, controller, _ = made()
+    controller.on_event = None
+    runs.steps(model, controller, optimizer, 5, "bert")
+    loops = [(model, controller, optimizer), copied((model, controller, optimizer))]
+    for of_model, of_controller, of_optimizer in loops:
+        runs.steps(of_model, of_controller, of_optimizer, 7, "bert")
+        of_controller.finish()
+    assert same(*(weights(of_model) for of_model, _, _ in loops), atol=0.0)
+
+
+@pytest.mark.filterwarnings("ignore:adapter 'default' has a rank")
+def test_weights_may_be_given_back_after_a_search_for_a_learning_rate():
+    model = runs.model_for("bert", "salientlora").eval()
+    start = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        model(**tiny.batch("bert")).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = copy.deepcopy(model.state_dict())
+    model.load_state_dict(start)
+    controller = Controller(model, optimizer, 30)
+    runs.steps(model, controller, optimizer, 1, "bert")
+    model.load_state_dict(start)
+    with pytest.raises(StaleAdapterError, match="were replaced while"):  # of a run that is on
+        Controller(model, optimizer, 30)._check_not_stale()
+    other = runs.model_for("bert", "salientlora")
+    other.load_state_dict(found)
+    with pytest.raises(StaleAdapterError, match="were replaced while"):  # of a run that nothing is known of
+        Controller(other, None, 30)._check_not_stale()
+
+
+def test_an_adapter_without_values_is_refused():
+    config = TrimConfig(r=4, target_modules=["query"], rank=ADALORA)
+    model = peft.get_peft_model(tiny.build("bert"), config, low_cpu_mem_usage=True)
+    with pytest.raises(ConfigError, match=r"low_cpu_mem_usage=True: .*leave it out of get_peft_model"):
+        Controller(model, None, 12)
+
+
 def test_a_step_that_the_loop_leaves_out_is_no_mistake_where_it_says_so_or_gradients_do():
     model, optimizer, controller, events = made()
     for step in range(12):

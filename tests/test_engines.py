@@ -11,9 +11,11 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 import sharded_process as sharded
+import short_runs as runs
 import tiny
 import trimtab
 import two_process
@@ -145,6 +147,25 @@ def test_adapters_that_are_dtensors_are_refused_by_what_made_them(group):
     model = made()
     fully_shard(model, ignored_params=trimtab.whole_parameters(model))
     Controller(model, None, 4)
+
+
+@pytest.mark.parametrize("method", ["salientlora", "adalora", "aflora"])
+def test_one_process_in_ddp_equals_one_without(group, method):
+    found = []
+    for wrap in (DistributedDataParallel, None):
+        model = runs.model_for("bert", method, lora_dropout=0.0).eval()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        controller = Controller(model, optimizer, runs.STEPS)
+        wrapped = model if wrap is None else wrap(model)
+        for step in range(runs.STEPS):
+            wrapped(**tiny.batch("bert", seed=step)).loss.backward()
+            controller.before_step()
+            optimizer.step()
+            controller.after_step()
+            optimizer.zero_grad()
+        controller.finish()
+        found.append({n: p.detach() for n, p in model.named_parameters()})
+    assert found[0].keys() == found[1].keys() and all(torch.equal(found[0][n], found[1][n]) for n in found[0])
 
 
 def test_fsdp1_is_refused_in_a_bare_loop(group):

@@ -210,6 +210,13 @@ def test_prose_in_an_archive_is_prose(here, models):
     assert "3 of 30 training rows were split off" in trimtab("show", "book.yaml").stderr
 
 
+def test_lines_with_tabs_are_no_prose(here, models):
+    Path("sms.txt").write_text("".join(f"{('ham', 'spam')[i % 2]}\t{words()}\n" for i in range(30)))
+    told = refused("sms.txt", "--model", models["decoder"])
+    assert "the first line of a file must name its columns" in told and told.endswith("task.name=text")
+    trimtab("init", "sms.txt", "task.name=text", "--model", models["decoder"])
+
+
 def test_texts_in_folders_may_be_classes(here, models):
     for folder in ("pos", "neg"):
         (here / "rows/train" / folder).mkdir(parents=True)

@@ -22,7 +22,7 @@ import trimtab
 from marks import slow
 from trimtab import AdaLoRA, TrimConfig
 from trimtab.errors import ConfigError, ExportError, ModelError
-from trimtab.host.layers import hosted_layers
+from trimtab.host.layers import _make_room, hosted_layers
 from trimtab.host.sites import base_of
 from trimtab.where import last
 
@@ -648,6 +648,41 @@ def test_named_parameters_are_the_function_when_they_are_loaded(method):
     other = runs.model_for("llama", method)
     other.load_state_dict(kept, strict=False)
     assert torch.equal(tiny.logits(other, "llama"), expected)
+
+
+@pytest.mark.parametrize("form", ["state_dict", "peft"])
+@pytest.mark.parametrize("method", ["adalora", "salientlora"])
+def test_weights_kept_in_mid_run_are_given_back_before_the_end_or_refused(method, form):
+    model = runs.model_for("llama", method)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    controller = trimtab.Controller(model, optimizer, total_steps=runs.STEPS)
+    runs.steps(model, controller, optimizer, 2)
+    best = copy.deepcopy(model.state_dict() if form == "state_dict" else peft.get_peft_model_state_dict(model))
+    expected = tiny.logits(model.eval(), "llama")
+    runs.steps(model.train(), controller, optimizer, runs.STEPS - 2)
+
+    def give_back(to: nn.Module) -> None:
+        to.load_state_dict(best) if form == "state_dict" else peft.set_peft_model_state_dict(to, best)
+
+    early = copy.deepcopy((model, controller))
+    give_back(early[0])
+    early[1].finish()
+    assert torch.allclose(tiny.logits(early[0].eval(), "llama"), expected, atol=1e-6)
+    controller.finish()
+    with pytest.raises(ModelError, match=r"which the run left at rank \d; give back what was kept .* before"):
+        give_back(model)
+
+
+def test_hidden_ranks_of_a_site_that_is_gone_are_no_loss():
+    model = runs.model_for("llama", "adalora")
+    name, layer = next(iter(hosted_layers(model).items()))
+    layer.factors("default")[1].data.zero_()
+    kept = copy.deepcopy(model.state_dict())
+    _make_room(layer, "default", 0)
+    trimtab.Controller(model, None, runs.STEPS)
+    layer.finish("default")
+    model.load_state_dict(kept)
+    assert not any(name in key and ".lora_A" in key for key in model.state_dict())
 
 
 def test_an_average_may_be_swapped_in_and_out_in_mid_run():

@@ -66,6 +66,15 @@ ROWS = {
         HI + '«[{"type": "function", "function": {"name": "add", "arguments": "{}"}}]<|end|>»\n[tool]2<|end|>\n[assistant]«Two<|end|>»',
     ),
     "weight 0": ({"messages": [user("Hi"), says("wrong", weight=0), user("No"), says("Yo", weight=1)]}, {}, HI + "wrong<|end|>\n[user]No<|end|>\n[assistant]«Yo<|end|>»"),
+    "weight 0, as text": ({"messages": [user("Hi"), says("wrong", weight="0"), user("No"), says("Yo")]}, {}, HI + "wrong<|end|>\n[user]No<|end|>\n[assistant]«Yo<|end|>»"),
+    "a system's words by another name": ({"system_message": "S", "messages": [user("Hi"), says("Yo")]}, {}, "[system]S<|end|>\n" + HI + "«Yo<|end|>»"),
+    "Gemini": (
+        {"systemInstruction": {"parts": [{"text": "S"}]}, "contents": [{"role": "user", "parts": [{"text": "Hi"}]}, {"role": "model", "parts": [{"text": "Yo"}]}]},
+        {"columns": {"messages": "contents"}}, "[system]S<|end|>\n" + HI + "«Yo<|end|>»",
+    ),
+    "parts by OpenAI's newer names": (
+        {"messages": [user([{"type": "input_text", "text": "Hi"}]), says([{"type": "output_text", "text": "Yo"}])]}, {}, HI + "«Yo<|end|>»",
+    ),
     "train false": ({"messages": [user("Hi"), says("wrong", train=False), user("No"), says("Yo")]}, {}, HI + "wrong<|end|>\n[user]No<|end|>\n[assistant]«Yo<|end|>»"),
     "loss false in ShareGPT": ({"conversations": [human("Hi"), gpt("wrong", loss=False), human("No"), gpt("Yo")]}, {}, HI + "wrong<|end|>\n[user]No<|end|>\n[assistant]«Yo<|end|>»"),
     "the last answer not learned": ({"messages": [user("Hi"), says("Yo"), user("No"), says("wrong", weight=0)]}, {}, HI + "«Yo<|end|>»"),
@@ -78,6 +87,8 @@ ROWS = {
         {"instruction": "Hi", "input": "", "output": "Yo", "system": "", "history": '[["a", "b"]]'}, {},
         "[user]a<|end|>\n[assistant]«b<|end|>»\n" + HI + "«Yo<|end|>»",
     ),
+    "an empty history as some write it": ({"instruction": "Hi", "output": "Yo", "history": [["", ""]]}, {}, HI + "«Yo<|end|>»"),
+    "an answer that says nothing": ({"conversations": [human("Hi"), gpt(""), human("No"), gpt("Yo")]}, {}, HI + "<|end|>\n[user]No<|end|>\n[assistant]«Yo<|end|>»"),
     "no history": ({"instruction": "Hi", "input": None, "output": "Yo", "system": None, "history": None}, {}, HI + "«Yo<|end|>»"),
     "an empty history": ({"instruction": "Hi", "output": "Yo", "history": []}, {}, HI + "«Yo<|end|>»"),
     "an input that is missing": ({"instruction": "Hi", "input": "NaN", "output": "Yo"}, {}, HI + "«Yo<|end|>»"),
@@ -140,6 +151,20 @@ def test_a_kind_of_row_is_the_conversation_that_it_means(tmp_path, kind):
     tokenizer = byte_tokenizer(chat=True)
     task, rows = load(tmp_path, [row] * 2, settings)
     assert marked(task.prepare(rows, tokenizer, byte_model())["train"][0], tokenizer) == expected
+
+
+@pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}, {"loss": "0"}])
+@pytest.mark.parametrize("row", [{"prompt": "Hi", "completion": "wrong"}, {"messages": [user("Hi"), says("wrong")]}])
+def test_a_row_that_is_not_to_be_learned_is_left_out(tmp_path, row, flag):
+    right = {key: "Yo" if key == "completion" else [user("Hi"), says("Yo")] for key in row if key != "prompt"}
+    task, rows = load(tmp_path, [row | flag, row | right | dict.fromkeys(flag, 1)])
+    assert [messages[-1]["content"] for messages in rows["train"]["messages"]] == ["Yo"]
+    assert "train: 1 of 2 rows have no answer that is learned (weight, train) and were left out" in task.notes
+
+
+def test_a_column_of_weights_that_are_no_flags_is_not_read_and_said(tmp_path):
+    task, rows = load(tmp_path, [{"prompt": "Hi", "completion": "Yo", "weight": w} for w in (0, 0.5)])
+    assert len(rows["train"]) == 2 and "train: not read: weight" in task.notes
 
 
 def test_a_template_with_a_place_for_tools_gets_them_and_others_are_told_in_words(tmp_path):

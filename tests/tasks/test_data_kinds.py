@@ -128,6 +128,11 @@ READ = {
         EVEN,
         "",
     ),
+    "one object a row, by its name": ("x.json", json.dumps({f"r{i}": row for i, row in enumerate(objects())}), EVEN, ""),
+    "one object a row, by its number": ("x.json", json.dumps({str(i): {**row, **({"x": 1} if i else {})} for i, row in enumerate(objects())}), EVEN, ""),
+    "pandas' to_json with an index of names": ("x.json", json.dumps({k: {f"r{i}": row[k] for i, row in enumerate(objects())} for k in ("text", "label")}), EVEN, ""),
+    "a column that says what rows are for": ("x.csv", separated(rows=[(*p, "train" if i < 15 else "test") for i, p in enumerate(PAIRS)], header=("text", "label", "split")), EVEN, "column 'split' says that rows are for scoring ('test' 5), and all are trained on here"),
+    "columns by split": ("x.json", json.dumps({s: {k: [row[k] for row in objects()] for k in ("text", "label")} for s in ("train", "test")}), EVEN, ""),
     "pandas' split": ("x.json", json.dumps({"columns": ["text", "label"], "index": [], "data": PAIRS}), EVEN, ""),
     "JSON in a csv": ("x.csv", json.dumps(objects()), EVEN, ""),
     "gzip": ("x.csv.gz", gzip.compress(separated().encode()), EVEN, ""),
@@ -181,6 +186,9 @@ READ = {
     "True in a csv": ("x.csv", separated(rows=with_labels("True", "False")), {"False": 8, "True": 8}, ""),
     "whole numbers with blanks": ("x.csv", separated(rows=with_labels(" 1", "0", "1 ")), {"0": 8, "1": 16}, ""),
     "steps of a half": ("x.csv", separated(rows=with_labels("1.0", "1.5")), {"1": 8, "1.5": 8}, ""),
+    "several labels in one": ("x.csv", separated(rows=with_labels("a|b", "a", "b")), {"a": 8, "a|b": 8, "b": 8}, "look like several in one: 'a|b'; one label a row is learned"),
+    "labels with a decimal comma": ("x.csv", separated(";", with_labels("1,5", "2,5")), {"1,5": 8, "2,5": 8}, "numbers with a decimal comma: task.regression=true"),
+    "labels with what has no width": ("x.csv", separated(rows=with_labels("bad", "bad\u200b", "good")), {"bad": 8, "bad\u200b": 8, "good": 8}, "differ in blanks or case only: 'bad', 'bad\\u200b'"),
     "blanks and case in labels": (
         "x.csv",
         separated(rows=with_labels(" bad", "Bad ", "bad", "good")),
@@ -256,6 +264,13 @@ GUESSED = {
     "HumanEval's columns": ("x.jsonl", json.dumps({"prompt": "def f", "canonical_solution": "f", "test": "t", "entry_point": "f"}) + "\n", "programs with their tests"),
     "whole numbers of both types": ("x.jsonl", lines(with_labels(0, 1.0, 1, 0.0)), "a text (text) and one of 2 classes (label)"),
     "columns in another writing": ("x.tsv", separated("\t", header=("文本", "标签")), "a text (文本) and one of 2 classes (标签)"),
+    "a pair of texts by their numbers": ("x.tsv", separated("\t", [(i % 2, t, f"so {t}") for i, (t, _) in enumerate(PAIRS)], ("Quality", "#1 String", "#2 String")), "a pair of texts (#1 String and #2 String) and one of 2 classes (Quality)"),
+    "a pair of texts by their letters": ("x.csv", separated(rows=[(t, f"so {t}", la) for t, la in PAIRS], header=("sentenceA", "sentenceB", "label")), "a pair of texts (sentenceA and sentenceB) and one of 2 classes (label)"),
+    "votes of two people beside a text": ("x.csv", separated(rows=[(t, la, la, la) for t, la in PAIRS], header=("text", "vote1", "vote2", "label")), "a text (text) and one of 2 classes (label)"),
+    "Gemini's messages": ("x.jsonl", json.dumps({"contents": [{"role": "user", "parts": [{"text": "Hi"}]}]}) + "\n", "conversations (contents)"),
+    "messages of other keys": ("x.jsonl", json.dumps({"messages": [{"author": "user", "text": "Hi"}]}) + "\n", "conversations (messages)"),
+    "columns in German by columns": ("x.json", json.dumps({"Rezension": {f"r{i}": t for i, (t, _) in enumerate(PAIRS)}, "Bewertung": {f"r{i}": la for i, (_, la) in enumerate(PAIRS)}}), "a text (Rezension) and one of 2 classes (Bewertung)"),
+    "a text and an index": ("x.csv", separated(rows=[(i, t) for i, (t, _) in enumerate(PAIRS)], header=("", "text")), "plain text (text)"),
     "columns in German": ("x.csv", separated(header=("Rezension", "Bewertung")), "a text (Rezension) and one of 2 classes (Bewertung)"),
     "a text and nothing else": ("x.jsonl", "".join(json.dumps({"text": t}) + "\n" for t, _ in PAIRS), "plain text (text)"),
 }  # fmt: skip
@@ -267,6 +282,14 @@ NOT_GUESSED = {
     "OpenAI's answers to prefer one of": ("x.jsonl", json.dumps({"input": {"messages": CHAT[:1]}, "preferred_output": CHAT[1:], "non_preferred_output": CHAT[1:]}) + "\n", "in one column messages"),
     "several labels a row": ("x.jsonl", lines([(t, [la]) for t, la in PAIRS]), "column 'label' holds lists, and one label a row is learned"),
     "several labels in a cell": ("x.csv", separated(rows=[(t, f"\"['{la}']\"") for t, la in PAIRS]), "column 'label' holds lists"),
+    "two texts of unlike names": ("x.csv", separated(rows=[(t, f"so {t}", la) for t, la in PAIRS], header=("claim", "evidence", "label")), "'claim', 'evidence' could each be the text; say which: 'task.text=evidence', or both: 'task.text=claim' 'task.text_pair=evidence'"),
+    "source, target and their class": ("x.csv", separated(rows=[(t, f"so {t}", la) for t, la in PAIRS], header=("source", "target", "label")), "'source', 'target' could each be the text"),
+    "numbers with a decimal comma": ("x.csv", separated(";", with_labels("1,5", "2,5")), "column 'label' holds '1,5': if these are numbers with a decimal comma, say task.label=label task.regression=true"),
+    "rows that are counted": ("x.csv", separated(rows=[(t, i + 7) for i, (t, _) in enumerate(PAIRS)], header=("text", "answer")), "'answer' beside 'text' is called like what is to be learned"),
+    "hashes of texts": ("x.jsonl", "".join(json.dumps({"text": t, "_task_hash": 7 * i**2, "answer": "accept"}) + "\n" for i, (t, _) in enumerate(PAIRS)), "'answer' beside 'text' is called like"),
+    "a title above the columns": ("x.csv", "My table,\n" + separated(), "column 2 has no name in the first line and is not read; name it, or say task.name=text"),
+    "a preferred answer alone": ("x.jsonl", "".join(json.dumps({"prompt": t, "chosen": f"so {t}"}) + "\n" for t, _ in PAIRS), "'chosen' beside 'prompt' is called like what is to be learned"),
+    "a mark between columns that is not known": ("x.csv", separated("^"), "names one column, 'text^label'; data.separator says"),
     "no header": ("x.csv", separated(header=("good film", "good")), "'good' is among the labels below it, too; if it does name them: 'task.text=good film' 'task.label=good'"),
     "tags of words": ("x.jsonl", "".join(json.dumps({"sentence": t, "tags": t.split()}) + "\n" for t, _ in PAIRS), "tags hold lists; say what is learned"),
     "labels that are objects": ("x.jsonl", lines([(t, {"name": la}) for t, la in PAIRS]), "column 'label' holds dicts"),
@@ -297,11 +320,12 @@ def test_another_job_is_never_taken_for_one_that_is_done_here(tmp_path, kind):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-def test_answers_that_are_marked_as_bad_are_not_learned(tmp_path):
-    rows = [{"prompt": "Hi", "completion": "Yo", "label": i % 2 == 0} for i in range(8)]
+@pytest.mark.parametrize(("name", "good", "bad"), [("label", True, False), ("label", 1, 0), ("is_correct", "1", "0")])
+def test_answers_that_are_marked_as_bad_are_not_learned(tmp_path, name, good, bad):
+    rows = [{"prompt": "Hi", "completion": "Yo", name: (good, bad)[i % 2]} for i in range(8)]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(
-        TrimtabError, match=r"column 'label' says which answers are good.*keep the rows where it is true"
+        TrimtabError, match=rf"column '{name}' says which answers are good.*keep the rows where it is true"
     ):
         get_task({"name": "instruct"}).load_data({"train": str(tmp_path / "t.jsonl")})
 
@@ -362,6 +386,24 @@ def test_what_cannot_be_read_is_refused_in_one_line(tmp_path, kind):
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+def test_numbers_may_have_a_decimal_comma(tmp_path):
+    rows = [(text, f"{i},5" if i else "7") for i, (text, _) in enumerate(PAIRS)]
+    parts = load(tmp_path, "x.csv", separated(";", rows), {"regression": True})[1]
+    assert {n for part in parts.values() for n in part["label"][:]} == {7.0, *(i + 0.5 for i in range(1, 20))}
+    with pytest.raises(TrimtabError, match="row 1 has label '1,000', not a finite number"):  # or a thousand
+        load(tmp_path, "x.csv", separated(";", with_labels("1,000", "2,000")), {"regression": True})
+
+
+def test_a_label_of_minus_one_in_a_test_file_is_told_how_to_be_left_out(tmp_path):
+    others = {"v__csv": separated(rows=[("a", -1), ("b", -1)])}
+    rows = separated(rows=with_labels(0, 1))
+    with pytest.raises(TrimtabError, match=r"no training row has. If it stands for no label: data\.missing=\['-1'\]"):
+        load(tmp_path, "x.csv", rows, data={"test": str(tmp_path / "v.csv")}, **others)
+    files = {"train": str(tmp_path / "x.csv"), "test": str(tmp_path / "v.csv")}
+    parts = get_task({"name": "text_classification"}).load_data({**files, "missing": ["-1"]})
+    assert len(parts["test"]) == 2 and "label" not in parts["test"].column_names
 
 
 def test_validation_may_write_the_same_class_otherwise(tmp_path):

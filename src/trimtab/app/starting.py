@@ -126,13 +126,16 @@ def _understood(places: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[Ta
     if not all(map(is_lines, files)):
         table = DataSpec.read(usual, SPLITS).table("train")
         return table, guess(table, source, given)
+    table = Table()
     try:  # `.txt` may be separated text, or text
         table = DataSpec.read(usual, SPLITS).table("train")
         if len(table) > 1 or given.get("name", "text") != "text":
             return table, guess(table, source, given)
-    except DataError:
+    except DataError as error:
         if given.get("name", "text") != "text":
             raise
+        if "name" not in given and any("separated by" in note for note in table.notes):  # commas are prose's, too
+            raise DataError(f"{error}; to learn its lines as they stand: task.name=text") from error
     folders = sorted({file.parent.name for file in files})
     if len(folders) > 1 and "name" not in given:  # as IMDb's reviews are kept
         raise DataError(

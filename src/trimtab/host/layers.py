@@ -85,7 +85,7 @@ class TrimLayer(_Mixed):
 
     adapter_layer_names = (*LoraLayer.adapter_layer_names, *DIAGONALS)
     # PEFT deletes an adapter's entry from each of these.
-    other_param_names = (*LoraLayer.other_param_names, "hosted", "initial_factors", "configs")
+    other_param_names = (*LoraLayer.other_param_names, "hosted", "finished", "initial_factors", "configs")
 
     lora_e: nn.ParameterDict
     lora_b: nn.ParameterDict
@@ -95,12 +95,14 @@ class TrimLayer(_Mixed):
         if "lora_e" not in self._modules:  # PEFT walks adapter_layer_names inside super().update_layer
             self.lora_e, self.lora_b = nn.ParameterDict(), nn.ParameterDict()
             self.hosted: dict[str, Hosted] = {}
+            self.finished: dict[str, int] = {}  # adapter -> its rank when its run ended
             self.configs: dict[str, TrimConfig] = {}
             self.initial_factors: dict[str, tuple[Tensor, Tensor]] = {}
             self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
             self.site_name = kwargs.get("target_name") or self.__dict__.get("site_name", "")
             self.register_state_dict_post_hook(_emit_plain_lora)
             self.register_load_state_dict_pre_hook(_accept_plain_lora)
+        self.finished.pop(adapter_name, None)
         super().update_layer(adapter_name, r, lora_alpha=cast(int, lora_alpha), config=config, **kwargs)
         if not hasattr(config, "_live"):  # a stock one
             return
@@ -289,6 +291,7 @@ class TrimLayer(_Mixed):
                 getattr(self, which)[adapter_name].weight.requires_grad_(True)
         if A.shape[0] == 0:
             self.delete_adapter_here(adapter_name)
+        self.finished[adapter_name] = A.shape[0]
 
     def delete_adapter_here(self, adapter_name: str) -> None:
         """Forget the adapter in this layer only; which adapters are active elsewhere does not change."""
@@ -449,6 +452,9 @@ def _emit_plain_lora(layer: TrimLayer, state_dict: dict[str, Any], prefix: str, 
 
 def _accept_plain_lora(layer: TrimLayer, state_dict: dict[str, Any], prefix: str, *_rest: Any) -> None:
     """Take a plain LoRA's tensors, or recognise our own fold coming back and change nothing."""
+    _name_what_is_nameless(layer, state_dict, prefix)
+    for name, r in layer.finished.items():
+        _refuse_another_rank(layer, name, r, state_dict, prefix)
     for name, hosted in layer.hosted.items():
         key_a, key_b = (f"{prefix}{which}.{name}.weight" for which in PROJECTIONS)
         own = {f"{prefix}{d}.{name}": p for d, p in zip(DIAGONALS, layer.diagonals(name)) if p is not None}
@@ -471,11 +477,40 @@ def _accept_plain_lora(layer: TrimLayer, state_dict: dict[str, Any], prefix: str
         if A.device.type != "meta" and _same(folded_a, new_a) and _same(folded_b, new_b):
             state_dict.update({key_a: A.data, key_b: B.data, **{key: p.data for key, p in own.items()}})
             continue
-        hosted.is_stale = True
+        # A start that adds nothing is no run's: weights are given back so after a search for a learning rate.
+        hosted.is_stale = hosted.is_decided or new_a.shape[0] != hosted.initial_r or bool(new_b.any())
         _make_room(layer, name, new_a.shape[0])
         for key, parameter in own.items():
             device = new_a.device if parameter.device.type == "meta" else parameter.device
             state_dict[key] = torch.ones(parameter.shape, dtype=parameter.dtype, device=device)
+
+
+def _name_what_is_nameless(layer: TrimLayer, state_dict: dict[str, Any], prefix: str) -> None:
+    """PEFT names an adapter's keys after those that the model has now, finds none where no rank is left, and leaves
+    out what has no name without a word."""
+    gone = next((name for name in (*layer.hosted, *layer.finished) if not layer.r.get(name)), None)
+    for which in PROJECTIONS if gone is not None else ():
+        if (tensor := state_dict.pop(f"{prefix}{which}.weight", None)) is not None:
+            state_dict[f"{prefix}{which}.{gone}.weight"] = tensor
+
+
+def _refuse_another_rank(layer: TrimLayer, name: str, r: int, state_dict: dict[str, Any], prefix: str) -> None:
+    """After the run shapes and config are final.
+
+    Raises:
+        ModelError: the tensors have another rank.
+    """
+    key_a, key_b = (f"{prefix}{which}.{name}.weight" for which in PROJECTIONS)
+    A, B = state_dict.get(key_a), state_dict.get(key_b)
+    if A is None or B is None or A.shape[0] == r:
+        return
+    if r > 0 or B.any():
+        raise ModelError(
+            f"state_dict: it has rank {A.shape[0]} for {layer.site_name!r}, which the run left at rank {r}; give back "
+            "what was kept in mid-run before Controller.finish(), or keep it with save_pretrained(folder) and load it "
+            "with PeftModel.from_pretrained(base, folder)"
+        )
+    del state_dict[key_a], state_dict[key_b]  # ranks that were hidden
 
 
 def _make_room(layer: TrimLayer, name: str, r: int) -> None:

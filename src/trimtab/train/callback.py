@@ -47,6 +47,7 @@ from .parallel import (
     accelerates_fsdp,
     give_back_to_ddp,
     is_distributed,
+    is_launched,
     keep_whole,
     refuse_sharded_heads,
     whole_parameters,
@@ -465,7 +466,7 @@ class TrimCallback(TrainerCallback, ExportableState):
             raise ConfigError("n_gpu", args.n_gpu, f"Trainer would copy the model by {REPLICAS}")
 
     def _keep_whole(self, model: nn.Module, args: TrainingArguments, trainer: Trainer | None) -> None:
-        if args.world_size < 2:
+        if not is_launched():
             return
         name = self._name(model)
         if is_sharded(model):  # at load, by transformers: Trainer would average what trains, each in a hook of its own

@@ -32,6 +32,7 @@ from .parallel import (
     decision_bits,
     give_back_to_ddp,
     is_distributed,
+    is_launched,
     keep_whole,
     refuse_engines,
     refuse_other_sites,
@@ -138,8 +139,9 @@ class Controller:
             refuse_what_is_no_optimizer(optimizer, self.optimizer)
             if is_distributed():
                 refuse_other_sites(self._tensors.shapes())
+            if is_launched():
                 keep_whole(model, adapter_name)
-                self.broadcast()  # nobody else does
+            self.broadcast()  # nobody else does
             was_narrow = [layer.widen(adapter_name) for layer in self.layers.values()]
             if any(was_narrow):
                 warnings.warn(
@@ -177,6 +179,13 @@ class Controller:
         if never := self.frozen():
             self._emit_freeze(never)
         self._emit_params()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy decides on the layers that were copied with it."""
+        self.__dict__.update(state)
+        for layer in self.layers.values():
+            if (hosted := layer.hosted.get(self.adapter_name)) is not None:
+                hosted.is_decided = True
 
     def _decide_from_start(self) -> None:
         """Settings, allocator and freezer for the initial ranks that the layers have."""
@@ -602,7 +611,8 @@ class Controller:
         if self._is_unseen and self.has_gradient():
             raise StaleAdapterError(
                 "after_step: before_step was called before backward, when no adapter had a gradient; the order is "
-                "backward, before_step, optimizer.step, after_step, zero_grad"
+                "backward, before_step, optimizer.step, after_step, zero_grad (a Trainer's training_step that sets "
+                "gradients itself, as of torch.autograd.grad, cannot be followed: take a bare loop)"
             )
         self._unseen += 1
         if self._unseen >= UNSEEN_LIMIT[self._has_seen]:

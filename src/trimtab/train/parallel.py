@@ -49,12 +49,14 @@ def whole_parameters(model: nn.Module, adapter_name: str = "default") -> set[nn.
     return {*adapter_parameters(model, adapter_name), *(p for p in model.parameters() if p.requires_grad)}
 
 
+def is_launched() -> bool:
+    """Whether there is a process group, be it of one process: then something may wrap the model."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def is_distributed() -> bool:
-    return (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and (torch.distributed.get_world_size() > 1)
-    )
+    """Whether there are other processes."""
+    return is_launched() and torch.distributed.get_world_size() > 1
 
 
 # -- before the model is wrapped ------------------------------------------------------------------------------

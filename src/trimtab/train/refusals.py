@@ -97,6 +97,8 @@ def refuse_groups_that_leave_out(adapter: AdapterTensors, optimizer: torch.optim
 
 def refuse_dead_start(adapter: AdapterTensors, freeze: FreezeSettings | None) -> None:
     """Raise `ConfigError` where a gradient could never arrive, or where nothing would train to the end."""
+    if any(p.is_meta for p in adapter.parameters):
+        raise ConfigError("low_cpu_mem_usage", True, "is for adapters that are loaded: leave it out of get_peft_model")
     if freeze is not None and freeze.freezes_all and adapter.layers and not _trains_to_the_end(adapter):
         raise ConfigError(
             "freeze.method",

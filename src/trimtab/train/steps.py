@@ -74,18 +74,27 @@ class StepWatch:
         """Of the adapters' gradients, the same on every process, before they are clipped."""
         self.scaler: Any = None
         self._looks = 2  # a profiler or a warm-up may have the first step
-        self._hooks: list[Any] = []
         self.forget()
-        if hasattr(optimizer, "_optimizer_step_post_hooks"):
-            assert optimizer is not None
+        self._look_on()
+
+    def _look_on(self) -> None:
+        self._hooks: list[Any] = []
+        if hasattr(self.optimizer, "_optimizer_step_post_hooks"):
+            assert self.optimizer is not None
             self._hooks = [
-                optimizer.register_step_pre_hook(Weakly(self._begins)),
-                optimizer.register_step_post_hook(Weakly(self._ended)),
+                self.optimizer.register_step_pre_hook(Weakly(self._begins)),
+                self.optimizer.register_step_post_hook(Weakly(self._ended)),
             ]
 
     def __getstate__(self) -> dict[str, Any]:
         """accelerate's wrapper cannot be pickled; of it the scaler is all that counts."""
-        return {**self.__dict__, "given": self.optimizer, "scaler": self._scaler()}
+        return {**self.__dict__, "given": self.optimizer, "scaler": self._scaler(), "_hooks": bool(self._hooks)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy looks on at the optimizer that was copied with it."""
+        self.__dict__.update(state)
+        if self._hooks:
+            self._look_on()
 
     @property
     def can_tell(self) -> bool:

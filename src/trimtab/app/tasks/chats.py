@@ -18,7 +18,7 @@ from typing import Any
 from ...errors import DataError
 from .columns import Columns, Table
 from .data import MISSING, is_missing
-from .json_rows import is_chat
+from .json_rows import CONTENT_KEYS, ROLE_KEYS, is_chat
 
 Message = dict[str, Any]
 Conversation = list[Message] | str
@@ -53,7 +53,8 @@ FORMS: dict[str, tuple[str, ...]] = {
     **{form: names[:2] for form, names in PAIRS.items()},
 }
 """Form -> the columns by which it is known; the first that fits."""
-BESIDE = ("system", "system_prompt", "history", "tools")
+SYSTEMS = ("system", "system_prompt", "system_message", "system_instruction", "systemInstruction")
+BESIDE = (*SYSTEMS, "history", "tools")
 """Columns that go with any form."""
 
 ROLES = {
@@ -64,9 +65,11 @@ ROLES = {
 }
 """What a role is called, in small letters -> the role."""
 
-_OF_MESSAGES = (
-    "role", "from", "tool_calls", "function_call", "name", "tool_call_id", "weight", "train", "loss",
-)  # fmt: skip
+_GOOD = ("label", "is_correct", "correct")
+"""Whether a row's answer is good, where all are true or false."""
+_FLAGS = ("weight", "train", "loss")
+"""Whether a message, or a row, is learned: OpenAI's, axolotl's."""
+_OF_MESSAGES = (*ROLE_KEYS, "tool_calls", "function_call", "name", "tool_call_id", *_FLAGS)
 
 NO_TEXT, NO_ANSWER, NO_PROMPT, NOT_LEARNED = (
     "no text",
@@ -164,11 +167,13 @@ class Reader:
                 for prompt, instances, where in zip(table["instruction"], table["instances"], wheres)
                 for conversation in self._instances(prompt, instances, where)
             ]
-        if {str(value).lower() for value in table.get("label", ())} in ({"true", "false"}, {"false"}):
-            raise DataError(
-                f"{source}: column 'label' says which answers are good, and learning apart from the bad ones (KTO) "
-                "is not done here; keep the rows where it is true"
-            )
+        for name in _GOOD:
+            if False in (flags := {_flag(value) for value in table.get(name, ())}) and None not in flags:
+                raise DataError(
+                    f"{source}: column {name!r} says which answers are good, and learning apart from the bad ones "
+                    "(KTO) is not done here; keep the rows where it is true, or name two columns in task.prompt and "
+                    "task.answer to learn all rows"
+                )
         prompt, answer, about = PAIRS.get(form, PAIRS["alpaca"])
         names = [
             name for name in dict.fromkeys((about or "", *ABOUT)) if name in table and name not in (prompt, answer)
@@ -232,17 +237,27 @@ class Reader:
     def beside(self, table: Columns, found: list[Conversation], wheres: Sequence[str]) -> list[Conversation]:
         """The conversations with what other columns say: what came before, the system's words, tools."""
         n = len(found)
-        self.read |= set(BESIDE)
-        systems = table.get("system", table.get("system_prompt", [None] * n))
-        rows = zip(found, table.get("history", [None] * n), systems, table.get("tools", [None] * n), wheres)
-        return [self._complete(*row) for row in rows]
+        names = (next((name for name in SYSTEMS if name in table), SYSTEMS[0]), "history", "tools")
+        self.read |= set(names)
+        systems, histories, tools = (table.get(name, [None] * n) for name in names)
+        rows = zip(found, histories, systems, tools, wheres)
+        found = [self._complete(*row) for row in rows]
+        for name in _FLAGS if not self.asking else ():
+            flags = [True if is_missing(value) else _flag(value) for value in table.get(name, ())]
+            if flags and None not in flags:
+                self.read.add(name)
+                found = [one if flag or isinstance(one, str) else NOT_LEARNED for one, flag in zip(found, flags)]
+        return found
 
     def _complete(self, found: Conversation, history: Any, system: Any, tools: Any, where: str) -> Conversation:
         if isinstance(found, str):
             return found
         found = [*self._history(history, where), *found]
         if not is_missing(system, self.missing) and found[0]["role"] != "system":
-            found = [{"role": "system", "content": _text(system, "system", where)}, *found]
+            told = system.get("parts") if isinstance(system, dict) else system  # Gemini's
+            found = [{"role": "system", "content": _content(told, where)}, *found]
+        empty = [m["role"] == "assistant" and not (m["content"].strip() or m.get("tool_calls")) for m in found]
+        found = [{**m, "train": False} if is_empty else m for m, is_empty in zip(found, empty)]  # to say nothing
         if tools := _from_json(tools, "tools", where):
             found = [{**found[0], "tools": json.dumps(tools, ensure_ascii=False)}, *found[1:]]
         return found
@@ -257,6 +272,8 @@ class Reader:
         for pair in value if isinstance(value, list) else [None]:
             if not isinstance(pair, (list, tuple)) or len(pair) != 2:
                 raise DataError(f"{where}: its history is no list of [question, answer]")
+            if all(is_missing(text, self.missing) for text in pair):
+                continue
             for role, text in zip(("user", "assistant"), pair):
                 out.append({"role": role, "content": _text(text, "history", where)})
         return out
@@ -312,7 +329,7 @@ class Reader:
     def _message(self, turn: Any, where: str) -> Message:
         if not isinstance(turn, dict):
             raise DataError(f"{where} has a {type(turn).__name__} where a message {{role, content}} is needed")
-        called = _first(turn, (self.columns.get("role"), "role", "from"))
+        called = _first(turn, (self.columns.get("role"), *ROLE_KEYS))
         role = self._known.get(called.strip().lower()) if isinstance(called, str) else None
         if called is None:
             raise DataError(
@@ -324,7 +341,7 @@ class Reader:
                 f"{where} has a message with role {called!r}; known are {', '.join(self._known)}; "
                 f"task.roles says what others are ({{{called}: user}})"
             )
-        keys = (self.columns.get("content"), "content", "value")
+        keys = (self.columns.get("content"), *CONTENT_KEYS)
         content = _first(turn, keys)
         calls = _from_json(turn.get("tool_calls"), "tool_calls", where)
         if isinstance(old := _from_json(turn.get("function_call"), "function_call", where), dict):
@@ -396,15 +413,21 @@ def m_is_learned(message: Mapping[str, Any]) -> bool:
 
 def _is_learned(turn: Mapping[str, Any], where: str) -> bool:
     """What ``weight`` (OpenAI), ``train`` (axolotl) or ``loss`` say of a message."""
-    for key in ("weight", "train", "loss"):
+    for key in _FLAGS:
         value = turn.get(key)
         if value is None:
             continue
-        if value not in (0, 1):
+        if _flag(value) is None:
             raise DataError(f"{where} has a message with {key} {value!r}; it is learned (1, true) or not (0, false)")
-        if not value:
+        if not _flag(value):
             return False
     return True
+
+
+def _flag(value: Any) -> bool | None:
+    """What 0 and 1, false and true say, as text, too; None for anything else."""
+    word = str(value).strip().lower().removesuffix(".0")
+    return True if word in ("1", "true") else False if word in ("0", "false") else None
 
 
 def _is_texts(value: Any) -> bool:
@@ -440,7 +463,7 @@ def _content(value: Any, where: str) -> str:
     texts = []
     for part in value:
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
-        if kind != "text":
+        if kind not in ("text", "input_text", "output_text"):
             raise DataError(
                 f"{where} has a message with {kind}; this task reads text alone"
                 + (" (vqa reads images)" if "image" in str(kind) else "")

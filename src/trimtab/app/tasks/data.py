@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError, DataError, did_you_mean
 from .columns import AS_FOUND, Columns, Reading, Table
-from .files import existing_file, existing_files, from_dataset, read_file, read_files
+from .files import existing_file, existing_files, from_dataset, read_file, read_files, split_of
 from .separated import SEPARATORS
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ __all__ = [
     "is_missing",
     "read_file",
     "read_files",
+    "with_points",
 ]
 
 MISSING = (
@@ -148,7 +150,16 @@ class DataSpec:
 
     def table(self, split: str) -> Table:
         """The rows of a split's files."""
-        return read_files(f"data.{split}", self.files[split], self.reading)
+        table = read_files(f"data.{split}", self.files[split], self.reading)
+        for name in (name for name in table if split == "train" and name.strip().lower() in ("split", "set", "subset")):
+            words = Counter(str(value).strip() for value in table[name] if not is_missing(value))
+            others = {word: n for word, n in words.items() if split_of(word) in ("validation", "test")}
+            if others and all(split_of(word) for word in words):
+                told = ", ".join(f"{word!r} {n}" for word, n in others.items())
+                table.notes.append(
+                    f"column {name!r} says that rows are for scoring ({told}), and all are trained on here"
+                )
+        return table
 
     def _from_hub(self) -> dict[str, Table]:
         from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
@@ -363,6 +374,22 @@ def is_missing(value: Any, words: frozenset[str] | set[str] = frozenset(MISSING)
     if isinstance(value, int) and not isinstance(value, bool):  # -1, where the recipe says so
         return str(value) in words
     return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def with_points(values: Sequence[Any]) -> list[Any]:
+    """Numbers that are written with a decimal comma as they are with a point; anything else stays.
+
+    1,000 alone may be a thousand: then one of the others must tell.
+
+    >>> with_points(["3,5", "2"]), with_points(["1,000", "2,500"])
+    (['3.5', '2'], ['1,000', '2,500'])
+    """
+    commas = [value.strip() for value in values if isinstance(value, str) and "," in value]
+    is_decimal = all(re.fullmatch(r"[-+]?\d+,\d+", text) for text in commas)
+    is_sure = any(re.fullmatch(r"[-+]?(0,\d+|\d+,(\d{1,2}|\d{4,}))", text) for text in commas)
+    if not (is_decimal and is_sure) or any("." in str(value) for value in values):
+        return list(values)
+    return [value.replace(",", ".") if isinstance(value, str) else value for value in values]
 
 
 def column(table: Columns, name: str, asked: str, source: str) -> list[Any]:

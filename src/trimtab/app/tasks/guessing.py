@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 from ...errors import ConfigError, DataError
 from .chats import ABOUT, ANSWERS, BESIDE, CHATS, CHOICES, FORMS, PAIRS, in_small, loads
 from .columns import Columns
-from .data import is_missing
+from .data import is_missing, with_points
 from .json_rows import is_chat
 from .math import gold_of
 from .summarize import KINDS
@@ -28,17 +29,18 @@ LABELS = (
     "queue", "rating", "score", "similarity", "relevance", "is_duplicate", "polarity", "tag", "y",
 )  # fmt: skip
 TEXT_PAIRS = (
-    ("sentence1", "sentence2"), ("sentence_1", "sentence_2"), ("sentence_A", "sentence_B"), ("premise", "hypothesis"),
-    ("question1", "question2"), ("text1", "text2"), ("text_a", "text_b"), ("text", "text_pair"), ("query", "passage"),
-    ("query", "document"), ("question", "passage"), ("question", "sentence"), ("question", "context"),
+    ("premise", "hypothesis"), ("text", "text_pair"), ("query", "passage"), ("query", "document"),
+    ("question", "passage"), ("question", "sentence"), ("question", "context"),
 )  # fmt: skip
 _LEARNED = (
     *ANSWERS, "answers", "canonical_solution", "summary", "highlights", "abstract", "tldr", "translation", "tags",
-    "ner_tags",
+    "ner_tags", "chosen",
 )  # fmt: skip
 """What is learned from another text, where it stands beside one."""
 _DOCUMENTS = ("document", "article", "dialogue", "text", "content", "body", "passage", "transcript")
-_NAMES_OF_ROWS = re.compile(r"(.*[_ ])?(id|idx|index|guid|uid|uuid|key|row|date|time|timestamp|url)|unnamed.*|", re.I)
+_NAMES_OF_ROWS = re.compile(
+    r"(.*[_ ])?(id|idx|index|guid|uid|uuid|key|row|date|time|timestamp|url|hash)|unnamed.*|", re.I
+)
 _DATE = re.compile(r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}([T ].*)?|\d{1,2}[-/.]\d{1,2}[-/.](\d{2}|\d{4})( .*)?")
 _MOST_CLASSES = 50
 """Of a column that is not called a label; and of whole numbers before they are taken for a scale."""
@@ -84,6 +86,11 @@ class _Column:
         return sum(len(str(value)) for value in self.values) / len(self.values)
 
     @property
+    def is_prose(self) -> bool:
+        """Three words or more, in the mean."""
+        return sum(len(str(value).split()) for value in self.values) >= 3 * len(self.values)
+
+    @property
     def n_different(self) -> int:
         return len({re.sub(r"\.0+$", "", str(value).strip()) for value in self.values})  # 1.0 is 1
 
@@ -91,7 +98,7 @@ class _Column:
     def is_scale(self) -> bool:
         """Numbers that are more or less, rather than names of classes."""
         numbers = self.numbers
-        if numbers is None:
+        if numbers is None or numbers == [numbers[0] + i for i in range(self.rows)]:  # rows that are counted
             return False
         return not all(n.is_integer() for n in numbers) or self.n_different > min(20, self.rows / 2)
 
@@ -118,6 +125,10 @@ def guess(table: Columns, source: str, given: Mapping[str, Any]) -> Guess:
     seen = ", ".join(table)
     if any(len(name.split()) > 3 and len(name) > 20 for name in table):
         raise DataError(f"{source}: the first line of a file must name its columns; it reads {seen[:100]!r}")
+    if len(table) == 1 and len({*re.split(r"[^\w ]+", seen.lower())} & {*TEXTS, *LABELS}) > 1:
+        raise DataError(
+            f"{source}: its first line names one column, {seen!r}; data.separator says what stands between them"
+        )
     columns = {
         name: _Column(name, there, len(values))
         for name, values in table.items()
@@ -138,7 +149,7 @@ def guess(table: Columns, source: str, given: Mapping[str, Any]) -> Guess:
     if found is None and wanted in (None, "text_classification"):
         found = _classified(columns, source, given, list(table))
     if found is None and wanted in (None, "text"):
-        found = _whole(columns, source, given, list(table))
+        found = _whole(columns, source, given, list(table), getattr(table, "notes", ()))
     if found is None and wanted is None:
         raise DataError(
             f"{source}: its columns {seen} fit no task by their names or values; say which is which: "
@@ -190,12 +201,14 @@ def _written(columns: Mapping[str, _Column], wanted: str | None) -> Guess | None
     held = [
         name for name, c in columns.items() if any(is_chat(v if isinstance(v, list) else loads(v)) for v in c.values)
     ]
-    chats = [name for name in CHATS if name in held]
+    chats = [name for name in CHATS if name in columns and (name in held or not columns[name].is_plain)]
     others = [name for name in held if name not in BESIDE]
     if wanted == "vqa" or (wanted is None and {"image", "png_base64", "image_id"} & columns.keys()):
         return Guess("vqa", {}, "questions about images")
     known = [*(kind.columns for kind in KINDS.values()), *((name, "summary") for name in _DOCUMENTS)]
     kinds = [(small[one], small[other]) for one, other in known if {one, other} <= small.keys()]
+    if any(name in small and columns[small[name]].repeats for name in LABELS[:4]):  # a pair and its class
+        kinds = [kind for kind in kinds if kind[1] != small.get("target")]
     if wanted == "summarize" or (wanted is None and kinds and not chats):
         named = dict(zip(("document", "summary"), kinds[0])) if kinds else {}
         return Guess(
@@ -249,7 +262,12 @@ def _classified(
             raise DataError(f"{source}: {missing} column? It has {seen}; say task.label=…")
         return None
     rest = {name: column for name, column in columns.items() if name != label.name}
-    texts = _texts(rest, given)
+    if "regression" not in given and with_points(label.values) != label.values:
+        raise DataError(
+            f"{source}: column {label.name!r} holds {label.values[0]!r}: if these are numbers with a decimal comma, "
+            f"say task.label={label.name} task.regression=true; if classes, task.regression=false"
+        )
+    texts = _texts(rest, source, given)
     if not texts:
         raise DataError(
             f"{source}: no column of text beside the label {label.name!r}; its columns are {seen} (task.text)"
@@ -300,13 +318,16 @@ def _label(columns: Mapping[str, _Column], source: str, given: Mapping[str, Any]
     return classes[0] if classes else None
 
 
-def _texts(columns: Mapping[str, _Column], given: Mapping[str, Any]) -> list[str]:
+def _texts(columns: Mapping[str, _Column], source: str, given: Mapping[str, Any]) -> list[str]:
     if "text" in given:
         return [given[key] for key in ("text", "text_pair") if given.get(key)]
     lower = {name.strip().lower(): name for name in columns}
     for first, second in TEXT_PAIRS:
         if {first.lower(), second.lower()} <= lower.keys():
             return [lower[first.lower()], lower[second.lower()]]
+    pairs = [pair for pair in combinations(columns.values(), 2) if _is_pair(*pair)]
+    if pairs:
+        return [column.name for column in next((pair for pair in pairs if _stem(pair[0].name) in TEXTS), pairs[0])]
     named = [lower[name] for name in TEXTS if name in lower and columns[lower[name]].is_plain]
     free = [
         column
@@ -314,10 +335,35 @@ def _texts(columns: Mapping[str, _Column], given: Mapping[str, Any]) -> list[str
         if column.is_text and column.numbers is None and not column.repeats and not _NAMES_OF_ROWS.fullmatch(name)
     ]
     free.sort(key=lambda column: -column.length)
+    alike = [c.name for c in columns.values() if c in free and c.is_prose and c.length > free[0].length / 2]
+    if not named and len(alike) > 1:
+        raise DataError(
+            f"{source}: {', '.join(map(repr, alike))} could each be the text; say which: 'task.text={free[0].name}', "
+            f"or both: 'task.text={alike[0]}' 'task.text_pair={alike[1]}'"
+        )
     return named[:1] or [column.name for column in free[:1]]
 
 
-def _whole(columns: Mapping[str, _Column], source: str, given: Mapping[str, Any], names: list[str]) -> Guess | None:
+def _is_pair(one: _Column, other: _Column) -> bool:
+    """Whether two columns of text differ by 1 and 2 or A and B in their names: ``text1``, ``#2 String``, ``text_b``."""
+    if not (one.is_text and other.is_text) or one.numbers or other.numbers or len(one.name) != len(other.name):
+        return False
+    differ = [i for i, (a, b) in enumerate(zip(one.name, other.name)) if a != b]
+    if len(differ) != 1 or ((one.repeats or other.repeats) and _stem(one.name) not in TEXTS):
+        return False
+    at = differ[0]
+    marks, before, after = one.name[at] + other.name[at], one.name[at - 1 : at], one.name[at + 1 : at + 2]
+    is_apart = not after.isalpha() and (not before.isalpha() or (marks == "AB" and before.islower()))
+    return marks == "12" or (marks.upper() == "AB" and is_apart)
+
+
+def _stem(name: str) -> str:
+    return re.sub(r"[_ -]?[12ABab]$", "", name.strip()).lower()
+
+
+def _whole(
+    columns: Mapping[str, _Column], source: str, given: Mapping[str, Any], names: list[str], notes: Iterable[str]
+) -> Guess | None:
     """Plain text, to be learned as it stands."""
     if "text" in given:
         return Guess("text", {"text": given["text"]}, f"plain text ({given['text']})")
@@ -326,6 +372,9 @@ def _whole(columns: Mapping[str, _Column], source: str, given: Mapping[str, Any]
     chosen = texts if len(texts) == 1 else named if len(named) == 1 else []
     if not chosen:
         return None
+    nameless = next((note for note in notes if re.match(r"column (?!1 )\d+ has no name", note)), None)  # 1: an index
+    if nameless and not given:
+        raise DataError(f"{source}: {nameless}; name it, or say task.name=text 'task.text={chosen[0].name}'")
     lists = [name for name, column in columns.items() if any(isinstance(v, (list, dict)) for v in column.values)]
     if lists and not given:
         raise DataError(

@@ -10,6 +10,9 @@ from ...errors import DataError
 from .columns import Columns
 
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # as JSON escapes it
+ROLE_KEYS = ("role", "from")
+CONTENT_KEYS = ("content", "value", "parts")
+"""What a message calls who says it, and what is said: OpenAI's, ShareGPT's, Gemini's."""
 _SHAPES = "a list of objects, one object a line, or an object that holds one list of objects"
 
 
@@ -69,8 +72,10 @@ def _is_rows(value: Any) -> bool:
 
 def is_chat(value: Any) -> bool:
     """Whether a list of objects is one conversation."""
-    kinds = ({"role", "content"}, {"from", "value"})
-    return isinstance(value, list) and any(isinstance(m, dict) and any(k <= m.keys() for k in kinds) for m in value)
+    return isinstance(value, list) and any(
+        isinstance(m, dict) and not m.keys().isdisjoint(ROLE_KEYS) and not m.keys().isdisjoint(CONTENT_KEYS)
+        for m in value
+    )
 
 
 def _one_after_the_other(where: str, text: str, whole: ValueError) -> list[tuple[int, Any]]:
@@ -127,8 +132,15 @@ def _rows_within(where: str, value: Any, split: str) -> list[Any] | Columns:
         return [value]
     if inner and all(isinstance(column, list) for column in inner) and len(set(map(len, inner))) == 1:
         return value
-    if len(inner) > 1 and all(isinstance(column, dict) and column.keys() == inner[0].keys() for column in inner):
-        return {name: list(column.values()) for name, column in value.items()}  # pandas' own: column -> index -> value
+    if isinstance(value.get(split), dict):
+        return _rows_within(where, value[split], split)
+    if len(inner) > 1 and all(isinstance(part, dict) for part in inner):
+        has_names, is_long = (any(n.strip().lower() in _TEXTS for n in names) for names in (inner[0], value))
+        is_long = is_long or len(inner[0]) > len(value)
+        if not has_names and is_long and all(column.keys() == inner[0].keys() for column in inner):
+            return {name: list(column.values()) for name, column in value.items()}  # pandas': column -> index -> value
+        if set.intersection(*map(set, inner)):  # name of a row -> the row
+            return inner
     if len(inner) == 1 and isinstance(inner[0], dict):
         return _rows_within(where, inner[0], split)
     if not all(isinstance(part, (list, dict)) for part in inner):

@@ -28,7 +28,7 @@ from .classification import (
     pearson,
     spearmanr,
 )
-from .data import Columns, DataSpec, column, duplicates, text_of
+from .data import Columns, DataSpec, column, duplicates, text_of, with_points
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -186,7 +186,7 @@ class TextClassification(SequenceClassification):
     def _ids(self, split: str, values: Mapping[int, Any], source: str) -> list[float]:
         """Ids (or numbers) of labels that are given by the number of their row."""
         if self.regression:
-            found = [_number(value, number, source) for number, value in values.items()]
+            found = [_number(v, number, source) for number, v in zip(values, with_points(list(values.values())))]
             if split == "train" and len(found) > 1 and len(set(found)) == 1:
                 raise DataError(
                     f"{source}: every row has label {found[0]:g}; a number that is always one is not learned"
@@ -217,6 +217,8 @@ class TextClassification(SequenceClassification):
                     if is_quoted
                     else f" {near[0]!r} differs in blanks or case only: task.fold_labels=true makes them one."
                     if near
+                    else " If it stands for no label: data.missing=['-1']."
+                    if key == "-1"
                     else did_you_mean(name, self._names)
                 )
                 raise DataError(
@@ -265,11 +267,24 @@ class TextClassification(SequenceClassification):
             self.notes.append(f"is {unclear[0]!r} a class? If it stands for no label: data.missing=['{unclear[0]}']")
         if "-1" in spelt and {"0", "1"} <= spelt.keys():
             self.notes.append("is '-1' a class? If it stands for no label: data.missing=['-1']")
+        self._say_joined(list(spelt))
         names = [min(counts, key=lambda name: (-counts[name], name)) for counts in spelt.values()]
         try:
             return sorted(names, key=lambda name: (int(name), name))
         except ValueError:
             return sorted(names)
+
+    def _say_joined(self, classes: list[str]) -> None:
+        parts = {key: re.split(r"\s*[,;|]\s*", key.strip()) for key in classes}
+        times = Counter(part for several in parts.values() for part in several)
+        joined = [
+            repr(key) for key, several in parts.items() if len(several) > 1 and any(times[part] > 1 for part in several)
+        ]
+        if joined:
+            numbers = "; numbers with a decimal comma: task.regression=true" * (with_points(classes) != classes)
+            self.notes.append(
+                f"classes that look like several in one: {some(joined)}; one label a row is learned{numbers}"
+            )
 
     def _say_classes(self, rows: DatasetDict) -> None:
         if self.label_names is None:
@@ -308,7 +323,8 @@ def _spelling(value: Any, fold: bool) -> str:
 
 
 def _folded(name: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", name).split()).casefold()
+    seen = re.sub("[\u00ad\u200b-\u200d\u2060\ufeff]", "", unicodedata.normalize("NFKC", name))  # not what has no width
+    return " ".join(seen.split()).casefold()
 
 
 def _is_word(value: Any, spec: DataSpec) -> bool:
