@@ -413,12 +413,18 @@ def untie(peft_model: PeftModel) -> None:
 def _is_tied_elsewhere(base: Any) -> bool:
     """Whether the head is tied, and to another embedding than the input's (T5Gemma: its decoder's). PEFT takes it for
     untied after merging, and would write a model without a head."""
-    if not getattr(base.config, "tie_word_embeddings", False) or base.get_output_embeddings() is None:
+    if not getattr(base.config, "tie_word_embeddings", False):
         return False
-    head = getattr(base.get_output_embeddings(), "weight", None)
-    inputs = base.get_input_embeddings().parameters()  # of a saved one, the original's too
-    uses = sum(p is head for _, p in base.named_parameters(remove_duplicate=False))
-    return all(p is not head for p in inputs) and uses > 1
+    try:
+        head, inputs = base.get_output_embeddings(), base.get_input_embeddings()
+    except (NotImplementedError, AttributeError):  # PEFT then says nothing either
+        return False
+    weight = getattr(head, "weight", None)
+    if weight is None or inputs is None:
+        return False
+    own = inputs.parameters()  # of a saved one, the original's too
+    uses = sum(p is weight for _, p in base.named_parameters(remove_duplicate=False))
+    return all(p is not weight for p in own) and uses > 1
 
 
 def _check_ties(merged: Any, parameters: dict[str, Any]) -> None:
