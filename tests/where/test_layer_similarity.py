@@ -485,6 +485,19 @@ def test_a_classifier_of_a_speech_models_encoder_needs_no_decoder_inputs():
     np.testing.assert_allclose(found.cka[:-1], expected[:-1], atol=1e-5)
 
 
+def test_speecht5_is_given_its_decoder_inputs_by_the_name_that_it_knows():
+    sizes = dict(hidden_size=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=48)
+    more = dict(decoder_attention_heads=2, decoder_ffn_dim=48, conv_dim=(16, 16), conv_stride=(4, 4), vocab_size=64)
+    more |= dict(conv_kernel=(8, 8), num_feat_extract_layers=2, num_conv_pos_embeddings=16)
+    model = tf.SpeechT5ForSpeechToText(tf.SpeechT5Config(**sizes, **more, num_conv_pos_embedding_groups=2)).eval()
+    batch = {"input_values": torch.randn(8, 600), "labels": torch.randint(3, 60, (8, 6))}
+    with torch.no_grad():
+        states = model(**batch, output_hidden_states=True).decoder_hidden_states
+    expected = [linear_cka(a.mean(1), b.mean(1)) for a, b in pairwise(states)]
+    found = layer_similarity(model, [batch]).stacks["decoder.wrapped_decoder.layers"].cka
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_a_decoder_starts_as_the_language_models_config_says_where_the_model_also_sees():
     text_config = tiny.build("bart").config
     vision = dict(embed_dim=[16] * 4, depths=[1] * 4, num_heads=[2] * 4, num_groups=[2] * 4, projection_dim=32)

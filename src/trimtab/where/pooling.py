@@ -225,6 +225,8 @@ def _run_halves(base: Any, inputs: dict[str, Tensor]) -> None:
 
 def _call(module: Any, inputs: dict[str, Tensor], allowed: set[str] | frozenset[str] = frozenset()) -> Any:
     known = _parameters(module.forward)
+    if "decoder_input_values" in known and "decoder_input_ids" not in known:  # SpeechT5's name for both
+        inputs = {"decoder_input_values" if k == "decoder_input_ids" else k: v for k, v in inputs.items()}
     kept = {k: v for k, v in inputs.items() if k in known | allowed and k not in _NOT_INPUTS}
     if "use_cache" in known:
         return module(**kept, use_cache=False)
