@@ -344,6 +344,24 @@ def test_a_factor_changed_between_forward_and_backward_is_noticed():
         out.sum().backward()
 
 
+@pytest.mark.parametrize("apply", [apply, added])
+@pytest.mark.parametrize("shape", [(N, IN), (1, N, IN)], ids=["rows", "sequences"])
+@pytest.mark.parametrize("way", ROUTES, ids=str)
+def test_a_model_may_change_in_place_what_a_layer_gives(way, shape, apply, monkeypatch):
+    force(monkeypatch, way)
+    t, wants = chosen(True, True, True, True, True)
+    t["x"] = t["x"].view(shape)
+    found = []
+    for function in (apply, plain):
+        leaves = {name: t[name].clone().requires_grad_(name in wants) for name in t}
+        y = function(leaves)
+        y += leaves["x"][..., :OUT]
+        y[..., 0] *= 2
+        F.leaky_relu_(y, 0.3)
+        found.append((y.detach(), torch.autograd.grad(y.square().sum(), [leaves[name] for name in wants])))
+    torch.testing.assert_close(*found)
+
+
 def test_a_base_of_another_kind_keeps_its_product_and_no_widened_copy_of_the_input():
     t = {name: value.to(torch.bfloat16) for name, value in tensors().items()}
     t["A"], t["B"] = t["A"].float().requires_grad_(), t["B"].float().requires_grad_()

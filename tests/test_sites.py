@@ -7,6 +7,7 @@ from peft import LoraConfig, PromptTuningConfig, VeraConfig, get_peft_model
 from torch import nn
 
 import tiny
+import trimtab
 from trimtab.errors import ConfigError, ModelError
 from trimtab.host.sites import find_sites, find_stacks, matched_names
 from trimtab.plans import Where
@@ -51,6 +52,22 @@ def llava_config():
 def encoder_decoder_config():
     decoder = tf.BertConfig(**SMALL, is_decoder=True, add_cross_attention=True)
     return tf.EncoderDecoderConfig.from_encoder_decoder_configs(tf.RobertaConfig(**SMALL), decoder)
+
+
+def phi4_config():
+    """Its towers lie inside of the language model's embeddings, and its config is the language model's own."""
+    vision = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=28)
+    audio = dict(hidden_size=16, num_blocks=2, num_attention_heads=2, intermediate_size=32, nemo_conv_channels=16)
+    tokens = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    return tf.Phi4MultimodalConfig(**SMALL, **tokens, vision_config=vision, audio_config=audio)
+
+
+def t5gemma2_config():
+    text = dict(**SMALL, num_key_value_heads=1, head_dim=8)
+    vision = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8,
+                  patch_size=4)  # fmt: skip
+    encoder = dict(text_config=text, vision_config=vision, mm_tokens_per_image=4, vocab_size=64)
+    return tf.T5Gemma2Config(encoder=encoder, decoder=text)
 
 
 def on_meta(cls, config):
@@ -112,6 +129,11 @@ CASES = {
     "EncoderDecoderModel": (
         (tf.EncoderDecoderModel, encoder_decoder_config()),
         {"encoder.encoder.layer": 3, "decoder.bert.encoder.layer": 3},
+    ),
+    "Phi4MultimodalForCausalLM": ((tf.Phi4MultimodalForCausalLM, phi4_config()), {"model.layers": 3}),
+    "T5Gemma2ForConditionalGeneration": (
+        (tf.T5Gemma2ForConditionalGeneration, t5gemma2_config()),
+        {"encoder.text_model.layers": 3, "decoder.layers": 3},
     ),
     "AlbertModel": ((tf.AlbertModel, tf.AlbertConfig(**SMALL)), {"encoder.albert_layer_groups": 1}),
     "ViTModel": (
@@ -309,6 +331,15 @@ def test_a_selection_for_another_model_is_refused():
         find_sites(bert(), ["query"], Where("mask", {"encoder.layer": "1" * 12}))
     with pytest.raises(ConfigError, match=r"no such stack; it has encoder\.layer\. Did you mean"):
         find_sites(bert(), ["query"], Where("mask", {"encoder.layers": "111"}))
+
+
+def test_a_selection_reaches_no_tower_whose_layers_are_called_as_the_language_models():
+    base = on_meta(*CASES["Phi4MultimodalForCausalLM"][0])
+    assert any(".encoder.layers.1." in name for name in matched_names(base, LoraConfig(target_modules="all-linear")))
+    where = trimtab.where.uniform(base, count=1)
+    model = get_peft_model(base, trimtab.TrimConfig(r=2, target_modules="all-linear", where=where))
+    assert model.targeted_module_names
+    assert all(name.startswith("model.layers.1.") for name in model.targeted_module_names)
 
 
 # Trainable parameters of the published runs, from shapes alone

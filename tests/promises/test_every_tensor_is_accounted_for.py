@@ -719,3 +719,30 @@ def test_hooks_and_modules_on_the_factors_are_called(method):
     expected = tiny.logits(runs.model_for("llama", method), "llama")
     assert torch.allclose(tiny.logits(model, "llama"), expected, atol=1e-5)
     assert len(seen) == len(hosted_layers(model))
+
+
+def t5gemma() -> nn.Module:
+    """Its head is tied to the decoder's embedding; the encoder, whose embedding is the input's, has one of its own."""
+    part = tf.T5GemmaModuleConfig(**SIZES | {"num_hidden_layers": 1}, head_dim=8)
+    tokens = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    return tf.T5GemmaForConditionalGeneration(tf.T5GemmaConfig(encoder=part, decoder=part, vocab_size=64, **tokens))
+
+
+def test_a_merged_model_keeps_a_head_that_is_tied_to_another_embedding_than_the_inputs(tmp_path):
+    torch.manual_seed(0)
+    model = peft.get_peft_model(t5gemma(), TrimConfig(r=2, target_modules=["q_proj"])).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_()
+        wanted = model(input_ids=IDS, decoder_input_ids=IDS).logits
+    trimtab.export(model, tmp_path, "merged")
+    merged = tf.T5GemmaForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert merged.config.tie_word_embeddings
+    got = merged(input_ids=IDS, decoder_input_ids=IDS).logits
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_all_linear_over_fused_experts_is_refused_for_a_rank_method_with_what_to_name():
+    with pytest.raises(ModelError, match=r"'model\.layers\.0\.mlp\.\S+' is a parameter, .* name the linears"):
+        peft.get_peft_model(mixtral(), TrimConfig(r=2, target_modules="all-linear", rank=AdaLoRA(target_r=1)))

@@ -12,6 +12,7 @@ import tiny
 from trimtab.errors import ConfigError, DataError, ModelError, SelectionError
 from trimtab.host.sites import find_stacks
 from trimtab.where import METHODS, choose_own, reads_batches
+from trimtab.where.cka import layer_similarity
 from trimtab.where.gradients import fisher, gradient, layer_gradients
 from trimtab.where.importance import most_important
 from trimtab.where.influence import influence
@@ -166,6 +167,15 @@ def test_layers_that_share_their_weights_are_refused():
     blocks[1].output.dense.weight = blocks[0].output.dense.weight
     with pytest.raises(ModelError, match="share their weights"):
         gradient(model, batches("bert"))
+
+
+def test_stages_that_change_the_width_have_no_influence_and_are_refused_with_what_has():
+    sizes = dict(image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], focal_levels=[1, 1], focal_windows=[3, 3])
+    model = tf.FocalNetModel(tf.FocalNetConfig(**sizes, hidden_sizes=[8, 16]))
+    batch = {"pixel_values": torch.randn(6, 3, 16, 16)}
+    with pytest.raises(ModelError, match=r"stages\.0: .* of 8 features enter .* of 16 features leave .* choose by cka"):
+        influence(model, [batch])
+    assert len(layer_similarity(model, [batch]).cka) == 2
 
 
 def test_a_model_without_weights_is_refused():

@@ -14,6 +14,8 @@ import tiny
 from test_sites import llava_config
 from trimtab.errors import ConfigError, DataError, ModelError, SelectionError
 from trimtab.where.cka import layer_similarity, linear_cka, select_layers
+from trimtab.where.controls import uniform
+from trimtab.where.influence import influence
 from trimtab.where.pooling import POOLS, _positions, pool_rows
 
 PAD, LENGTH = 0, 7
@@ -264,6 +266,53 @@ def test_a_classifier_with_a_decoder_reads_its_input_again():
     np.testing.assert_allclose(got, [linear_cka(x, y) for x, y in pairwise(rows)], atol=1e-9)
 
 
+def test_a_classifier_that_starts_from_a_rows_own_last_token_needs_no_start_token():
+    config = tf.MBartConfig(**tiny.build("bart").config.to_dict() | {"decoder_start_token_id": None})
+    model, data = tf.MBartForSequenceClassification(config).double().eval(), text()
+    assert config.decoder_start_token_id is None
+    hidden = model.model(**data, output_hidden_states=True).decoder_hidden_states
+    rows = [pooled(h, data["attention_mask"], "last") for h in hidden]
+    got = layer_similarity(model, batches(data, 8)).stacks["decoder.layers"].cka
+    np.testing.assert_allclose(got[:-1], [linear_cka(x, y) for x, y in pairwise(rows)][:-1], atol=1e-9)
+
+
+def time_first(kind):
+    """Models whose layers see (t, b, d)."""
+    torch.manual_seed(0)
+    if kind == "xlnet":
+        config = tf.XLNetConfig(vocab_size=tiny.VOCAB, d_model=32, n_layer=4, n_head=2, d_inner=48, dropout=0.0)
+        return tf.XLNetForSequenceClassification(config).double().eval()
+    sizes = dict(d_model=32, encoder_layers=3, decoder_layers=3, encoder_ffn_dim=48, decoder_ffn_dim=48)
+    heads = dict(encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=64)
+    tokens = dict(src_vocab_size=tiny.VOCAB, tgt_vocab_size=tiny.VOCAB, langs=["en", "de"], pad_token_id=0)
+    return tf.FSMTForConditionalGeneration(tf.FSMTConfig(**sizes, **heads, **tokens)).eval()  # it knows no float64
+
+
+@pytest.mark.parametrize("pool", ["last", "mean"])
+@pytest.mark.parametrize("kind", ["xlnet", "fsmt"])
+def test_where_layers_see_time_first_a_row_of_scores_is_still_a_row_of_the_batch(kind, pool):
+    model, data = time_first(kind), text(2 * LENGTH)
+    if kind == "fsmt":
+        data["decoder_input_ids"] = text(2 * LENGTH, seed=1)["input_ids"]
+    with torch.no_grad():
+        out = model(**data, output_hidden_states=True)
+    states = out.hidden_states if kind == "xlnet" else out.encoder_hidden_states
+    rows = [pooled(h, data["attention_mask"], pool) for h in states]
+    assert rows[0].shape == (2 * LENGTH, 32)
+    for size in (LENGTH, 5):  # LENGTH rows of LENGTH tokens: nothing in the shapes tells them apart
+        found = next(iter(layer_similarity(model, batches(data, size), pool=pool).stacks.values())).cka
+        np.testing.assert_allclose(found[:2], [linear_cka(x, y) for x, y in pairwise(rows)][:2], atol=1e-5)
+
+
+@pytest.mark.parametrize("cls, config", [(tf.XLMModel, tf.XLMConfig), (tf.FlaubertModel, tf.FlaubertConfig)])
+def test_attentions_in_a_list_of_their_own_are_not_taken_for_layers_that_can_be_compared(cls, config):
+    model = cls(config(n_words=tiny.VOCAB, emb_dim=32, n_layers=2, n_heads=2))
+    for measure in (layer_similarity, influence):
+        with pytest.raises(ModelError, match=r"attentions: .* choose by gradient, uniform, first, last or a mask"):
+            measure(model, [text()])
+    assert uniform(model, count=1).stacks == {"attentions": "01", "ffns": "01"}
+
+
 def test_decoder_inputs_of_the_batch_come_before_labels():
     model, data = model_of("t5", 2.0), with_labels(text(), "t5")
     start = torch.zeros_like(data["labels"][:, :1])
@@ -337,6 +386,13 @@ def test_hidden_states_that_do_not_line_up_with_the_mask_are_refused():
     model.bert.embeddings.register_forward_hook(lambda m, a, out: torch.cat([out, out], 1))
     with pytest.raises((SelectionError, RuntimeError, ValueError)):
         layer_similarity(model, [text()])
+
+
+def test_layers_that_hold_several_streams_are_refused_with_what_reads_none():
+    sizes = dict(hidden_size=32, d_model=32, decoder_layers=2, num_decoder_attention_heads=2, decoder_ffn_dim=48)
+    config = tf.ProphetNetConfig(vocab_size=tiny.VOCAB, **sizes, ngram=2, is_decoder=True, is_encoder_decoder=False)
+    with pytest.raises(SelectionError, match=r"choose by gradient, uniform, first, last or a mask"):
+        layer_similarity(tf.ProphetNetForCausalLM(config), [text()])
 
 
 def test_layers_that_share_weights_are_refused():
@@ -414,6 +470,46 @@ def test_a_speech_model_s_encoder_and_decoder_are_compared():
     padded = batch | {"attention_mask": torch.ones(8, 40, dtype=torch.long)}
     assert list(layer_similarity(model, [batch]).stacks) == ["encoder.layers", "decoder.layers"]
     assert layer_similarity(model, [padded]).stacks == layer_similarity(model, [batch]).stacks
+
+
+def test_a_classifier_of_a_speech_models_encoder_needs_no_decoder_inputs():
+    sizes = dict(encoder_layers=3, encoder_ffn_dim=48, d_model=32, encoder_attention_heads=2, num_mel_bins=8)
+    tokens = dict(vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    model = tf.WhisperForAudioClassification(tf.WhisperConfig(**sizes, **tokens, max_source_positions=20)).eval()
+    assert model.config.is_encoder_decoder
+    batch = {"input_features": torch.randn(8, 8, 40), "labels": torch.zeros(8, dtype=torch.long)}
+    with torch.no_grad():
+        states = model.encoder(batch["input_features"], output_hidden_states=True).hidden_states
+    found = layer_similarity(model, [batch])
+    expected = [linear_cka(a.mean(1), b.mean(1)) for a, b in pairwise(states)]
+    np.testing.assert_allclose(found.cka[:-1], expected[:-1], atol=1e-5)
+
+
+def test_speecht5_is_given_its_decoder_inputs_by_the_name_that_it_knows():
+    sizes = dict(hidden_size=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=48)
+    more = dict(decoder_attention_heads=2, decoder_ffn_dim=48, conv_dim=(16, 16), conv_stride=(4, 4), vocab_size=64)
+    more |= dict(conv_kernel=(8, 8), num_feat_extract_layers=2, num_conv_pos_embeddings=16)
+    model = tf.SpeechT5ForSpeechToText(tf.SpeechT5Config(**sizes, **more, num_conv_pos_embedding_groups=2)).eval()
+    batch = {"input_values": torch.randn(8, 600), "labels": torch.randint(3, 60, (8, 6))}
+    with torch.no_grad():
+        states = model(**batch, output_hidden_states=True).decoder_hidden_states
+    expected = [linear_cka(a.mean(1), b.mean(1)) for a, b in pairwise(states)]
+    found = layer_similarity(model, [batch]).stacks["decoder.wrapped_decoder.layers"].cka
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_decoder_starts_as_the_language_models_config_says_where_the_model_also_sees():
+    text_config = tiny.build("bart").config
+    vision = dict(embed_dim=[16] * 4, depths=[1] * 4, num_heads=[2] * 4, num_groups=[2] * 4, projection_dim=32)
+    config = tf.Florence2Config(text_config=text_config, vision_config=vision, image_token_id=63)
+    model, data = tf.Florence2ForConditionalGeneration(config).eval(), with_labels(text(), "bart")
+    data["input_ids"] = data["input_ids"].clamp(max=62)
+    found = layer_similarity(model, [data]).stacks
+    with torch.no_grad():
+        states = model(**data, output_hidden_states=True).decoder_hidden_states
+    rows = [pooled(h, data["labels"] != -100, "last") for h in states]
+    expected = [linear_cka(x, y) for x, y in pairwise(rows)]
+    np.testing.assert_allclose(found["language_model.decoder.layers"].cka, expected, atol=1e-4)
 
 
 def test_padding_of_sound_has_no_say():

@@ -196,6 +196,10 @@ def _plus(base: Tensor, h: Tensor, M: Tensor, scale: float) -> Tensor:
     return torch.add(base, h.t() @ M.t(), alpha=scale).to(base.dtype)
 
 
+# As F.linear gives its result a shape: a view that a function of its own returns may not be changed in place, as models
+# do with `+=` (Falcon) or an activation.
+_shaped = torch.ops.aten._unsafe_view.default
+
 # Elements of the input that are masked at a time: they stay in the processor's cache between the mask, the
 # product with the input and the thin product.
 _CHUNK = 2**17
@@ -315,7 +319,7 @@ class _LowRankLinear(torch.autograd.Function):
                 keeps_x,
                 gelu,
             )
-        return _as(y, dtype).view(*shape[:-1], n_out)
+        return _shaped(_as(y, dtype), (*shape[:-1], n_out))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:

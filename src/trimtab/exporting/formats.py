@@ -304,10 +304,15 @@ def _export_merged(peft_model: PeftModel, names: list[str], folder: Path) -> Pat
     if names != alone.active_adapters:
         cast(Any, alone.base_model).set_adapter(names[0])
     untie(alone)
+    keeps_tie = _is_tied_elsewhere(alone.get_base_model())
+    if keeps_tie:
+        cast(Any, alone.get_base_model()).config.tie_word_embeddings = False  # so that PEFT says nothing of it
     try:
         merged = cast(Any, alone).merge_and_unload(safe_merge=True)  # each layer's own active adapters
     except (NotImplementedError, RuntimeError, ValueError) as error:
         raise ExportError(f"export.format='merged': adapter {', '.join(names)}: {error}; use format 'peft'") from error
+    if keeps_tie:
+        merged.config.tie_word_embeddings = True
     _check_ties(merged, dict(merged.named_parameters(remove_duplicate=False)))
     merged.save_pretrained(str(folder))
     return folder
@@ -403,6 +408,23 @@ def untie(peft_model: PeftModel) -> None:
             for key, parameter in list(module.named_parameters(recurse=False)):
                 if uses[id(parameter)] > 1:
                     setattr(module, key, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+
+
+def _is_tied_elsewhere(base: Any) -> bool:
+    """Whether the head is tied, and to another embedding than the input's (T5Gemma: its decoder's). PEFT takes it for
+    untied after merging, and would write a model without a head."""
+    if not getattr(base.config, "tie_word_embeddings", False):
+        return False
+    try:
+        head, inputs = base.get_output_embeddings(), base.get_input_embeddings()
+    except (NotImplementedError, AttributeError):  # PEFT then says nothing either
+        return False
+    weight = getattr(head, "weight", None)
+    if weight is None or inputs is None:
+        return False
+    own = inputs.parameters()  # of a saved one, the original's too
+    uses = sum(p is weight for _, p in base.named_parameters(remove_duplicate=False))
+    return all(p is not weight for p in own) and uses > 1
 
 
 def _check_ties(merged: Any, parameters: dict[str, Any]) -> None:

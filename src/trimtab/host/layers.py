@@ -674,6 +674,12 @@ def host(target: nn.Module, adapter_name: str, config: TrimConfig, **kwargs: Any
             return _bnb_layer(hosted, target, base, adapter_name, config, kwargs)
     if config.is_adaptive:
         what = "rank" if config.rank is not None else "freeze"
+        if kwargs.get("parameter_name") is not None:
+            raise ModelError(
+                f"target_modules: {kwargs['target_name']!r} is a parameter, as experts and their routers are in this "
+                f"model; {what} methods work on linears. Leave it out: instead of 'all-linear' name the linears, such "
+                "as ['q_proj', 'v_proj']."
+            )
         raise ModelError(
             f"target_modules: {kwargs.get('target_name', kind.__name__)!r} is a {kind.__name__}; {what} "
             "methods work on nn.Linear, Conv1D and bitsandbytes linears. Leave it out of target_modules; "

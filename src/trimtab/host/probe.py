@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import DataError, ModelError
 from ..plans import Site
 from .layers import TrimLayer
-from .sites import base_with_weights
+from .sites import base_with_weights, decoder_of, is_time_first
 
 MOST_PASSES = 10
 """Times through the batches before a probe that wants more is given what there is."""
@@ -190,12 +190,14 @@ class _Masks:
         self.encoded: Tensor | None = None
         self.encoder: nn.Module | None = None
         self.decoding: set[nn.Module] = set()
-        if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        if (decoder := decoder_of(base)) is not None:
             given = inputs.get("decoder_attention_mask")
             self.decoder = given.bool() if isinstance(given, Tensor) else scored
-            self.encoder, self.decoding = base.get_encoder(), set(base.get_decoder().modules())
+            self.encoder, self.decoding = base.get_encoder(), set(decoder.modules())
         elif scored is not None and self.mask is not None and scored.shape == self.mask.shape:
             self.mask = self.mask & scored
+        if is_time_first(base):
+            self.mask, self.decoder = (None if m is None else m.T for m in (self.mask, self.decoder))
 
     def tokens(self, x: Tensor, layer: nn.Module) -> Tensor:
         """(tokens, in). An input that no mask lines up with (an expert's share of the tokens) is taken whole."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from ..plans import Site, Where
 
 HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
 """What PEFT adds to ``modules_to_save`` by itself for a task type, and therefore never adapts."""
+_TIME_FIRST = ("xlnet", "fsmt")
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,8 +98,17 @@ def find_stacks(model: nn.Module, include_vision: bool = False) -> dict[str, Sta
         (Stack(path, prefix + path, module, owner, _hidden_size(near, base, module)), near)
         for path, module, owner, near in _block_lists(backbone, "", backbone)
     ]
+    # A selection matches any name that holds the path: it must tell the lists apart (Phi-4's towers have layers, too).
+    names = [stack.name for stack, _ in found]
+    found = [
+        (replace(s, path=s.name) if any(f".{s.path}." in f"{n}." for n in names if n != s.name) else s, near)
+        for s, near in found
+    ]
     if not include_vision:
-        found = [(s, near) for s, near in found if _is_language(near, base)] or found
+        towers = tuple(f"{name}." for name, module in base.named_modules() if name and _is_tower(module, base))
+        found = [
+            (s, near) for s, near in found if _is_language(near, base) and not s.name.startswith(towers or "\0")
+        ] or found
     if not found:
         raise ModelError(f"model: {type(base).__name__} has no list of repeated blocks (nn.ModuleList) to choose from.")
     return {stack.path: stack for stack, _ in found}
@@ -260,10 +270,44 @@ def _is_language(near: Any, base: Any) -> bool:
         text_config = None
     if text_config is config:
         return True
-    modalities = getattr(near, "input_modalities", "text")
-    if "text" not in ((modalities,) if isinstance(modalities, str) else modalities):
+    if not _reads_text(near):
         return False
     return text_config is None or config.is_encoder_decoder or type(near.config) is type(text_config)
+
+
+def _reads_text(module: Any) -> bool:
+    modalities = getattr(module, "input_modalities", "text")
+    return "text" in ((modalities,) if isinstance(modalities, str) else modalities)
+
+
+def _is_tower(module: Any, base: Any) -> bool:
+    """Whether it sees or hears for a model that reads text: inside of it, of a kind with a config of its own."""
+    config, own = getattr(base, "config", None), getattr(module, "config", None)
+    if not hasattr(module, "input_modalities") or not _reads_text(base) or _reads_text(module) or own is None:
+        return False
+    is_encoder = getattr(config, "is_encoder_decoder", False) and module is base.get_encoder()
+    return type(own) is not type(config) and not is_encoder
+
+
+def decoder_of(base: Any) -> nn.Module | None:
+    """The decoder of an encoder-decoder, without its encoder; None of any other model.
+
+    An encoder alone may say in its config that it is an encoder-decoder (Whisper's and UMT5's classifiers), and the
+    decoder that a model names may be all of its language model (Florence-2).
+    """
+    if not getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        return None
+    encoder, decoder = base.get_encoder(), base.get_decoder()
+    while encoder in set(decoder.modules()):
+        if (inner := getattr(decoder, "get_decoder", lambda own=decoder: own)()) is decoder:
+            return None
+        decoder = inner
+    return decoder
+
+
+def is_time_first(base: Any) -> bool:
+    """Whether hidden states are (t, b, d) inside the model, and not (b, t, d); a batch of t rows does not show it."""
+    return getattr(getattr(base, "config", None), "model_type", None) in _TIME_FIRST
 
 
 def _hidden_size(near: nn.Module, base: nn.Module, blocks: nn.ModuleList) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError
+from ..errors import DataError, ModelError
 from ..host.sites import base_with_weights, find_stacks
 from ..plans import Where
 from .importance import most_important
@@ -32,7 +32,7 @@ def influence(
         batches: as for `trimtab.layer_similarity`.
     Raises:
         DataError: no batch.
-        ModelError: the model has no blocks, or no weights (meta device).
+        ModelError: the model has no blocks, or no weights (meta device); a block gives another width than it takes.
     """
     base = base_with_weights(model)
     poolers = [StackPooler(stack, "all", "exclude") for stack in find_stacks(base).values()]
@@ -44,11 +44,21 @@ def influence(
             for i, pooler in enumerate(poolers):
                 rows = pooler.take()
                 tokens[i] += len(rows[0])
+                for layer, (a, b) in enumerate(pooler.pairs):
+                    if rows[a].shape != rows[b].shape:
+                        raise ModelError(
+                            f"{pooler.stack.path}.{layer}: {_shape(rows[a])} enter it and {_shape(rows[b])} leave it, "
+                            "and influence compares the same features before and after; choose by cka or gradient"
+                        )
                 sums[i] += torch.stack([block_influence(rows[a], rows[b]) for a, b in pooler.pairs])
     if not tokens or not tokens[0]:
         raise DataError("batches: there are none")
     values = {pooler.stack.path: (s / n).tolist() for pooler, s, n in zip(poolers, sums, tokens)}
     return most_important("influence", values, ratio, count, exclude, tokens=tokens[0])
+
+
+def _shape(rows: Tensor) -> str:
+    return f"{len(rows)} rows of {rows.shape[-1]} features"
 
 
 def block_influence(x: Tensor, y: Tensor) -> Tensor:

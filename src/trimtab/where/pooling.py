@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, DataError, ModelError, SelectionError
 from ..host.sharding import is_fsdp2
-from ..host.sites import Stack, backbone_of, base_of
+from ..host.sites import Stack, backbone_of, base_of, decoder_of, is_time_first
 
 POOLS = ("last", "cls", "mean")
 _TEXT = ("input_ids", "inputs_embeds")
@@ -38,6 +38,9 @@ _NOT_INPUTS = {
     "use_cache",
     "past_key_values",
 }
+
+
+_WITHOUT = "choose by gradient, uniform, first, last or a mask, which read no hidden states"
 
 
 def pool_rows(hidden: Tensor, mask: Tensor, pool: str) -> Tensor:
@@ -66,6 +69,11 @@ class StackPooler:
     """
 
     def __init__(self, stack: Stack, pool: str, final_norm: str) -> None:
+        if type(stack.blocks[0]).__name__.endswith("Attention"):  # XLM: what is added to the hidden states leaves it
+            raise ModelError(
+                f"{stack.path}: it holds attentions alone, and what leaves one is no hidden state that could be "
+                f"compared; {_WITHOUT}"
+            )
         self.stack, self.pool, self.final_norm = stack, pool, final_norm
         self.pairs: list[tuple[int, int]] = []
         self._rows: list[Tensor] = []
@@ -73,6 +81,7 @@ class StackPooler:
         self._input = 0
         self._last: tuple[Tensor, int] | None = None  # the tensor that left the last block, and its version
         self.mask: Mask | None = None  # set before each forward
+        self.is_time_first = False  # likewise
 
     def hooks(self) -> list[Any]:
         handles: list[Any] = []
@@ -102,13 +111,16 @@ class StackPooler:
 
     def _keep(self, hidden: Any, index: int) -> int:
         is_tensor = isinstance(hidden, Tensor) and hidden.dim() == 3
+        if is_tensor and self.is_time_first:
+            hidden = hidden.transpose(0, 1)
         mask = self.mask(hidden) if callable(self.mask) and is_tensor else self.mask
         if not is_tensor or not isinstance(mask, Tensor) or hidden.shape[:-1] != mask.shape:
             shape = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
             raise SelectionError(
                 f"{self.stack.path}.{index}: hidden states {shape} do not line up with the attention mask "
                 f"{tuple(mask.shape) if isinstance(mask, Tensor) else None}; pass one mask value per position "
-                "(image tokens expanded, no packed rows)"
+                "(image tokens expanded, no packed rows). Of a model whose layers hold other positions than its "
+                f"input: {_WITHOUT}"
             )
         rows = pool_rows(hidden, mask.to(hidden.device), self.pool)
         self._rows.append(rows)
@@ -178,10 +190,13 @@ def run_backbone(model: Any, batch: Mapping[str, Any], poolers: list[StackPooler
         mask = _positions(backbone, inputs.get("attention_mask"))
     else:
         raise DataError(f"batch: input_ids (or {', '.join(_OTHER)}) is missing; it has {', '.join(batch) or 'nothing'}")
+    for pooler in poolers:
+        pooler.is_time_first = is_time_first(base)
     decoder_mask = mask
-    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+    decoder = decoder_of(base)
+    if decoder is not None:
         decoder_mask = _add_decoder_inputs(base, inputs, mask)
-        decoding = set(base.get_decoder().modules())
+        decoding = set(decoder.modules())
         for pooler in poolers:
             pooler.mask = decoder_mask if pooler.stack.module in decoding else mask
         if backbone is base and base.get_output_embeddings() is not None:  # T5 and its like: no part without the head
@@ -210,6 +225,8 @@ def _run_halves(base: Any, inputs: dict[str, Tensor]) -> None:
 
 def _call(module: Any, inputs: dict[str, Tensor], allowed: set[str] | frozenset[str] = frozenset()) -> Any:
     known = _parameters(module.forward)
+    if "decoder_input_values" in known and "decoder_input_ids" not in known:  # SpeechT5's name for both
+        inputs = {"decoder_input_values" if k == "decoder_input_ids" else k: v for k, v in inputs.items()}
     kept = {k: v for k, v in inputs.items() if k in known | allowed and k not in _NOT_INPUTS}
     if "use_cache" in known:
         return module(**kept, use_cache=False)
@@ -271,7 +288,7 @@ def _add_decoder_inputs(base: Any, inputs: dict[str, Tensor], mask: Mask) -> Ten
         main = inputs.get("decoder_input_ids", inputs.get("decoder_inputs_embeds"))
         assert main is not None
         return _mask(inputs.get("decoder_attention_mask"), main)
-    config: Any = base.config
+    config = _decoder_config(base.config)
     labels = inputs.get("labels")
     if labels is not None and labels.dim() == 2 and not labels.is_floating_point() and _is_generative(base):
         targets, valid = labels, labels != -100
@@ -286,8 +303,20 @@ def _add_decoder_inputs(base: Any, inputs: dict[str, Tensor], mask: Mask) -> Ten
     else:
         raise DataError("batch: an encoder-decoder needs labels or decoder_input_ids beside its input")
     shift = getattr(base, "prepare_decoder_input_ids_from_labels", None)
+    if shift is None and getattr(config, "decoder_start_token_id", None) is None and targets is inputs.get("input_ids"):
+        return valid  # mBART and PLBart start from a row's own last token, and their backbone does it
     inputs["decoder_input_ids"] = shift(labels=targets) if shift else _shift_right(targets, config)
     return valid
+
+
+def _decoder_config(config: Any) -> Any:
+    """The config that says what a decoder starts from: the language model's, where the model also sees (Florence-2)."""
+    if getattr(config, "decoder_start_token_id", None) is not None:
+        return config
+    try:
+        return config.get_text_config()
+    except ValueError:  # several text parts
+        return config
 
 
 def _is_generative(base: Any) -> bool:
