@@ -16,6 +16,7 @@ import functools
 import hashlib
 import math
 import re
+import traceback
 import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -101,6 +102,7 @@ class TrimLayer(_Mixed):
             self.site_name = kwargs.get("target_name") or self.__dict__.get("site_name", "")
             self.register_state_dict_post_hook(_emit_plain_lora)
             self.register_load_state_dict_pre_hook(_accept_plain_lora)
+        _refuse_tools_for_plain_factors(self)
         super().update_layer(adapter_name, r, lora_alpha=cast(int, lora_alpha), config=config, **kwargs)
         if not hasattr(config, "_live"):  # a stock one
             return
@@ -434,7 +436,35 @@ class TrimLayer(_Mixed):
         )
 
 
+# Tools of PEFT that read or write A and B as if nothing else were part of the function -> their word for the adapter.
+_FOR_PLAIN_FACTORS = {
+    "add_weighted_adapter": "adapters",
+    "reduce_intruder_dimension": "old_adapter_name",
+    "hotswap_adapter_from_state_dict": "adapter_name",
+}
+
+
+def _refuse_tools_for_plain_factors(layer: TrimLayer) -> None:
+    """Called where they make an adapter or ask for a state dict, before they touch anything. No argument tells."""
+    for frame, _ in traceback.walk_stack(None) if layer.hosted else ():
+        word = _FOR_PLAIN_FACTORS.get(frame.f_code.co_name)
+        if word is None or not frame.f_globals["__name__"].startswith("peft."):
+            continue
+        named = frame.f_locals[word]
+        if layer.hosted.keys().isdisjoint([named] if isinstance(named, str) else named):
+            continue
+        if word == "adapters":  # it has entered the one that it makes already
+            frame.f_locals["self"].delete_adapter(frame.f_locals["adapter_name"])
+        raise still_adapting()
+
+
+def still_adapting() -> ConfigError:
+    cure = "PEFT's adapter tools know A and B alone; call Controller.finish() first, or load what the model saved"
+    return ConfigError("adapter", "still adapting", cure)
+
+
 def _emit_plain_lora(layer: TrimLayer, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    _refuse_tools_for_plain_factors(layer)
     for name in layer.hosted:
         A, B = layer.folded(name)
         for diagonal in DIAGONALS:
@@ -449,6 +479,7 @@ def _emit_plain_lora(layer: TrimLayer, state_dict: dict[str, Any], prefix: str, 
 
 def _accept_plain_lora(layer: TrimLayer, state_dict: dict[str, Any], prefix: str, *_rest: Any) -> None:
     """Take a plain LoRA's tensors, or recognise our own fold coming back and change nothing."""
+    _name_what_state_dict_lacks(layer, state_dict, prefix)
     for name, hosted in layer.hosted.items():
         key_a, key_b = (f"{prefix}{which}.{name}.weight" for which in PROJECTIONS)
         own = {f"{prefix}{d}.{name}": p for d, p in zip(DIAGONALS, layer.diagonals(name)) if p is not None}
@@ -460,10 +491,16 @@ def _accept_plain_lora(layer: TrimLayer, state_dict: dict[str, Any], prefix: str
         if key_a not in state_dict or key_b not in state_dict:
             if A.shape[0] == 0:
                 state_dict.update({key_a: A.data, key_b: B.data})
-            elif any(key.startswith(f"{prefix}base_layer.") for key in state_dict):
-                # A whole model was saved with this site at rank 0: it adds nothing, until `trim_state` cuts it.
+            elif (is_empty := A.device.type == "meta") or any(k.startswith(f"{prefix}base_layer.") for k in state_dict):
+                # A whole model was saved with this site at rank 0, or it holds nothing else (low_cpu_mem_usage): it
+                # adds nothing, until `trim_state` cuts it.
                 hosted.is_stale = True
-                state_dict.update({key_a: A.data, key_b: torch.zeros_like(B.data)})
+                device: Any = layer.get_base_layer().weight.device
+                new_a = nn.init.kaiming_uniform_(torch.empty_like(A, device=device)) if is_empty else A.data
+                state_dict.update({key_a: new_a, key_b: torch.zeros_like(B.data, device=device)})
+                if is_empty:
+                    state_dict.update({key: torch.ones_like(p.data, device=device) for key, p in own.items()})
+                    continue
             state_dict.update({key: p.data for key, p in own.items()})
             continue
         new_a, new_b = state_dict[key_a], state_dict[key_b]
@@ -476,6 +513,20 @@ def _accept_plain_lora(layer: TrimLayer, state_dict: dict[str, Any], prefix: str
         for key, parameter in own.items():
             device = new_a.device if parameter.device.type == "meta" else parameter.device
             state_dict[key] = torch.ones(parameter.shape, dtype=parameter.dtype, device=device)
+
+
+def _name_what_state_dict_lacks(layer: TrimLayer, state_dict: dict[str, Any], prefix: str) -> None:
+    """PEFT puts the adapter's name into those keys of a file that ``state_dict`` has: not into those of a site at rank
+    0, nor into those of diagonals."""
+    endings = [*(f"{which}.weight" for which in PROJECTIONS), *DIAGONALS]
+    if not any(f"{prefix}{ending}" in state_dict for ending in endings):
+        return
+    callers = (frame.f_locals for frame, _ in traceback.walk_stack(None))
+    name = next((found for its in callers if isinstance(found := its.get("adapter_name"), str)), "")
+    for ending in endings if name in layer.hosted else ():
+        which, *weight = ending.split(".")
+        if f"{prefix}{ending}" in state_dict:
+            state_dict[".".join([prefix + which, name, *weight])] = state_dict.pop(f"{prefix}{ending}")
 
 
 def _make_room(layer: TrimLayer, name: str, r: int) -> None:
