@@ -17,6 +17,7 @@ import tiny
 from marks import slow
 from trimtab import Controller, TrimConfig
 from trimtab.errors import ConfigError, ModelError
+from trimtab.host.layers import hosted_layers
 from trimtab.where.controls import first, last
 
 
@@ -155,6 +156,30 @@ def test_a_merged_adapter_is_neither_trained_nor_cut(call: Callable[[Controller]
     controller.finish(stopped_early=True)
     after = dict(model.named_parameters())
     assert all(torch.allclose(after[name], w, atol=1e-6) for name, w in weights.items())
+
+
+@pytest.mark.parametrize(("method", "kind"), [("sora", peft.LoraConfig), ("aflora", runs.config_for("aflora"))])
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_a_base_that_is_wrapped_once_more_begins_anew(method, kind):
+    model, _ = at_work(method)
+    again, fresh = (
+        peft.get_peft_model(base, kind(r=3, target_modules=tiny.FAMILIES["llama"].target_modules))
+        for base in (model.base_model.model, tiny.build("llama"))
+    )
+    trains, expected = ({n: p.requires_grad for n, p in one.named_parameters()} for one in (again, fresh))
+    assert trains == expected
+    assert torch.allclose(tiny.logits(again, "llama"), tiny.logits(fresh, "llama"), atol=1e-6)
+
+
+def test_a_scale_that_the_user_has_set_stays_when_ranks_are_cut():
+    model, controller = at_work("salientlora")
+    before = controller.ranks()
+    for layer in hosted_layers(model).values():
+        layer.set_scale("default", 0.5)
+    controller.finish(stopped_early=True)
+    assert any(0 < r < before[name] for name, r in controller.ranks().items())
+    assert {layer.scaling["default"] for layer in controller.layers.values() if layer.scaling} == {0.5 * 8 / 4}
 
 
 @pytest.mark.parametrize("method", ["sora", "aflora", "grades"])

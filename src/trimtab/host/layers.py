@@ -103,6 +103,8 @@ class TrimLayer(_Mixed):
             self.register_state_dict_post_hook(_emit_plain_lora)
             self.register_load_state_dict_pre_hook(_accept_plain_lora)
         _refuse_tools_for_plain_factors(self)
+        if adapter_name in self.hosted:  # get_peft_model once more on the same base, as of a notebook's cell run twice
+            self.delete_adapter_here(adapter_name)
         super().update_layer(adapter_name, r, lora_alpha=cast(int, lora_alpha), config=config, **kwargs)
         if not hasattr(config, "_live"):  # a stock one
             return
@@ -156,7 +158,8 @@ class TrimLayer(_Mixed):
                 freeze.init_factors(A.data, own_e, None if b is None else b.data, B.data)
         resting = () if freeze is None or not freeze.rests else DIAGONALS[has_e:]
         self.hosted[adapter_name] = Hosted(scale, r, resting=resting, awaits_start=has_starter)
-        self._set_scale_and_rank(adapter_name, r)
+        self.scaling[adapter_name] = scale
+        self._set_rank(adapter_name, r)
         if never_trains:
             for which in PROJECTIONS:
                 self.freeze(adapter_name, which)
@@ -272,7 +275,7 @@ class TrimLayer(_Mixed):
         A, _ = self.factors(adapter_name)
         cast(nn.Linear, self.lora_A[adapter_name]).out_features = A.shape[0]
         cast(nn.Linear, self.lora_B[adapter_name]).in_features = A.shape[0]
-        self._set_scale_and_rank(adapter_name, A.shape[0])
+        self._set_rank(adapter_name, A.shape[0])
 
     def finish(self, adapter_name: str) -> None:
         """Fold e and b into A and B in place; a layer of rank 0 lets go of the adapter. Plain LoRA from here on."""
@@ -299,12 +302,12 @@ class TrimLayer(_Mixed):
             holder = getattr(self, attribute)
             if adapter_name in holder:
                 del holder[adapter_name]
+        self.frozen_peft_weight_names.pop(adapter_name, None)
         self._active_adapter = active
 
-    def _set_scale_and_rank(self, adapter_name: str, r: int) -> None:
+    def _set_rank(self, adapter_name: str, r: int) -> None:
         # lora_alpha follows the rank, so that PEFT's own set_scale and unscale_layer recompute the same number.
         self.r[adapter_name] = r
-        self.scaling[adapter_name] = self.hosted[adapter_name].scale
         self.lora_alpha[adapter_name] = self.hosted[adapter_name].scale * r
         self.use_rslora[adapter_name] = False
 
