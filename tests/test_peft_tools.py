@@ -16,7 +16,7 @@ import short_runs as runs
 import tiny
 from marks import slow
 from trimtab import Controller, TrimConfig
-from trimtab.errors import ConfigError, ModelError
+from trimtab.errors import ConfigError, ModelError, StaleAdapterError
 from trimtab.host.layers import hosted_layers
 from trimtab.where.controls import first, last
 
@@ -170,6 +170,19 @@ def test_a_base_that_is_wrapped_once_more_begins_anew(method, kind):
     trains, expected = ({n: p.requires_grad for n, p in one.named_parameters()} for one in (again, fresh))
     assert trains == expected
     assert torch.allclose(tiny.logits(again, "llama"), tiny.logits(fresh, "llama"), atol=1e-6)
+
+
+def test_an_adapter_that_was_made_anew_under_its_controller_is_said():
+    model = runs.model_for("llama", "aflora")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    controller = Controller(model, optimizer, total_steps=runs.STEPS)
+    runs.steps(model, controller, optimizer, 1)
+    config = runs.config_for("aflora")(target_modules=tiny.FAMILIES["llama"].target_modules, task_type="CAUSAL_LM")
+    model.delete_adapter("default")
+    model.add_adapter("default", config)
+    model.set_adapter("default")
+    with pytest.raises(StaleAdapterError, match="was made anew"):
+        runs.steps(model, controller, optimizer, 1)
 
 
 def test_a_scale_that_the_user_has_set_stays_when_ranks_are_cut():

@@ -52,6 +52,7 @@ from .refusals import (
     refuse_groups_that_leave_out,
     refuse_lora_fa,
     refuse_plain_layers,
+    refuse_tensors_made_anew,
     refuse_what_is_no_optimizer,
     refuse_while_merged,
     take_charge,
@@ -551,6 +552,7 @@ class Controller:
                 "to train on from a finished adapter, use PeftModel.from_pretrained(checkpoint, is_trainable=True)"
             )
         refuse_while_merged(self._tensors)
+        refuse_tensors_made_anew(self._tensors)
         refuse_a_second_controller(self._tensors, self._mark)
         if any(layer.hosted[self.adapter_name].awaits_start for layer in self.layers.values()):
             assert self.rank is not None and self.rank.starter is not None
