@@ -8,6 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft.optimizers import create_lorafa_optimizer
 from peft.tuners.lora.intruders import reduce_intruder_dimension
 from peft.utils.hotswap import hotswap_adapter
@@ -183,6 +184,13 @@ def test_an_adapter_that_was_made_anew_under_its_controller_is_said():
     model.set_adapter("default")
     with pytest.raises(StaleAdapterError, match="was made anew"):
         runs.steps(model, controller, optimizer, 1)
+
+
+def test_diagonals_that_accelerate_has_offloaded_are_said():
+    model = moved("sora")
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(ModelError, match=r"offloaded.*load what the model saved"):
+        tiny.logits(model, "llama")
 
 
 def test_a_scale_that_the_user_has_set_stays_when_ranks_are_cut():

@@ -418,15 +418,20 @@ class TrimLayer(_Mixed):
     def _added(self, result: Tensor, name: str, x: Tensor) -> Tensor:
         """What the base gave, and the adapter's part."""
         A, B = self.factors(name)
+        e, b = self.at_work(name)
+        if e is not None and e.device.type == "meta" != x.device.type:
+            raise ModelError(
+                f"adapter {name!r}: its diagonals were offloaded, and accelerate brings back only what a module holds "
+                "that is called; load what the model saved, which is plain LoRA"
+            )
         if type(result) is Tensor and self._can_add(name, x):
             p = _drop_rate(self.lora_dropout[name]) or 0.0
-            return fused.lowrank_added(result, x, A, B, self.scaling[name], *self.at_work(name), p)
+            return fused.lowrank_added(result, x, A, B, self.scaling[name], e, b, p)
         x = self.lora_dropout[name](self._cast_input_dtype(x, A.dtype))
         down, up = self.lora_A[name], self.lora_B[name]
         if fused.is_plain_linear(down) and fused.is_plain_linear(up):
-            return result + lowrank_delta(x, A, B, self.scaling[name], *self.at_work(name))
-        e, b = self.at_work(name)  # hooks on the factors, and modules in their place, are called
-        h = down(x)
+            return result + lowrank_delta(x, A, B, self.scaling[name], e, b)
+        h = down(x)  # hooks on the factors, and modules in their place, are called
         y = up(h if e is None else h * e)
         return result + (y if b is None else y * b) * self.scaling[name]
 
