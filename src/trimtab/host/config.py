@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
+import traceback
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from ..errors import ConfigError, ModelError
 from ..plans import Budget, Where
 from ..schedule import plain_numbers
 from .adapted import peft_model_of
-from .layers import ParamWrapper, TrimLayer, host, hosted_layers
+from .layers import ParamWrapper, TrimLayer, host, hosted_layers, still_adapting
 
 # Initialisations that change the base weight or train only one factor; a rank or freeze method would
 # overwrite what they set up.
@@ -81,6 +82,7 @@ class TrimConfig(LoraConfig):
                 )
             self.exclude_modules = excluding(self.where, self.exclude_modules)
             untie_targets(self)
+            self._refuse_a_join_of_other_layers()
         self._live = Live()
         self._register_custom_module(cast(Any, {nn.Module: host}))  # PEFT calls it; a class would do no more
 
@@ -112,6 +114,24 @@ class TrimConfig(LoraConfig):
             if isinstance(number, str):
                 raise ConfigError(key, number, "a number, without quotes")
 
+    def _refuse_a_join_of_other_layers(self) -> None:
+        """PEFT's `add_weighted_adapter` copies the first adapter's config, with what is excluded there.
+
+        Raises:
+            ConfigError: this is such a config, and the adapters lie in different layers.
+        """
+        for frame, _ in traceback.walk_stack(None):
+            if frame.f_code.co_name == "add_weighted_adapter":
+                configs = [frame.f_locals["self"].peft_config[name] for name in frame.f_locals["adapters"]]
+                excluded = [str(config.exclude_modules).replace(_WHERE, "") for config in configs]
+                if len(set(excluded)) > 1:
+                    raise ConfigError(
+                        "adapters",
+                        frame.f_locals["adapters"],
+                        "they lie in different layers, and PEFT would take those of the first one alone; make them "
+                        "active together, model.base_model.set_adapter([…]), or merge them, model.merge_adapter([…])",
+                    )
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """PEFT's, which has written the tensors by now.
 
@@ -121,7 +141,7 @@ class TrimConfig(LoraConfig):
         """
         for weights in (Path(save_directory) / name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
             if self.is_adaptive and weights.is_file():
-                raw = [key for key in _saved_names(weights) if re.search(r"\.lora_[eb](\.|$)", key)]
+                raw = [key for key in _keys(weights) if re.search(r"\.lora_[eb](\.|$)", key)]
                 if raw:
                     self.inference_mode = False  # PEFT has set it for the file, and would set it back after this call
                     raise ModelError(
@@ -207,25 +227,22 @@ class TrimConfig(LoraConfig):
         return out
 
 
+def _keys(weights: Path) -> list[str]:
+    if weights.name == WEIGHTS_NAME:  # safe_serialization=False
+        return list(torch.load(weights, map_location="meta", weights_only=True))
+    with safe_open(weights, "pt") as saved:
+        return list(cast(Any, saved).keys())
+
+
 class ConfigAtWork(TrimConfig):
     """A model's own config while its adapter adapts. PEFT's tools derive configs from it, and are refused."""
 
     def __post_init__(self) -> None:
-        # add_weighted_adapter and the like copy a config with dataclasses.replace and then read raw A and B.
-        raise ConfigError(
-            "adapter", "still adapting", "PEFT's adapter tools read raw A and B; call Controller.finish() first"
-        )
+        raise still_adapting()  # add_weighted_adapter and the like copy it with dataclasses.replace
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A copy is an ordinary config; the layers that are copied with it put it to work again."""
         return _bare_config, (), self.__getstate__()
-
-
-def _saved_names(weights: Path) -> list[str]:
-    if weights.suffix == ".safetensors":
-        with safe_open(weights, "pt") as saved:
-            return list(cast(Any, saved).keys())
-    return list(torch.load(weights, map_location="meta", weights_only=True))
 
 
 def _bare_config() -> TrimConfig:

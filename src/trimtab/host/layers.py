@@ -16,6 +16,7 @@ import functools
 import hashlib
 import math
 import re
+import traceback
 import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -102,6 +103,9 @@ class TrimLayer(_Mixed):
             self.site_name = kwargs.get("target_name") or self.__dict__.get("site_name", "")
             self.register_state_dict_post_hook(_emit_plain_lora)
             self.register_load_state_dict_pre_hook(_accept_plain_lora)
+        _refuse_tools_for_plain_factors(self)
+        if adapter_name in self.hosted:  # get_peft_model once more on the same base, as of a notebook's cell run twice
+            self.delete_adapter_here(adapter_name)
         self.finished.pop(adapter_name, None)
         super().update_layer(adapter_name, r, lora_alpha=cast(int, lora_alpha), config=config, **kwargs)
         if not hasattr(config, "_live"):  # a stock one
@@ -156,7 +160,8 @@ class TrimLayer(_Mixed):
                 freeze.init_factors(A.data, own_e, None if b is None else b.data, B.data)
         resting = () if freeze is None or not freeze.rests else DIAGONALS[has_e:]
         self.hosted[adapter_name] = Hosted(scale, r, resting=resting, awaits_start=has_starter)
-        self._set_scale_and_rank(adapter_name, r)
+        self.scaling[adapter_name] = scale
+        self._set_rank(adapter_name, r)
         if never_trains:
             for which in PROJECTIONS:
                 self.freeze(adapter_name, which)
@@ -272,7 +277,7 @@ class TrimLayer(_Mixed):
         A, _ = self.factors(adapter_name)
         cast(nn.Linear, self.lora_A[adapter_name]).out_features = A.shape[0]
         cast(nn.Linear, self.lora_B[adapter_name]).in_features = A.shape[0]
-        self._set_scale_and_rank(adapter_name, A.shape[0])
+        self._set_rank(adapter_name, A.shape[0])
 
     def finish(self, adapter_name: str) -> None:
         """Fold e and b into A and B in place; a layer of rank 0 lets go of the adapter. Plain LoRA from here on."""
@@ -300,12 +305,12 @@ class TrimLayer(_Mixed):
             holder = getattr(self, attribute)
             if adapter_name in holder:
                 del holder[adapter_name]
+        self.frozen_peft_weight_names.pop(adapter_name, None)
         self._active_adapter = active
 
-    def _set_scale_and_rank(self, adapter_name: str, r: int) -> None:
+    def _set_rank(self, adapter_name: str, r: int) -> None:
         # lora_alpha follows the rank, so that PEFT's own set_scale and unscale_layer recompute the same number.
         self.r[adapter_name] = r
-        self.scaling[adapter_name] = self.hosted[adapter_name].scale
         self.lora_alpha[adapter_name] = self.hosted[adapter_name].scale * r
         self.use_rslora[adapter_name] = False
 
@@ -416,15 +421,20 @@ class TrimLayer(_Mixed):
     def _added(self, result: Tensor, name: str, x: Tensor) -> Tensor:
         """What the base gave, and the adapter's part."""
         A, B = self.factors(name)
+        e, b = self.at_work(name)
+        if e is not None and e.device.type == "meta" != x.device.type:
+            raise ModelError(
+                f"adapter {name!r}: its diagonals were offloaded, and accelerate brings back only what a module holds "
+                "that is called; load what the model saved, which is plain LoRA"
+            )
         if type(result) is Tensor and self._can_add(name, x):
             p = _drop_rate(self.lora_dropout[name]) or 0.0
-            return fused.lowrank_added(result, x, A, B, self.scaling[name], *self.at_work(name), p)
+            return fused.lowrank_added(result, x, A, B, self.scaling[name], e, b, p)
         x = self.lora_dropout[name](self._cast_input_dtype(x, A.dtype))
         down, up = self.lora_A[name], self.lora_B[name]
         if fused.is_plain_linear(down) and fused.is_plain_linear(up):
-            return result + lowrank_delta(x, A, B, self.scaling[name], *self.at_work(name))
-        e, b = self.at_work(name)  # hooks on the factors, and modules in their place, are called
-        h = down(x)
+            return result + lowrank_delta(x, A, B, self.scaling[name], e, b)
+        h = down(x)  # hooks on the factors, and modules in their place, are called
         y = up(h if e is None else h * e)
         return result + (y if b is None else y * b) * self.scaling[name]
 
@@ -437,7 +447,35 @@ class TrimLayer(_Mixed):
         )
 
 
+# Tools of PEFT that read or write A and B as if nothing else were part of the function -> their word for the adapter.
+_FOR_PLAIN_FACTORS = {
+    "add_weighted_adapter": "adapters",
+    "reduce_intruder_dimension": "old_adapter_name",
+    "hotswap_adapter_from_state_dict": "adapter_name",
+}
+
+
+def _refuse_tools_for_plain_factors(layer: TrimLayer) -> None:
+    """Called where they make an adapter or ask for a state dict, before they touch anything. No argument tells."""
+    for frame, _ in traceback.walk_stack(None) if layer.hosted else ():
+        word = _FOR_PLAIN_FACTORS.get(frame.f_code.co_name)
+        if word is None or not frame.f_globals["__name__"].startswith("peft."):
+            continue
+        named = frame.f_locals[word]
+        if layer.hosted.keys().isdisjoint([named] if isinstance(named, str) else named):
+            continue
+        if word == "adapters":  # it has entered the one that it makes already
+            frame.f_locals["self"].delete_adapter(frame.f_locals["adapter_name"])
+        raise still_adapting()
+
+
+def still_adapting() -> ConfigError:
+    cure = "PEFT's adapter tools know A and B alone; call Controller.finish() first, or load what the model saved"
+    return ConfigError("adapter", "still adapting", cure)
+
+
 def _emit_plain_lora(layer: TrimLayer, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    _refuse_tools_for_plain_factors(layer)
     for name in layer.hosted:
         A, B = layer.folded(name)
         for diagonal in DIAGONALS:
@@ -466,10 +504,16 @@ def _accept_plain_lora(layer: TrimLayer, state_dict: dict[str, Any], prefix: str
         if key_a not in state_dict or key_b not in state_dict:
             if A.shape[0] == 0:
                 state_dict.update({key_a: A.data, key_b: B.data})
-            elif any(key.startswith(f"{prefix}base_layer.") for key in state_dict):
-                # A whole model was saved with this site at rank 0: it adds nothing, until `trim_state` cuts it.
+            elif (is_empty := A.device.type == "meta") or any(k.startswith(f"{prefix}base_layer.") for k in state_dict):
+                # A whole model was saved with this site at rank 0, or it holds nothing else (low_cpu_mem_usage): it
+                # adds nothing, until `trim_state` cuts it.
                 hosted.is_stale = True
-                state_dict.update({key_a: A.data, key_b: torch.zeros_like(B.data)})
+                device: Any = layer.get_base_layer().weight.device
+                new_a = nn.init.kaiming_uniform_(torch.empty_like(A, device=device)) if is_empty else A.data
+                state_dict.update({key_a: new_a, key_b: torch.zeros_like(B.data, device=device)})
+                if is_empty:
+                    state_dict.update({key: torch.ones_like(p.data, device=device) for key, p in own.items()})
+                    continue
             state_dict.update({key: p.data for key, p in own.items()})
             continue
         new_a, new_b = state_dict[key_a], state_dict[key_b]
@@ -486,12 +530,17 @@ def _accept_plain_lora(layer: TrimLayer, state_dict: dict[str, Any], prefix: str
 
 
 def _name_what_is_nameless(layer: TrimLayer, state_dict: dict[str, Any], prefix: str) -> None:
-    """PEFT names an adapter's keys after those that the model has now, finds none where no rank is left, and leaves
-    out what has no name without a word."""
-    gone = next((name for name in (*layer.hosted, *layer.finished) if not layer.r.get(name)), None)
-    for which in PROJECTIONS if gone is not None else ():
-        if (tensor := state_dict.pop(f"{prefix}{which}.weight", None)) is not None:
-            state_dict[f"{prefix}{which}.{gone}.weight"] = tensor
+    """PEFT names an adapter's keys after those that the model has now: finds none where no rank is left, nor of
+    diagonals, and leaves out what has no name without a word. Which adapter they are of, its caller knows."""
+    endings = [*(f"{which}.weight" for which in PROJECTIONS), *DIAGONALS]
+    nameless = [ending for ending in endings if f"{prefix}{ending}" in state_dict]
+    for frame, _ in traceback.walk_stack(None) if nameless else ():
+        if frame.f_code.co_name == "set_peft_model_state_dict":
+            name = frame.f_locals["adapter_name"]
+            for ending in nameless if name in layer.hosted or name in layer.finished else ():
+                which, dot, weight = ending.partition(".")
+                state_dict[f"{prefix}{which}.{name}{dot}{weight}"] = state_dict.pop(f"{prefix}{ending}")
+            return
 
 
 def _refuse_another_rank(layer: TrimLayer, name: str, r: int, state_dict: dict[str, Any], prefix: str) -> None:

@@ -51,8 +51,11 @@ from .refusals import (
     refuse_a_second_controller,
     refuse_dead_start,
     refuse_groups_that_leave_out,
+    refuse_lora_fa,
     refuse_plain_layers,
+    refuse_tensors_made_anew,
     refuse_what_is_no_optimizer,
+    refuse_while_merged,
     take_charge,
 )
 from .state import fingerprint, refuse_another_run, refuse_other_tensors, restore_factors, saved_factors
@@ -175,6 +178,7 @@ class Controller:
         self._decide_from_start()
         self._why_masks_only = why_masks_only(self.rank, self.optimizer)
         refuse_dead_start(self._tensors, self.freeze)
+        refuse_lora_fa(self._tensors, self.freeze, self.optimizer)
         self._watch = StepWatch(self.optimizer if self.layers else None, optimizer)
         if never := self.frozen():
             self._emit_freeze(never)
@@ -342,9 +346,11 @@ class Controller:
             stopped_early: the run was meant to end before ``total_steps``, so that no warning tells of it.
         Raises:
             StaleAdapterError: ranks would be cut by scores, and the steps that were taken were not seen.
+            ModelError: the adapter is merged into the base's weights.
         """
         if self.is_finished:
             return
+        refuse_while_merged(self._tensors)
         ranks = sum(self.ranks().values())
         if self.allocator is not None:
             decision = self.allocator.finish(self.step, self._factors()) or self._masked_for_good()
@@ -444,6 +450,7 @@ class Controller:
         if isinstance(tensors, tuple):
             tensors, meta = tensors
         assert meta is not None
+        refuse_while_merged(self._tensors)
         self._take_start(meta["sites"])
         if self.layers:  # a finished run may also have been loaded as the plain LoRA that it left
             refuse_another_run(meta, self.settings(), self._sites, self._horizon())
@@ -553,6 +560,8 @@ class Controller:
                 "loop of your own load the controller too (accelerator.register_for_checkpointing(controller)); "
                 "to train on from a finished adapter, use PeftModel.from_pretrained(checkpoint, is_trainable=True)"
             )
+        refuse_while_merged(self._tensors)
+        refuse_tensors_made_anew(self._tensors)
         refuse_a_second_controller(self._tensors, self._mark)
         if any(layer.hosted[self.adapter_name].awaits_start for layer in self.layers.values()):
             assert self.rank is not None and self.rank.starter is not None

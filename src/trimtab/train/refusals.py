@@ -42,6 +42,40 @@ def refuse_a_second_adapter(adapter: AdapterTensors) -> None:
             )
 
 
+def refuse_while_merged(adapter: AdapterTensors) -> None:
+    """Raise `ModelError` where the adapter lies in the base's weights: once it has changed, it cannot be taken out."""
+    if any(adapter.adapter_name in layer.merged_adapters for layer in adapter.layers.values()):
+        raise ModelError(
+            f"adapter {adapter.adapter_name!r}: it is merged into the base's weights, which could not be had back from "
+            "an adapter that was cut or folded since; call model.unmerge_adapter() first"
+        )
+
+
+def refuse_tensors_made_anew(adapter: AdapterTensors) -> None:
+    """Raise `StaleAdapterError` where other parameters stand in the place of those that there were at the start."""
+    for layer in list(adapter.layers.values())[:1]:
+        A, _ = layer.factors(adapter.adapter_name)
+        if not any(p is A for p in adapter.parameters):
+            raise StaleAdapterError(
+                f"adapter {adapter.adapter_name!r} was made anew (added again, loaded with low_cpu_mem_usage or "
+                "assign=True), and the optimizer trains the tensors that were there before: make an optimizer and a "
+                "Controller for it"
+            )
+
+
+def refuse_lora_fa(
+    adapter: AdapterTensors, freeze: FreezeSettings | None, optimizer: torch.optim.Optimizer | None
+) -> None:
+    """Raise `ConfigError` for PEFT's LoRA-FA where a layer holds more than A, and a B that trains to the end."""
+    if type(optimizer).__name__ == "LoraFAOptimizer" and (freeze is not None or adapter.diagonals()):
+        raise ConfigError(
+            "optimizer",
+            "LoraFAOptimizer",
+            "it trains the B of every layer and knows nothing else, so no diagonals that a rank method adds and "
+            "nothing that freezes; use torch's AdamW, Adam or SGD",
+        )
+
+
 def refuse_what_is_no_optimizer(given: Any, optimizer: torch.optim.Optimizer | None) -> None:
     """Raise `ConfigError` where something was handed over in which there is no torch optimizer: a list of several."""
     if given is None or optimizer is not None:

@@ -1,0 +1,210 @@
+"""PEFT's own tools on an adapter that adapts: as on a stock one, or refused before anything has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from accelerate import cpu_offload
+from peft.optimizers import create_lorafa_optimizer
+from peft.tuners.lora.intruders import reduce_intruder_dimension
+from peft.utils.hotswap import hotswap_adapter
+
+import short_runs as runs
+import tiny
+from marks import slow
+from trimtab import Controller, TrimConfig
+from trimtab.errors import ConfigError, ModelError, StaleAdapterError
+from trimtab.host.layers import hosted_layers
+from trimtab.where.controls import first, last
+
+
+def moved(method: str) -> peft.PeftModel:
+    """An adapter whose tensors, diagonals included, are anything but those of its start; no controller knows of it."""
+    model = runs.model_for("llama", method)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return model
+
+
+def at_work(method: str) -> tuple[peft.PeftModel, Controller]:
+    model = runs.model_for("llama", method)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    controller = Controller(model, optimizer, total_steps=runs.STEPS)
+    runs.steps(model, controller, optimizer, 20)
+    return model, controller
+
+
+def joined(model: peft.PeftModel, folder: Path) -> None:
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+    model.add_adapter("plain", config)
+    model.add_weighted_adapter(["plain", "default"], [0.5, 0.7], "new", combination_type="cat")
+
+
+def without_intruders(model: peft.PeftModel, folder: Path) -> None:
+    reduce_intruder_dimension(model, "default", "new", logging_sink=None)
+
+
+def swapped(model: peft.PeftModel, folder: Path) -> None:
+    model.save_pretrained(str(folder))
+    hotswap_adapter(model, str(folder), "default")
+
+
+@pytest.mark.parametrize("tool", [joined, without_intruders, swapped])
+@pytest.mark.parametrize("method", ["sora", "adalora+at, svd"])
+def test_a_tool_that_knows_a_and_b_alone_is_refused_and_changes_nothing(method, tool, tmp_path):
+    model = moved(method)
+    expected = tiny.logits(model, "llama")
+    with pytest.raises(ConfigError, match=r"still adapting.*finish\(\) first, or load what the model saved"):
+        tool(model, tmp_path)
+    assert "new" not in model.peft_config and not any(".new." in name for name in model.state_dict())
+    assert torch.equal(tiny.logits(model, "llama"), expected)
+
+
+def test_adapters_beside_one_that_adapts_are_joined_and_swapped(tmp_path):
+    model = moved("sora")
+    joined_by_stock = peft.get_peft_model(tiny.build("llama"), peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    joined_by_stock.save_pretrained(str(tmp_path))
+    for one in (model, joined_by_stock):
+        torch.manual_seed(4)
+        for name in ("first", "second"):
+            one.add_adapter(name, peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+        one.add_weighted_adapter(["first", "second"], [0.5, 0.7], "new", combination_type="cat")
+        one.set_adapter("new")
+    assert torch.allclose(tiny.logits(model, "llama"), tiny.logits(joined_by_stock, "llama"), atol=1e-6)
+    hotswap_adapter(model, str(tmp_path), "first")
+    model.set_adapter("first")
+    assert torch.allclose(tiny.logits(model, "llama"), tiny.logits(tiny.build("llama"), "llama"), atol=1e-6)
+
+
+def test_adapters_in_different_layers_are_not_joined_in_those_of_the_first_alone():
+    base = tiny.build("llama")
+    one, other = ({"target_modules": ["q_proj"], "init_lora_weights": False, "where": w} for w in
+                  (first(base, count=2), last(base, count=2)))  # fmt: skip
+    model = peft.get_peft_model(base, TrimConfig(**one))
+    for name, settings in (("same", one), ("other", other)):
+        model.add_adapter(name, TrimConfig(**settings))
+    with pytest.raises(ConfigError, match=r"adapters=\['default', 'other'\]: they lie in different layers"):
+        model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "new", combination_type="cat")
+    assert "new" not in model.peft_config
+    model.add_weighted_adapter(["default", "same"], [1.0, 1.0], "new", combination_type="cat")
+    model.set_adapter("new")
+    joined = tiny.logits(model, "llama")
+    model.base_model.set_adapter(["default", "same"])
+    assert torch.allclose(tiny.logits(model, "llama"), joined, atol=1e-5)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [slow(False), True])
+@pytest.mark.parametrize("method", ["salientlora", "salientlora+aflora"])
+def test_sites_that_were_cut_to_nothing_add_nothing_when_loaded_as_what_adapts(method, low_cpu_mem_usage, tmp_path):
+    model, controller = at_work(method)
+    assert 0 in controller.ranks().values()
+    controller.finish(stopped_early=True)
+    model.save_pretrained(str(tmp_path))
+    fam = tiny.FAMILIES["llama"]
+    config = runs.config_for(method)(target_modules=fam.target_modules, task_type=fam.task_type)
+    again = peft.PeftModel.from_pretrained(
+        tiny.build("llama"), str(tmp_path), config=config, low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    assert torch.allclose(tiny.logits(again, "llama"), tiny.logits(model, "llama"), atol=1e-5)
+
+
+def test_an_earlier_checkpoint_is_loaded_whole_where_sites_have_been_cut_to_nothing_since(tmp_path):
+    early = moved("salientlora")
+    early.save_pretrained(str(tmp_path))
+    model, controller = at_work("salientlora")
+    assert 0 in controller.ranks().values()
+    found = model.load_adapter(str(tmp_path), "default")
+    assert not found.unexpected_keys
+    assert torch.allclose(tiny.logits(model, "llama"), tiny.logits(early, "llama"), atol=1e-5)
+
+
+def test_raw_parameters_that_peft_named_for_a_file_are_taken_with_their_diagonals():
+    model = moved("adalora+at, svd")
+    raw = peft.get_peft_model_state_dict(model, state_dict=dict(model.named_parameters()))
+    other = runs.model_for("llama", "adalora+at, svd")
+    assert not peft.set_peft_model_state_dict(other, raw).unexpected_keys
+    assert torch.equal(tiny.logits(other, "llama"), tiny.logits(model, "llama"))
+
+
+def test_raw_parameters_are_not_pickled_as_a_plain_lora(tmp_path):
+    model = moved("sora")
+    with pytest.raises(ModelError, match="raw parameters"):
+        model.save_pretrained(str(tmp_path), safe_serialization=False, state_dict=dict(model.named_parameters()))
+    model.save_pretrained(str(tmp_path), safe_serialization=False)
+    again = peft.PeftModel.from_pretrained(tiny.build("llama"), str(tmp_path))
+    assert torch.allclose(tiny.logits(again, "llama"), tiny.logits(model, "llama"), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [Controller.finish, Controller.before_step, lambda controller: controller.load_state_dict(controller.state_dict())],
+    ids=["finish", "before_step", "load_state_dict"],
+)
+def test_a_merged_adapter_is_neither_trained_nor_cut(call: Callable[[Controller], None]):
+    model, controller = at_work("salientlora")
+    weights = {name: p.clone() for name, p in model.named_parameters() if "base_layer" in name}
+    model.merge_adapter()
+    with pytest.raises(ModelError, match=r"merged into the base's weights.*unmerge_adapter\(\) first"):
+        call(controller)
+    model.unmerge_adapter()
+    controller.finish(stopped_early=True)
+    after = dict(model.named_parameters())
+    assert all(torch.allclose(after[name], w, atol=1e-6) for name, w in weights.items())
+
+
+@pytest.mark.parametrize(("method", "kind"), [("sora", peft.LoraConfig), ("aflora", runs.config_for("aflora"))])
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_a_base_that_is_wrapped_once_more_begins_anew(method, kind):
+    model, _ = at_work(method)
+    again, fresh = (
+        peft.get_peft_model(base, kind(r=3, target_modules=tiny.FAMILIES["llama"].target_modules))
+        for base in (model.base_model.model, tiny.build("llama"))
+    )
+    trains, expected = ({n: p.requires_grad for n, p in one.named_parameters()} for one in (again, fresh))
+    assert trains == expected
+    assert torch.allclose(tiny.logits(again, "llama"), tiny.logits(fresh, "llama"), atol=1e-6)
+
+
+def test_an_adapter_that_was_made_anew_under_its_controller_is_said():
+    model = runs.model_for("llama", "aflora")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    controller = Controller(model, optimizer, total_steps=runs.STEPS)
+    runs.steps(model, controller, optimizer, 1)
+    config = runs.config_for("aflora")(target_modules=tiny.FAMILIES["llama"].target_modules, task_type="CAUSAL_LM")
+    model.delete_adapter("default")
+    model.add_adapter("default", config)
+    model.set_adapter("default")
+    with pytest.raises(StaleAdapterError, match="was made anew"):
+        runs.steps(model, controller, optimizer, 1)
+
+
+def test_diagonals_that_accelerate_has_offloaded_are_said():
+    model = moved("sora")
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(ModelError, match=r"offloaded.*load what the model saved"):
+        tiny.logits(model, "llama")
+
+
+def test_a_scale_that_the_user_has_set_stays_when_ranks_are_cut():
+    model, controller = at_work("salientlora")
+    before = controller.ranks()
+    for layer in hosted_layers(model).values():
+        layer.set_scale("default", 0.5)
+    controller.finish(stopped_early=True)
+    assert any(0 < r < before[name] for name, r in controller.ranks().items())
+    assert {layer.scaling["default"] for layer in controller.layers.values() if layer.scaling} == {0.5 * 8 / 4}
+
+
+@pytest.mark.parametrize("method", ["sora", "aflora", "grades"])
+def test_lora_fa_is_refused_where_a_layer_holds_more_than_a_and_b(method):
+    model = runs.model_for("llama", method)
+    with pytest.raises(ConfigError, match="optimizer='LoraFAOptimizer'"):
+        Controller(model, create_lorafa_optimizer(model, 4, 8, 1e-2), total_steps=runs.STEPS)
