@@ -225,6 +225,19 @@ def test_weights_may_be_given_back_after_a_search_for_a_learning_rate():
         Controller(other, None, 30)._check_not_stale()
 
 
+@pytest.mark.parametrize("freeze", [AFLoRA(start="svd"), AFLoRA(trainable_projections=["query"])])
+def test_a_start_whose_diagonals_are_no_ones_is_not_given_back_as_plain_lora(freeze):
+    model = peft.get_peft_model(tiny.build("bert"), TrimConfig(r=4, target_modules=["query", "value"], freeze=freeze))
+    start = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.mul_(0.9)
+    model.load_state_dict(start)
+    with pytest.raises(StaleAdapterError):
+        Controller(model, None, 30)._check_not_stale()
+
+
 def test_an_adapter_without_values_is_refused():
     config = TrimConfig(r=4, target_modules=["query"], rank=ADALORA)
     model = peft.get_peft_model(tiny.build("bert"), config, low_cpu_mem_usage=True)

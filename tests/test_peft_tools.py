@@ -11,14 +11,14 @@ import torch
 from accelerate import cpu_offload
 from peft.optimizers import create_lorafa_optimizer
 from peft.tuners.lora.intruders import reduce_intruder_dimension
-from peft.utils.hotswap import hotswap_adapter
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 
 import short_runs as runs
 import tiny
 from marks import slow
-from trimtab import Controller, TrimConfig
+from trimtab import AdaLoRA, Controller, SalientLoRA, TrimConfig
 from trimtab.errors import ConfigError, ModelError, StaleAdapterError
-from trimtab.host.layers import hosted_layers
+from trimtab.host.layers import _make_room, hosted_layers
 from trimtab.where.controls import first, last
 
 
@@ -98,6 +98,42 @@ def test_adapters_in_different_layers_are_not_joined_in_those_of_the_first_alone
     joined = tiny.logits(model, "llama")
     model.base_model.set_adapter(["default", "same"])
     assert torch.allclose(tiny.logits(model, "llama"), joined, atol=1e-5)
+
+
+def test_adapters_whose_layers_the_first_one_has_are_joined_whatever_they_exclude():
+    base = tiny.build("llama")
+    model = peft.get_peft_model(base, TrimConfig(target_modules=["q_proj"], where=first(base, count=2)))
+    model.add_adapter("within", peft.LoraConfig(target_modules=["q_proj"], layers_to_transform=[0]))
+    model.add_weighted_adapter(["default", "within"], [1.0, 1.0], "new", combination_type="cat")
+
+
+def test_adapters_without_diagonals_on_which_nobody_decided_are_joined():
+    settings = dict(r=4, target_modules=["q_proj"], rank=SalientLoRA(target_r=2))
+    model = peft.get_peft_model(tiny.build("llama"), TrimConfig(**settings))
+    model.add_adapter("other", TrimConfig(**settings))
+    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "new", combination_type="cat")
+    assert {"default", "other", "new"} <= model.peft_config.keys()
+
+
+def test_weights_of_one_adapter_are_not_given_to_another_that_has_no_rank_left():
+    model = runs.model_for("llama", "adalora")
+    model.add_adapter("b", TrimConfig(r=4, target_modules=["q_proj"], rank=AdaLoRA(target_r=2)))
+    kept = peft.get_peft_model_state_dict(model, adapter_name="b")
+    layer = next(layer for name, layer in hosted_layers(model).items() if name.endswith("q_proj"))
+    for name in ("default", "b"):
+        _make_room(layer, name, 0)
+    peft.set_peft_model_state_dict(model, kept, adapter_name="b")
+    assert [layer.factors(name)[0].shape[0] for name in ("default", "b")] == [0, 4]
+
+
+def test_a_finished_adapter_may_be_made_larger_by_peft():
+    model, controller = at_work("salientlora")
+    runs.steps(model, controller, controller.optimizer, runs.STEPS - 20)
+    controller.finish()
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    expected = tiny.logits(model, "llama")
+    model.load_state_dict(model.state_dict())
+    assert torch.equal(tiny.logits(model, "llama"), expected)
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [slow(False), True])

@@ -153,7 +153,7 @@ def test_a_kind_of_row_is_the_conversation_that_it_means(tmp_path, kind):
     assert marked(task.prepare(rows, tokenizer, byte_model())["train"][0], tokenizer) == expected
 
 
-@pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}, {"loss": "0"}])
+@pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}, {"weight": "0"}])
 @pytest.mark.parametrize("row", [{"prompt": "Hi", "completion": "wrong"}, {"messages": [user("Hi"), says("wrong")]}])
 def test_a_row_that_is_not_to_be_learned_is_left_out(tmp_path, row, flag):
     right = {key: "Yo" if key == "completion" else [user("Hi"), says("Yo")] for key in row if key != "prompt"}
@@ -163,8 +163,8 @@ def test_a_row_that_is_not_to_be_learned_is_left_out(tmp_path, row, flag):
 
 
 def test_a_column_of_weights_that_are_no_flags_is_not_read_and_said(tmp_path):
-    task, rows = load(tmp_path, [{"prompt": "Hi", "completion": "Yo", "weight": w} for w in (0, 0.5)])
-    assert len(rows["train"]) == 2 and "train: not read: weight" in task.notes
+    task, rows = load(tmp_path, [{"prompt": "Hi", "completion": "Yo", "weight": w, "loss": 0.0} for w in (0, 0.5)])
+    assert len(rows["train"]) == 2 and "train: not read: weight, loss" in task.notes
 
 
 def test_a_template_with_a_place_for_tools_gets_them_and_others_are_told_in_words(tmp_path):

@@ -267,6 +267,9 @@ GUESSED = {
     "a pair of texts by their numbers": ("x.tsv", separated("\t", [(i % 2, t, f"so {t}") for i, (t, _) in enumerate(PAIRS)], ("Quality", "#1 String", "#2 String")), "a pair of texts (#1 String and #2 String) and one of 2 classes (Quality)"),
     "a pair of texts by their letters": ("x.csv", separated(rows=[(t, f"so {t}", la) for t, la in PAIRS], header=("sentenceA", "sentenceB", "label")), "a pair of texts (sentenceA and sentenceB) and one of 2 classes (label)"),
     "votes of two people beside a text": ("x.csv", separated(rows=[(t, la, la, la) for t, la in PAIRS], header=("text", "vote1", "vote2", "label")), "a text (text) and one of 2 classes (label)"),
+    "two addresses beside a text": ("x.csv", separated(rows=[(t, f"{t} street", f"{t} town", la) for t, la in PAIRS], header=("review", "address1", "address2", "label")), "a text (review) and one of 2 classes (label)"),
+    "ratings that count up": ("x.csv", separated(rows=[(t, i) for i, (t, _) in enumerate(PAIRS * 4)], header=("text", "rating")), "a text (text) and a number (rating)"),
+    "columns by row numbers, fewer than there are columns": ("x.json", json.dumps({name: {str(i): f"{name} {i}" for i in range(2)} for name in ("kommentar", "rohfassung", "quelle", "text")}), "plain text (text)"),
     "Gemini's messages": ("x.jsonl", json.dumps({"contents": [{"role": "user", "parts": [{"text": "Hi"}]}]}) + "\n", "conversations (contents)"),
     "messages of other keys": ("x.jsonl", json.dumps({"messages": [{"author": "user", "text": "Hi"}]}) + "\n", "conversations (messages)"),
     "columns in German by columns": ("x.json", json.dumps({"Rezension": {f"r{i}": t for i, (t, _) in enumerate(PAIRS)}, "Bewertung": {f"r{i}": la for i, (_, la) in enumerate(PAIRS)}}), "a text (Rezension) and one of 2 classes (Bewertung)"),
@@ -328,6 +331,13 @@ def test_answers_that_are_marked_as_bad_are_not_learned(tmp_path, name, good, ba
         TrimtabError, match=rf"column '{name}' says which answers are good.*keep the rows where it is true"
     ):
         get_task({"name": "instruct"}).load_data({"train": str(tmp_path / "t.jsonl")})
+
+
+def test_the_place_of_the_right_choice_is_no_mark_of_a_good_answer(tmp_path):
+    rows = [{"question": "1 + 1?", "choices": ["2", "3"], "answer": "2", "correct": i % 2} for i in range(4)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = get_task({"name": "instruct"}).load_data({"train": str(tmp_path / "t.jsonl")})
+    assert sum(map(len, found.values())) == 4
 
 
 REFUSED = {

@@ -121,13 +121,13 @@ class TrimConfig(LoraConfig):
             ConfigError: this is such a config, and the adapters lie in different layers.
         """
         for frame, _ in traceback.walk_stack(None):
-            if frame.f_code.co_name == "add_weighted_adapter":
-                configs = [frame.f_locals["self"].peft_config[name] for name in frame.f_locals["adapters"]]
-                excluded = [str(config.exclude_modules).replace(_WHERE, "") for config in configs]
-                if len(set(excluded)) > 1:
+            if frame.f_code.co_name == "add_weighted_adapter" and frame.f_globals["__name__"].startswith("peft."):
+                model, (first, *others) = frame.f_locals["self"].model, frame.f_locals["adapters"]
+                held = [getattr(module, "lora_A", ()) for module in model.modules()]
+                if any(name in adapters and first not in adapters for adapters in held for name in others):
                     raise ConfigError(
                         "adapters",
-                        frame.f_locals["adapters"],
+                        [first, *others],
                         "they lie in different layers, and PEFT would take those of the first one alone; make them "
                         "active together, model.base_model.set_adapter([…]), or merge them, model.merge_adapter([…])",
                     )

@@ -70,6 +70,8 @@ class Hosted:
     """A controller is at work."""
     awaits_start: bool = False
     """Ranks and factors are still to be chosen by a probe (`trimtab.initialize_ranks`), or come with a checkpoint."""
+    starts_at_ones: bool = False
+    """Its diagonals began as ones, so that the plain LoRA of its start is all of it."""
     seen: float | None = None
     """Sum of the factors in the first forward pass that took gradients without one."""
 
@@ -159,7 +161,8 @@ class TrimLayer(_Mixed):
                 own_e = None if has_e or e is None else e.data
                 freeze.init_factors(A.data, own_e, None if b is None else b.data, B.data)
         resting = () if freeze is None or not freeze.rests else DIAGONALS[has_e:]
-        self.hosted[adapter_name] = Hosted(scale, r, resting=resting, awaits_start=has_starter)
+        at_ones = is_real and all(bool((p == 1).all()) for p in self.diagonals(adapter_name) if p is not None)
+        self.hosted[adapter_name] = Hosted(scale, r, resting=resting, awaits_start=has_starter, starts_at_ones=at_ones)
         self.scaling[adapter_name] = scale
         self._set_rank(adapter_name, r)
         if never_trains:
@@ -170,6 +173,7 @@ class TrimLayer(_Mixed):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copied or unpickled layer: its config, copied with it, learns of it."""
         super().__setstate__(state)
+        self.__dict__.setdefault("finished", {})  # of a layer that was saved before there was one
         for name, config in self.configs.items():
             config._live.add(self, name)
             if (hosted := self.hosted.get(name)) is not None and hosted.is_decided:
@@ -462,8 +466,9 @@ def _refuse_tools_for_plain_factors(layer: TrimLayer) -> None:
         if word is None or not frame.f_globals["__name__"].startswith("peft."):
             continue
         named = frame.f_locals[word]
-        if layer.hosted.keys().isdisjoint([named] if isinstance(named, str) else named):
-            continue
+        named = layer.hosted.keys() & ({named} if isinstance(named, str) else set(named))
+        if not any(layer.hosted[one].is_decided or any(p is not None for p in layer.at_work(one)) for one in named):
+            continue  # A and B are all that there is
         if word == "adapters":  # it has entered the one that it makes already
             frame.f_locals["self"].delete_adapter(frame.f_locals["adapter_name"])
         raise still_adapting()
@@ -491,8 +496,8 @@ def _emit_plain_lora(layer: TrimLayer, state_dict: dict[str, Any], prefix: str, 
 def _accept_plain_lora(layer: TrimLayer, state_dict: dict[str, Any], prefix: str, *_rest: Any) -> None:
     """Take a plain LoRA's tensors, or recognise our own fold coming back and change nothing."""
     _name_what_is_nameless(layer, state_dict, prefix)
-    for name, r in layer.finished.items():
-        _refuse_another_rank(layer, name, r, state_dict, prefix)
+    for name in layer.finished:
+        _refuse_another_rank(layer, name, state_dict, prefix)
     for name, hosted in layer.hosted.items():
         key_a, key_b = (f"{prefix}{which}.{name}.weight" for which in PROJECTIONS)
         own = {f"{prefix}{d}.{name}": p for d, p in zip(DIAGONALS, layer.diagonals(name)) if p is not None}
@@ -522,7 +527,8 @@ def _accept_plain_lora(layer: TrimLayer, state_dict: dict[str, Any], prefix: str
             state_dict.update({key_a: A.data, key_b: B.data, **{key: p.data for key, p in own.items()}})
             continue
         # A start that adds nothing is no run's: weights are given back so after a search for a learning rate.
-        hosted.is_stale = hosted.is_decided or new_a.shape[0] != hosted.initial_r or bool(new_b.any())
+        is_start = not hosted.is_decided and hosted.starts_at_ones and new_a.shape[0] == hosted.initial_r
+        hosted.is_stale = not is_start or bool(new_b.any())
         _make_room(layer, name, new_a.shape[0])
         for key, parameter in own.items():
             device = new_a.device if parameter.device.type == "meta" else parameter.device
@@ -543,7 +549,7 @@ def _name_what_is_nameless(layer: TrimLayer, state_dict: dict[str, Any], prefix:
             return
 
 
-def _refuse_another_rank(layer: TrimLayer, name: str, r: int, state_dict: dict[str, Any], prefix: str) -> None:
+def _refuse_another_rank(layer: TrimLayer, name: str, state_dict: dict[str, Any], prefix: str) -> None:
     """After the run shapes and config are final.
 
     Raises:
@@ -551,6 +557,7 @@ def _refuse_another_rank(layer: TrimLayer, name: str, r: int, state_dict: dict[s
     """
     key_a, key_b = (f"{prefix}{which}.{name}.weight" for which in PROJECTIONS)
     A, B = state_dict.get(key_a), state_dict.get(key_b)
+    r = layer.factors(name)[0].shape[0] if name in layer.lora_A else 0
     if A is None or B is None or A.shape[0] == r:
         return
     if r > 0 or B.any():

@@ -167,7 +167,10 @@ class Reader:
                 for prompt, instances, where in zip(table["instruction"], table["instances"], wheres)
                 for conversation in self._instances(prompt, instances, where)
             ]
-        for name in _GOOD:
+        has_choices = any(name in table for name in CHOICES)  # then it may be the place of the right one
+        for name in _GOOD if not self.asking else ():
+            if has_choices and name == "correct":
+                continue
             if False in (flags := {_flag(value) for value in table.get(name, ())}) and None not in flags:
                 raise DataError(
                     f"{source}: column {name!r} says which answers are good, and learning apart from the bad ones "
@@ -242,7 +245,7 @@ class Reader:
         systems, histories, tools = (table.get(name, [None] * n) for name in names)
         rows = zip(found, histories, systems, tools, wheres)
         found = [self._complete(*row) for row in rows]
-        for name in _FLAGS if not self.asking else ():
+        for name in _FLAGS[:2] if not self.asking else ():  # a column called loss may hold numbers
             flags = [True if is_missing(value) else _flag(value) for value in table.get(name, ())]
             if flags and None not in flags:
                 self.read.add(name)
@@ -254,7 +257,7 @@ class Reader:
             return found
         found = [*self._history(history, where), *found]
         if not is_missing(system, self.missing) and found[0]["role"] != "system":
-            told = system.get("parts") if isinstance(system, dict) else system  # Gemini's
+            told = _first(system, CONTENT_KEYS) if isinstance(system, dict) else system  # Gemini's, or a message
             found = [{"role": "system", "content": _content(told, where)}, *found]
         empty = [m["role"] == "assistant" and not (m["content"].strip() or m.get("tool_calls")) for m in found]
         found = [{**m, "train": False} if is_empty else m for m, is_empty in zip(found, empty)]  # to say nothing

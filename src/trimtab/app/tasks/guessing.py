@@ -95,10 +95,15 @@ class _Column:
         return len({re.sub(r"\.0+$", "", str(value).strip()) for value in self.values})  # 1.0 is 1
 
     @property
+    def counts_rows(self) -> bool:
+        numbers = self.numbers
+        return numbers is not None and numbers == [numbers[0] + i for i in range(self.rows)]
+
+    @property
     def is_scale(self) -> bool:
         """Numbers that are more or less, rather than names of classes."""
         numbers = self.numbers
-        if numbers is None or numbers == [numbers[0] + i for i in range(self.rows)]:  # rows that are counted
+        if numbers is None:
             return False
         return not all(n.is_integer() for n in numbers) or self.n_different > min(20, self.rows / 2)
 
@@ -307,7 +312,7 @@ def _label(columns: Mapping[str, _Column], source: str, given: Mapping[str, Any]
         column
         for name, column in columns.items()
         if name not in taken and name.lower() not in TEXTS and not _NAMES_OF_ROWS.fullmatch(name)
-        and (column.repeats or column.is_scale)
+        and (column.repeats or (column.is_scale and not column.counts_rows))
     ]  # fmt: skip
     classes = [column for column in found if column.repeats] or found
     if len(classes) > 1:
@@ -325,10 +330,11 @@ def _texts(columns: Mapping[str, _Column], source: str, given: Mapping[str, Any]
     for first, second in TEXT_PAIRS:
         if {first.lower(), second.lower()} <= lower.keys():
             return [lower[first.lower()], lower[second.lower()]]
-    pairs = [pair for pair in combinations(columns.values(), 2) if _is_pair(*pair)]
-    if pairs:
-        return [column.name for column in next((pair for pair in pairs if _stem(pair[0].name) in TEXTS), pairs[0])]
     named = [lower[name] for name in TEXTS if name in lower and columns[lower[name]].is_plain]
+    pairs = [pair for pair in combinations(columns.values(), 2) if _is_pair(*pair)]
+    pairs = [pair for pair in pairs if _stem(pair[0].name) in TEXTS] or ([] if named else pairs)
+    if pairs:
+        return [column.name for column in pairs[0]]
     free = [
         column
         for name, column in columns.items()

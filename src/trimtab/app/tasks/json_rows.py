@@ -136,7 +136,7 @@ def _rows_within(where: str, value: Any, split: str) -> list[Any] | Columns:
         return _rows_within(where, value[split], split)
     if len(inner) > 1 and all(isinstance(part, dict) for part in inner):
         has_names, is_long = (any(n.strip().lower() in _TEXTS for n in names) for names in (inner[0], value))
-        is_long = is_long or len(inner[0]) > len(value)
+        is_long = is_long or len(inner[0]) > len(value) or list(inner[0]) == [str(i) for i in range(len(inner[0]))]
         if not has_names and is_long and all(column.keys() == inner[0].keys() for column in inner):
             return {name: list(column.values()) for name, column in value.items()}  # pandas': column -> index -> value
         if set.intersection(*map(set, inner)):  # name of a row -> the row
