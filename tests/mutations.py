@@ -74,7 +74,8 @@ FAULTS = [
     Fault("rank/orthogonality.py", ").sub_(along)", ")", "promises/test_drop_in.py"),
     Fault("rank/adalora.py", 'found[f"{site.name}.e"] = product.sum(dim=along)', "pass", "promises/test_drop_in.py"),
     Fault("rank/base.py", "device) * e.abs()", "device) * e", "promises/test_drop_in.py"),
-    Fault("adapters/fused.py", "grad_base = grad if", "grad_base = 2 * grad if", "test_fused.py"),
+    Fault("adapters/fused.py", "grad_base = grad if need_base", "grad_base = 2 * grad if need_base", "test_fused.py"),
+    Fault("adapters/fused.py", "grad_base = grad if ctx", "grad_base = 2 * grad if ctx", "test_fused.py"),
     # -- rank: schedules, order and masks --------------------------------------------------------------
     Fault("rank/adalora.py", "* left**3 + self.final_total", "* left**2 + self.final_total", "rank/test_adalora.py"),
     Fault("rank/adalora.py", "self.warmup < step < self.end", "self.warmup <= step < self.end", "rank/test_adalora.py"),
@@ -220,8 +221,8 @@ FAULTS = [
     ),
     Fault(
         "host/layers.py",
-        "        hosted.is_stale = True\n        if new_a",
-        "        if new_a",
+        "        hosted.is_stale = not is_start or bool(new_b.any())\n",
+        "",
         "promises/test_every_checkpoint_is_plain_lora.py",
     ),
     Fault(
