@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any, cast
 
 from peft import LoraConfig, PeftConfig, PeftModel
@@ -19,6 +21,21 @@ from ..plans import Site
 
 # Where a tuner's own word says more than its ending (``lora_A``, ``lora_embedding_B`` …).
 _ROLES = {"bottleneck_down": "A", "bottleneck_up": "B", "bottleneck_norm": "other"}
+
+
+def callers() -> Iterator[FrameType]:
+    """Who is calling, nearest first. Only for what no event and no argument tells."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def calls_of_peft() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and variables of PEFT's functions that are calling, nearest first."""
+    for frame in callers():
+        if str(frame.f_globals.get("__name__")).startswith("peft."):
+            yield frame.f_code.co_name, frame.f_locals
 
 
 def peft_model_of(model: nn.Module) -> PeftModel:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-import traceback
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from torch import nn
 from ..errors import ConfigError, ModelError
 from ..plans import Budget, Where
 from ..schedule import plain_numbers
-from .adapted import peft_model_of
+from .adapted import calls_of_peft, peft_model_of
 from .layers import ParamWrapper, TrimLayer, host, hosted_layers, still_adapting
 
 # Initialisations that change the base weight or train only one factor; a rank or freeze method would
@@ -120,9 +119,9 @@ class TrimConfig(LoraConfig):
         Raises:
             ConfigError: this is such a config, and the adapters lie in different layers.
         """
-        for frame, _ in traceback.walk_stack(None):
-            if frame.f_code.co_name == "add_weighted_adapter" and frame.f_globals["__name__"].startswith("peft."):
-                model, (first, *others) = frame.f_locals["self"].model, frame.f_locals["adapters"]
+        for function, its in calls_of_peft():
+            if function == "add_weighted_adapter":
+                model, (first, *others) = its["self"].model, its["adapters"]
                 held = [getattr(module, "lora_A", ()) for module in model.modules()]
                 if any(name in adapters and first not in adapters for adapters in held for name in others):
                     raise ConfigError(
@@ -139,15 +138,15 @@ class TrimConfig(LoraConfig):
             ModelError: they are raw parameters (``state_dict=dict(model.named_parameters())``), in which the diagonals
                 are not folded: stock PEFT would read another function out of them.
         """
-        for weights in (Path(save_directory) / name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
-            if self.is_adaptive and weights.is_file():
-                raw = [key for key in _keys(weights) if re.search(r"\.lora_[eb](\.|$)", key)]
-                if raw:
-                    self.inference_mode = False  # PEFT has set it for the file, and would set it back after this call
-                    raise ModelError(
-                        f"state_dict: {raw[0]} and {len(raw) - 1} more are raw parameters of an adapter that adapts; "
-                        f"leave state_dict out, or give model.state_dict(), which is plain LoRA. {weights} is not"
-                    )
+        files = [Path(save_directory) / name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)]
+        for weights in filter(Path.is_file, files if self.is_adaptive else ()):
+            raw = [key for key in _keys(weights) if re.search(r"\.lora_[eb](\.|$)", key)]
+            if raw:
+                self.inference_mode = False  # PEFT has set it for the file, and would set it back after this call
+                raise ModelError(
+                    f"state_dict: {raw[0]} and {len(raw) - 1} more are raw parameters of an adapter that adapts; leave "
+                    f"state_dict out, or give model.state_dict(), which is plain LoRA. {weights} is not"
+                )
         super().save_pretrained(save_directory, **kwargs)
 
     def put_to_work(self) -> None:

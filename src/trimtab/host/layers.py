@@ -16,7 +16,6 @@ import functools
 import hashlib
 import math
 import re
-import traceback
 import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -34,7 +33,7 @@ from ..adapters import fused
 from ..adapters.gated import gated
 from ..adapters.lowrank import delta_weight, fold, lowrank_delta
 from ..errors import ConfigError, ModelError
-from .adapted import peft_model_of
+from .adapted import calls_of_peft, peft_model_of
 from .sharding import is_dtensor
 
 if TYPE_CHECKING:
@@ -98,7 +97,7 @@ class TrimLayer(_Mixed):
         if "lora_e" not in self._modules:  # PEFT walks adapter_layer_names inside super().update_layer
             self.lora_e, self.lora_b = nn.ParameterDict(), nn.ParameterDict()
             self.hosted: dict[str, Hosted] = {}
-            self.finished: dict[str, int] = {}  # adapter -> its rank when its run ended
+            self.finished: dict[str, bool] = {}  # adapters whose run ended; no set, since PEFT deletes by key
             self.configs: dict[str, TrimConfig] = {}
             self.initial_factors: dict[str, tuple[Tensor, Tensor]] = {}
             self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
@@ -300,7 +299,7 @@ class TrimLayer(_Mixed):
                 getattr(self, which)[adapter_name].weight.requires_grad_(True)
         if A.shape[0] == 0:
             self.delete_adapter_here(adapter_name)
-        self.finished[adapter_name] = A.shape[0]
+        self.finished[adapter_name] = True
 
     def delete_adapter_here(self, adapter_name: str) -> None:
         """Forget the adapter in this layer only; which adapters are active elsewhere does not change."""
@@ -461,16 +460,16 @@ _FOR_PLAIN_FACTORS = {
 
 def _refuse_tools_for_plain_factors(layer: TrimLayer) -> None:
     """Called where they make an adapter or ask for a state dict, before they touch anything. No argument tells."""
-    for frame, _ in traceback.walk_stack(None) if layer.hosted else ():
-        word = _FOR_PLAIN_FACTORS.get(frame.f_code.co_name)
-        if word is None or not frame.f_globals["__name__"].startswith("peft."):
+    for function, its in calls_of_peft() if layer.hosted else ():
+        word = _FOR_PLAIN_FACTORS.get(function)
+        if word is None:
             continue
-        named = frame.f_locals[word]
+        named = its[word]
         named = layer.hosted.keys() & ({named} if isinstance(named, str) else set(named))
         if not any(layer.hosted[one].is_decided or any(p is not None for p in layer.at_work(one)) for one in named):
             continue  # A and B are all that there is
         if word == "adapters":  # it has entered the one that it makes already
-            frame.f_locals["self"].delete_adapter(frame.f_locals["adapter_name"])
+            its["self"].delete_adapter(its["adapter_name"])
         raise still_adapting()
 
 
@@ -540,9 +539,9 @@ def _name_what_is_nameless(layer: TrimLayer, state_dict: dict[str, Any], prefix:
     diagonals, and leaves out what has no name without a word. Which adapter they are of, its caller knows."""
     endings = [*(f"{which}.weight" for which in PROJECTIONS), *DIAGONALS]
     nameless = [ending for ending in endings if f"{prefix}{ending}" in state_dict]
-    for frame, _ in traceback.walk_stack(None) if nameless else ():
-        if frame.f_code.co_name == "set_peft_model_state_dict":
-            name = frame.f_locals["adapter_name"]
+    for function, its in calls_of_peft() if nameless else ():
+        if function == "set_peft_model_state_dict":
+            name = its["adapter_name"]
             for ending in nameless if name in layer.hosted or name in layer.finished else ():
                 which, dot, weight = ending.partition(".")
                 state_dict[f"{prefix}{which}.{name}{dot}{weight}"] = state_dict.pop(f"{prefix}{ending}")

@@ -26,7 +26,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..errors import CheckpointError, ConfigError, StaleAdapterError
-from ..host.adapted import adapter_config, keep_inputs_out_of_the_graph, peft_model_of
+from ..host.adapted import adapter_config, callers, keep_inputs_out_of_the_graph, peft_model_of
 from ..host.config import TrimConfig
 from ..host.layers import REPLICAS, hosted_layers
 from ..host.sharding import is_sharded, reshard
@@ -53,7 +53,7 @@ from .parallel import (
     whole_parameters,
 )
 from .state import what_differs
-from .steps import Weakly, callers, is_accumulating
+from .steps import Weakly, is_accumulating
 from .tensors import active_adapter
 from .trackers import Figures, layer_scores, tell
 

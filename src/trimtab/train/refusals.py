@@ -53,14 +53,13 @@ def refuse_while_merged(adapter: AdapterTensors) -> None:
 
 def refuse_tensors_made_anew(adapter: AdapterTensors) -> None:
     """Raise `StaleAdapterError` where other parameters stand in the place of those that there were at the start."""
-    for layer in list(adapter.layers.values())[:1]:
-        A, _ = layer.factors(adapter.adapter_name)
-        if not any(p is A for p in adapter.parameters):
-            raise StaleAdapterError(
-                f"adapter {adapter.adapter_name!r} was made anew (added again, loaded with low_cpu_mem_usage or "
-                "assign=True), and the optimizer trains the tensors that were there before: make an optimizer and a "
-                "Controller for it"
-            )
+    layer = next(iter(adapter.layers.values()), None)
+    if layer is not None and not any(p is layer.factors(adapter.adapter_name)[0] for p in adapter.parameters):
+        raise StaleAdapterError(
+            f"adapter {adapter.adapter_name!r} was made anew (added again, loaded with low_cpu_mem_usage or "
+            "assign=True), and the optimizer trains the tensors that were there before: make an optimizer and a "
+            "Controller for it"
+        )
 
 
 def refuse_lora_fa(

@@ -7,10 +7,8 @@ none. So the optimizer itself is watched, through torch's own step hooks.
 from __future__ import annotations
 
 import itertools
-import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import FrameType
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from accelerate.state import GradientState
 from torch import Tensor
 
 from ..errors import ConfigError, StaleAdapterError
+from ..host.adapted import callers
 from ..host.sharding import is_dtensor
 
 NOT_FINITE_LIMIT = 50
@@ -185,14 +184,6 @@ def _all_finite(norms: list[Tensor]) -> bool:
     if not norms:
         return True
     return bool(torch.isfinite(torch.stack([n.float().to(norms[0].device) for n in norms])).all())
-
-
-def callers() -> Iterator[FrameType]:
-    """Who is calling, nearest first. Only for what no event and no argument tells."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
 
 
 def _scaler_above() -> Any:

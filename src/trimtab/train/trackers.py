@@ -11,9 +11,9 @@ from typing import Any
 from transformers import Trainer, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from ..host.adapted import callers
 from ..plans import Where
 from .controller import Event
-from .steps import callers
 
 
 class Figures:

@@ -67,8 +67,9 @@ ROLES = {
 
 _GOOD = ("label", "is_correct", "correct")
 """Whether a row's answer is good, where all are true or false."""
-_FLAGS = ("weight", "train", "loss")
-"""Whether a message, or a row, is learned: OpenAI's, axolotl's."""
+_FLAGS_OF_ROWS = ("weight", "train")
+_FLAGS = (*_FLAGS_OF_ROWS, "loss")
+"""Whether a message, or a row, is learned: OpenAI's, axolotl's. A column called loss may hold numbers."""
 _OF_MESSAGES = (*ROLE_KEYS, "tool_calls", "function_call", "name", "tool_call_id", *_FLAGS)
 
 NO_TEXT, NO_ANSWER, NO_PROMPT, NOT_LEARNED = (
@@ -245,7 +246,7 @@ class Reader:
         systems, histories, tools = (table.get(name, [None] * n) for name in names)
         rows = zip(found, histories, systems, tools, wheres)
         found = [self._complete(*row) for row in rows]
-        for name in _FLAGS[:2] if not self.asking else ():  # a column called loss may hold numbers
+        for name in _FLAGS_OF_ROWS if not self.asking else ():
             flags = [True if is_missing(value) else _flag(value) for value in table.get(name, ())]
             if flags and None not in flags:
                 self.read.add(name)
