@@ -119,19 +119,26 @@ class Run:
 # At LoRA's own rate: the first ones answer whether a method can be swapped in, the others what its parts do.
 FIRST = ("lora-r8", "salientlora-late", "adalora", "cka-salientlora-late", "composition-latest")
 EARLIER = ("salientlora", "cka-salientlora", "composition-late")  # by default until it was seen to cost
+# Where fewer layers take larger steps.
+FASTER = (*(f"{name}-{step}" for name in ("cka-lora", "cka-salientlora", "composition") for step in ("root", "twice")),
+          "composition-root-vectors")  # fmt: skip
 PRUNING_EARLY = ("lora-r8", *EARLIER, "adalora")
 SWAPPED = (*FIRST, *EARLIER, "cka-lora", "random-lora", "lora-r4", "budget", "uniform-lora", "lora-r2",
            "aflora", "aflora-late",
            "composition", "peft-adalora", "sora", "gradient-lora", "fisher-lora", "influence-lora",
            "grades", "influence-salientlora", "influence-composition", "aflora-vectors",
-           "aflora-late-vectors", "influence-composition-vectors", "eva", "gora")  # fmt: skip
+           "aflora-late-vectors", "influence-composition-vectors", "eva", "gora", *FASTER)  # fmt: skip
 # On the other tasks: whether what SST-2 says of layers and of freezing holds there, too.
 PARTS = (*FIRST, *EARLIER, "composition", "cka-lora", "random-lora", "uniform-lora", "influence-lora",
          "aflora", "aflora-late",
          "lora-r4", "lora-r2", "influence-composition", "influence-salientlora", "aflora-vectors",
          "aflora-late-vectors", "influence-composition-vectors")  # fmt: skip
+# With a longer warm-up, at which more learns and at higher rates.
+STEADY = (*FIRST, "cka-lora", "uniform-lora", "lora-r4", "lora-r2")
+WARM = ("train.warmup_steps=0.2",)
 # On a decoder, at equal steps, by what each part of the composition brings.
-DECODER = ("lora-r8", "cka-lora", "salientlora", "composition", "composition-late", "influence-lora",
+DECODER = ("lora-r8", "cka-lora", "salientlora-late", "composition-latest", "salientlora", "composition",
+           "composition-late", "influence-lora",
            "influence-composition-vectors", "aflora", "aflora-late", "aflora-late-vectors",
            "lora-r2", "uniform-lora")  # fmt: skip
 
@@ -145,7 +152,8 @@ TASKS = {
         Task("mrpc", "MRPC", 3668, 2, 1800, rate="5e-4", swapped=PARTS),
         Task("cola", "CoLA", 6000, 3, 3600, swapped=PARTS),
         Task("rte", "RTE", 2490, 3, 1500, rate="5e-4", swapped=PARTS),
-        Task("snli-two", "SNLI", 6000, 2, 3600, rate="5e-4", swapped=PARTS, folder="snli", glue="mnli",
+        Task("snli-two", "SNLI", 6000, 2, 3600, rate="5e-4", folder="snli", glue="mnli",
+             swapped=(*PARTS, "cka-lora-root", "cka-salientlora-root", "composition-root", "cka-lora-twice"),
              splits=("validation", "test"), scored=1500),
         Task("qnli", "QNLI", 5463, 3, 0, rate="5e-4", tuned=False, splits=("validation", ""), held_out=0.2,
              swapped=(*FIRST, *EARLIER, "cka-lora", "uniform-lora", "lora-r4", "lora-r2")),
@@ -158,6 +166,12 @@ TASKS = {
         Task("sst2-double", "SST-2, twice the scale", 6000, 1, 0, ("adapter.alpha=32",),
              swapped=("lora-r8", "cka-lora", "uniform-lora", "cka-salientlora", "composition-late"), tuned=False,
              folder="sst2", is_variant=True),
+        Task("sst2-warm", "SST-2, a fifth of it warm-up", 6000, 1, 0, WARM, swapped=STEADY, tuned=False, folder="sst2",
+             is_variant=True),
+        Task("sst2-tenth", "SST-2, a tenth of it warm-up", 6000, 1, 0, ("train.warmup_steps=0.1",),
+             swapped=(*FIRST, "cka-lora"), tuned=False, folder="sst2", is_variant=True),
+        Task("snli-warm", "SNLI, a fifth of it warm-up", 6000, 2, 0, WARM, swapped=STEADY, tuned=False, folder="snli",
+             glue="mnli", splits=("validation", "test"), scored=1500, is_variant=True),
         Task("code", "SmolLM2, Code Alpaca", 750, 1, 0, swapped=DECODER, tuned=False, folder="code_alpaca",
              recipe="smollm2.yaml", held_out=0.2, samples=128),
     )
@@ -218,6 +232,16 @@ ROWS = {
         *(Row(f"{name}-lora", f"{name} half × LoRA r 8", (f"where={{method: {name}, ratio: 0.5, samples: SAMPLES}}",))
           for name in ("gradient", "fisher", "influence")),
         Row("last-lora", "last half × LoRA r 8", ("where={method: last, ratio: 0.5}",)),
+        *(Row(f"{name}-{step}", f"{title}, adapters at {times} the rate", (*settings, rates))
+          for step, times, multiple in (("root", "√2", 1.414), ("twice", "twice", 2))
+          for name, title, settings, rates in (
+              ("cka-lora", "CKA half × LoRA r 8", (CKA,), f"rates={{A: {multiple}, B: {multiple}}}"),
+              ("cka-salientlora", "CKA half × SalientLoRA 8→4", (CKA, PRUNING_LATE),
+               f"rates={{A: {multiple}, B: {multiple}}}"),
+              ("composition", "CKA half × SalientLoRA 8→4 × AFLoRA", (CKA, PRUNING_LATE, LATE),
+               f"rates={{A: {multiple}, B: {multiple}, vectors: {multiple}}}"))),
+        Row("composition-root-vectors", "CKA half × SalientLoRA 8→4 × AFLoRA, adapters at √2 the rate, vectors at ten "
+            "times that", (CKA, PRUNING_LATE, LATE, "rates={A: 1.414, B: 1.414, vectors: 14.14}")),
         Row("full", "full fine-tuning", kind="full", rate_factor=0.05, core=False),
         Row("dora", "DoRA r 8", ("adapter.use_dora=true",), core=False),
         Row("pissa", "PiSSA r 8", ("adapter.init=pissa",), core=False),

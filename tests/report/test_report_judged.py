@@ -146,9 +146,22 @@ def test_a_secret_on_the_command_line_is_not_kept() -> None:
 ])  # fmt: skip
 def test_numbers_that_hardly_differ_are_told_as_one_class_for_all_is(predicted, is_told):
     kept = {"validation": {"label": [0.0, 2.5, 4.0, 5.0], "predicted": predicted}}
-    run = SimpleNamespace(predictions=kept, recipe={"train": {"learning_rate": 1e-3}})
+    run = SimpleNamespace(predictions=kept, recipe={"train": {"learning_rate": 1e-3}}, plan=None, last_step=100)
     told = troubles._one_answer(run)
     assert bool(told) == is_told
     if told:
         assert "every one of 4 validation rows was given nearly the same number, 2.74 to 2.76 for labels" in told
-        assert "try a train.learning_rate ten times higher or lower (it is 0.001)" in told
+        assert "try a train.learning_rate ten times higher or lower (it is 0.001), or train.warmup_steps=0.2" in told
+
+
+@pytest.mark.parametrize("settings, is_told", [
+    ({}, True),
+    ({"warmup_steps": 0.06}, True),
+    ({"warmup_steps": 19}, True),
+    ({"warmup_steps": 20}, False),
+    ({"warmup_steps": 0.2}, False),
+    ({"lr_scheduler_type": "constant"}, False),
+])  # fmt: skip
+def test_a_longer_warm_up_is_told_to_a_run_with_a_shorter_one(settings, is_told):
+    run = SimpleNamespace(recipe={"train": settings}, plan=None, last_step=100)
+    assert ("train.warmup_steps=0.2" in troubles._another_rate(run)) == is_told

@@ -13,6 +13,8 @@ from .runfolder import RunFolder
 from .words import count, number, plural
 
 QUARTER = 0.25
+WARMUP = 0.2
+"""Share of a run after which the full rate throws hardly any model back (docs/evidence.md)."""
 FLAT = 0.1
 """Spread of predicted numbers, as a share of the labels': the best guesses of a model that correlates by as much."""
 
@@ -118,8 +120,13 @@ def _steadier(run: RunFolder) -> str:
 
 
 def _another_rate(run: RunFolder) -> str:
-    rate = (run.recipe.get("train") or {}).get("learning_rate")
-    return f"try a train.learning_rate ten times higher or lower{_is(rate)}"
+    train: dict[str, Any] = run.recipe.get("train") or {}
+    steps = run.plan.settings.get("total_steps") if run.plan else None
+    warmup = train.get("warmup_steps", 0)
+    share = warmup if warmup < 1 else warmup / (steps or run.last_step or warmup)
+    is_flat = train.get("lr_scheduler_type") == "constant"  # which has no warm-up
+    later = f", or train.warmup_steps={WARMUP:g}" if share < WARMUP and not is_flat else ""
+    return f"try a train.learning_rate ten times higher or lower{_is(train.get('learning_rate'))}{later}"
 
 
 def _is(rate: Any) -> str:
