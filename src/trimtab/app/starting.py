@@ -134,7 +134,7 @@ def _understood(places: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[Ta
     except DataError as error:
         if given.get("name", "text") != "text":
             raise
-        if "name" not in given and any("separated by" in note for note in table.notes):  # commas are prose's, too
+        if "name" not in given and table.separator:  # commas are prose's, too
             raise DataError(f"{error}; to learn its lines as they stand: task.name=text") from error
     folders = sorted({file.parent.name for file in files})
     if len(folders) > 1 and "name" not in given:  # as IMDb's reviews are kept

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import ConfigError, DataError
 from .answering import check_choice, mean_of
-from .chats import Message
 from .data import Columns, column, texts
 from .generation import Decoding, MakeBar
 from .instruct import Instruct
+from .messages import Message
 from .sandbox import Limits, require_isolation, run_programs
 
 if TYPE_CHECKING:
