@@ -12,7 +12,7 @@ from ..errors import DataError
 from .planning import model_spec
 
 if TYPE_CHECKING:
-    from .run import Job
+    from .job import Job
     from .runfolder import RunFolder
 
 LABELS = "labels.json"
