@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from .screen import Screen
 
 
+_PATH = click.Path(path_type=Path)
+_FILE = click.Path(path_type=Path, dir_okay=False)
+_FOLDER = click.Path(path_type=Path, file_okay=False)
 _recipe = click.argument("recipe")
 _source = click.argument("source", metavar="RUN|RECIPE")
 _overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
@@ -45,10 +48,10 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("data", type=click.Path(path_type=Path))
+@click.argument("data", type=_PATH)
 @_overrides
 @click.option("--model", "-m", help="Hub id, local folder, GGUF file; a small one when not given.")
-@click.option("--out", "-o", type=click.Path(path_type=Path, dir_okay=False), help="Default: NAME.yaml for NAME.csv.")
+@click.option("--out", "-o", type=_FILE, help="Default: NAME.yaml for NAME.csv.")
 @common
 def init(data: Path, overrides: Sequence[str], model: str | None, out: Path | None, as_json: bool) -> None:
     """Write a starter recipe for a file of training rows.
@@ -77,7 +80,7 @@ def init(data: Path, overrides: Sequence[str], model: str | None, out: Path | No
 def run(recipe: str, overrides: Sequence[str], overwrite: bool, resume: bool, as_json: bool) -> None:
     """Select layers, train, export, evaluate and report."""
     from . import run as runs
-    from .runfolder import after_restart
+    from .session import after_restart
 
     chosen, path = _load(recipe, overrides)
     overwrite, resume = after_restart(path, overwrite, resume)
@@ -162,8 +165,8 @@ def show(recipe: str, overrides: Sequence[str], rows: int, as_json: bool) -> Non
 def select(recipe: str, overrides: Sequence[str], overwrite: bool, methods: str | None, as_json: bool) -> None:
     """Score the layers and choose among them."""
     from . import run as runs
-    from . import runfolder
     from .job import load
+    from .session import session
 
     chosen, path = _load(recipe, overrides)
     if methods is not None:
@@ -171,9 +174,9 @@ def select(recipe: str, overrides: Sequence[str], overwrite: bool, methods: str 
         return
     if chosen.where is None:
         raise ConfigError("where", None, "the recipe adapts every layer; choose some, for example where.ratio=0.5")
-    with _screen(as_json) as screen, runfolder.session(chosen, path, overwrite=overwrite) as session:
+    with _screen(as_json) as screen, session(chosen, path, overwrite=overwrite) as opened:
         job = load(chosen, screen)
-        folder = session.begin()
+        folder = opened.begin()
         where = runs.select(job, folder, screen, anew=overwrite)
     assert where is not None
     if as_json:
@@ -211,14 +214,14 @@ def train(recipe: str, overrides: Sequence[str], overwrite: bool, resume: bool, 
     A where.json that is already in the output folder, from `trimtab select`, is taken as it is.
     """
     from . import run as runs
-    from . import runfolder
     from .job import load, trained_on
+    from .session import after_restart, session
 
     chosen, path = _load(recipe, overrides)
-    overwrite, resume = runfolder.after_restart(path, overwrite, resume)
-    with _screen(as_json) as screen, runfolder.session(chosen, path, overwrite=overwrite, resume=resume) as session:
+    overwrite, resume = after_restart(path, overwrite, resume)
+    with _screen(as_json) as screen, session(chosen, path, overwrite=overwrite, resume=resume) as opened:
         job = load(chosen, screen)
-        folder = session.begin(trained_on(job))
+        folder = opened.begin(trained_on(job))
         where = runs.select(job, folder, screen, anew=overwrite)
         trained = runs.train(job, where, folder, screen, resume=resume)
         runs.export_run(job, trained, folder, screen)
@@ -254,7 +257,8 @@ def evaluate(
     from . import run as runs
     from . import scoring
     from .job import load
-    from .runfolder import RunFolder, at_work, check_base_matches
+    from .runfolder import RunFolder
+    from .session import at_work, check_base_matches
     from .trained import load_run, load_trained
 
     if harness or tasks or harness_args:
@@ -285,7 +289,7 @@ def evaluate(
 @click.option(
     "--format", "form", type=click.Choice(["peft", "merged", "padded", "gguf"]), help="Default: the recipe's."
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Folder to write; default: RUN/adapter or RUN/FORMAT.")
+@click.option("--out", type=_PATH, help="Folder to write; default: RUN/adapter or RUN/FORMAT.")
 @common
 def export(source: str, overrides: Sequence[str], form: str | None, out: Path | None, as_json: bool) -> None:
     """Write a run's adapter: peft, padded, gguf or merged.
@@ -319,9 +323,9 @@ def export(source: str, overrides: Sequence[str], form: str | None, out: Path | 
 
 @cli.command()
 @_source
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=_PATH)
 @_overrides
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write them here; default: stdout.")
+@click.option("--out", type=_FILE, help="Write them here; default: stdout.")
 @common
 def predict(source: str, file: Path, overrides: Sequence[str], out: Path | None, as_json: bool) -> None:
     """Answer the rows of a file with a run's adapter, one JSON object a line.
@@ -366,7 +370,7 @@ def report(source: str, overrides: Sequence[str], as_json: bool) -> None:
 @cli.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
 @click.option("--baseline", help="The row that the others are compared with: its name, or one of its run folders.")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write the page to this HTML file.")
+@click.option("--out", type=_FILE, help="Also write the page to this HTML file.")
 @common
 def compare(runs: Sequence[str], baseline: str | None, out: Path | None, as_json: bool) -> None:
     """One table over runs: score, parameters, time.
@@ -403,7 +407,7 @@ def compare(runs: Sequence[str], baseline: str | None, out: Path | None, as_json
     show_default=True,
     help="Trials at a time, one thread each when there are several.",
 )
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder; default: the run's, with -tune.")
+@click.option("--out", type=_FOLDER, help="Folder; default: the run's, with -tune.")
 @click.option("--overwrite", is_flag=True, help="Forget the trials of an earlier search in the folder.")
 @common
 def tune(recipe: str, settings: Sequence[str], jobs: int, out: Path | None, overwrite: bool, as_json: bool) -> None:
@@ -454,7 +458,7 @@ def methods(axis: str | None, as_json: bool) -> None:
 
 
 @cli.command()
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write it here; default: stdout.")
+@click.option("--out", type=_FILE, help="Write it here; default: stdout.")
 @common
 def schema(out: Path | None, as_json: bool) -> None:
     """Print the recipe's JSON schema, for editors.
@@ -527,13 +531,7 @@ def bench(
 
 
 @cli.command()
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=Path("runs/demo"),
-    show_default=True,
-    help="Folder to write.",
-)
+@click.option("--out", type=_FOLDER, default=Path("runs/demo"), show_default=True, help="Folder to write.")
 @common
 def demo(out: Path, as_json: bool) -> None:
     """The main job, offline, in a few minutes.

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, DataError
 from . import models, trainer_settings
-from .planning import horizon_of, load_rows, model_spec, plan_recipe, with_layer_ratio
+from .planning import horizon_of, model_spec, plan_recipe, with_layer_ratio
 from .recipe import Recipe
 from .report.words import count
+from .rows import load_rows
 from .screen import Screen
 from .trainer import training_arguments
 

@@ -11,8 +11,9 @@ import numpy as np
 from ..errors import DataError
 from . import model_facts, models, trainer_settings
 from .job import Job, knows_classes
-from .planning import load_rows, model_spec
+from .planning import model_spec
 from .recipe import Recipe
+from .rows import load_rows
 from .runfolder import RunFolder
 from .screen import Screen
 from .trained import class_names, task_of_run, with_adapter

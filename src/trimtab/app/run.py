@@ -25,6 +25,7 @@ from .recipe import Recipe
 from .report.words import byte_size, count, number
 from .runfolder import RunFolder
 from .screen import Screen, Stage
+from .session import checkpoint_to_resume, session
 from .spent import peak_memory, reset_peak_memory, training_seconds
 from .trained import Trained
 from .trainer import early_stopping, let_go_of_previous, make_trainer, save_at_end
@@ -41,9 +42,9 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 def run(recipe: Recipe, folder: Path, screen: Screen, *, overwrite: bool = False, resume: bool = False) -> RunFolder:
     """The whole flow. Returns the folder; its `metrics.json` and `report.html` say how it went."""
-    with runfolder.session(recipe, folder, overwrite=overwrite, resume=resume) as session:
+    with session(recipe, folder, overwrite=overwrite, resume=resume) as opened:
         job = load(recipe, screen)
-        out = session.begin(trained_on(job))
+        out = opened.begin(trained_on(job))
         where = select(job, out, screen, anew=overwrite)
         trained = train(job, where, out, screen, resume=resume)
         export_run(job, trained, out, screen)
@@ -157,7 +158,7 @@ def train(job: Job, where: Where | None, folder: RunFolder, screen: Screen, *, r
     set_seed(recipe.seed)
     callback = trimtab.TrimCallback(history=folder.history)
     model = peft.get_peft_model(job.model, config)
-    checkpoint = runfolder.checkpoint_to_resume(folder) if resume else None
+    checkpoint = checkpoint_to_resume(folder) if resume else None
     if (starter := starter_of(config)) is not None:
         if checkpoint is None:
             started = initialize(job, model, starter, screen)

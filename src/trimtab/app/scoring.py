@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ExportError
-from . import judging, loading, model_facts, runfolder, trainer_settings
+from . import judging, loading, model_facts, trainer_settings
 from .job import Job, data_of, fingerprint
 from .progress import progress_on
 from .report.words import number
 from .runfolder import RunFolder
 from .screen import Screen
+from .session import what_was_scored
 from .trained import Trained
 from .trainer import make_trainer
 
@@ -81,7 +82,7 @@ def _of_base(job: Job, model: nn.Module, folder: RunFolder, screen: Screen) -> d
         "metric": job.task.metric,
         "task": job.task.name,
         "seed": job.recipe.seed,
-        **runfolder.what_was_scored(job.recipe),
+        **what_was_scored(job.recipe),
     }
 
 
