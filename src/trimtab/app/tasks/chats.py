@@ -79,14 +79,17 @@ class Reader:
         Raises:
             DataError: when they have none of the known forms, or a file lacks a column that the form needs.
         """
-        for form, needed in FORMS.items():
-            if all(name in table for name in (needed[:1] if self.asking and not self._is_whole(table) else needed)):
-                for name in needed if not self.asking else ():
-                    if lacking := getattr(table, "absent", {}).get(name):
-                        raise DataError(
-                            f"{source}: {lacking} has no column {name!r}, which others have; give files of one form"
-                        )
-                return form
+        fit = [form for form, needed in FORMS.items() if table.keys() >= set(needed)]
+        if self.asking:
+            fit = fit or [form for form, needed in FORMS.items() if needed[0] in table]
+        if fit:
+            absent = {} if self.asking else getattr(table, "absent", {})
+            for name in FORMS[fit[0]]:
+                if name in absent:
+                    raise DataError(
+                        f"{source}: {absent[name]} has no column {name!r}, which others have; give files of one form"
+                    )
+            return fit[0]
         if self.asking:
             known = ", ".join(dict.fromkeys(names[0] for names in FORMS.values()))
             raise DataError(
@@ -99,10 +102,6 @@ class Reader:
             "name two of them in task.prompt and task.answer, or say in task.columns what ours are called"
             + ("; task text learns a column of text whole" if "text" in table else "")
         )
-
-    @staticmethod
-    def _is_whole(table: Columns) -> bool:
-        return any(all(name in table for name in needed) for needed in FORMS.values())
 
     def renamed(self, table: Columns, source: str, known: Sequence[str] = ()) -> Columns:
         """The table with our names of its columns.
