@@ -54,18 +54,18 @@ class Reader:
     def __post_init__(self) -> None:
         self.messages = Messages(self.columns, self.roles)
         self._theirs: dict[str, str] = {}
-        self._rows = self._unanswered = self._other_systems = 0
+        self._unanswered = self._other_systems = 0
         self._missing_words: Counter[str] = Counter()
         self._has_places = False
 
-    def notes(self) -> Iterator[str]:
+    def notes(self, n_rows: int) -> Iterator[str]:
         """What is worth saying of the rows that were read."""
         if n := self._unanswered:
-            yield f"{n} of {self._rows} conversations end without an answer: read up to the last one"
+            yield f"{n} of {n_rows} conversations end without an answer: read up to the last one"
         if n := self._other_systems:
             column = next(self._theirs.get(name, name) for name in SYSTEMS if name in self.read)
             yield (
-                f"{n} of {self._rows} conversations begin with a system message of their own, another than in column "
+                f"{n} of {n_rows} conversations begin with a system message of their own, another than in column "
                 f"{column!r}: theirs is read"
             )
         if words := ", ".join(f"{word!r} {n}" for word, n in self._missing_words.most_common(6)):
@@ -171,7 +171,7 @@ class Reader:
 
     def beside(self, table: Columns, found: list[Conversation], wheres: Sequence[str]) -> list[Conversation]:
         """The conversations with what other columns say: what came before, the system's words, tools."""
-        self._rows = n = len(found)
+        n = len(found)
         names = (next((name for name in SYSTEMS if name in table), SYSTEMS[0]), "history", "tools")
         self.read |= set(names)
         systems, histories, tools = (table.get(name, [None] * n) for name in names)
@@ -190,10 +190,9 @@ class Reader:
         found = [*self._history(history, where), *found]
         if not is_missing(system, self.missing):
             told = first_of(system, CONTENT_KEYS) if isinstance(system, dict) else system  # Gemini's, or a message
-            words = content(told, where)
             if found[0]["role"] != "system":
-                found = [{"role": "system", "content": words}, *found]
-            elif words.strip() != found[0]["content"].strip():
+                found = [{"role": "system", "content": content(told, where)}, *found]
+            elif isinstance(told, (str, list)) and content(told, where).strip() != found[0]["content"].strip():
                 self._other_systems += 1
         empty = [m["role"] == "assistant" and not (m["content"].strip() or m.get("tool_calls")) for m in found]
         found = [{**m, "train": False} if is_empty else m for m, is_empty in zip(found, empty)]  # to say nothing

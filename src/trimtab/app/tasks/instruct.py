@@ -61,7 +61,7 @@ class Instruct(Answering):
             wheres = [f"{source}: row {i}" for i in range(1, len(prompts) + 1)]
             found = reader.pairs(table, self.prompt, self.answer, wheres)
         self._answers_in = reader.answers_in
-        self.notes += [f"{split}: {note}" for note in reader.notes()]
+        self.notes += [f"{split}: {note}" for note in reader.notes(len(found))]
         self.say_unread(split, table, reader.read, [f"{key} of messages" for key in reader.messages.unread])
         return {"messages": found}
 
