@@ -2,6 +2,7 @@
 
 import bz2
 import csv
+import doctest
 import gzip
 import io
 import json
@@ -13,7 +14,7 @@ from decimal import Decimal
 
 import pytest
 
-from trimtab.app.tasks import get_task
+from trimtab.app.tasks import get_task, labels, names
 from trimtab.app.tasks.files import read_file
 from trimtab.app.tasks.guessing import guess
 from trimtab.errors import TrimtabError
@@ -312,6 +313,12 @@ NOT_GUESSED = {
     "texts within": ("x.jsonl", (json.dumps({"data": {"text": "a"}, "meta": {"label": "b"}}) + "\n") * 2, "no column of text; its columns are data, meta"),
     "texts in pieces": ("x.jsonl", lines([(t.split(), la) for t, la in PAIRS]), "no column of text beside the label 'label'"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("module", [labels, names])
+def test_the_examples_of_names_and_labels_hold(module):
+    found = doctest.testmod(module)
+    assert found.attempted and not found.failed
 
 
 def guessed(tmp_path, name, content):
