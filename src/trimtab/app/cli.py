@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -65,10 +65,8 @@ def init(data: Path, overrides: Sequence[str], model: str | None, out: Path | No
         made = starting.start(data, out, model, overrides)
         for note in made.notes:
             screen.note(note)
-    if as_json:
-        _print_json(made.to_json())
-        return
-    _print(f"{made.path}: {made.told or made.task}, {made.rows} rows. Next: trimtab run {made.path}")
+    told = f"{made.path}: {made.told or made.task}, {made.rows} rows. Next: trimtab run {made.path}"
+    _show(as_json, made.to_json(), lambda: [told])
 
 
 @cli.command()
@@ -114,6 +112,7 @@ def plan(
     alone: a 7B plan takes seconds on a laptop.
     """
     from . import planning
+    from .tables import plan_tables
 
     chosen, _ = _load(recipe, overrides)
     with _screen(as_json) as screen:
@@ -122,12 +121,7 @@ def plan(
             from . import measuring
 
             made = measuring.with_time(made, chosen, screen)
-    if as_json:
-        _print_json(made.to_json())
-        return
-    from .tables import plan_tables
-
-    _print(*plan_tables(made))
+    _show(as_json, made.to_json(), lambda: plan_tables(made))
 
 
 @cli.command()
@@ -167,6 +161,7 @@ def select(recipe: str, overrides: Sequence[str], overwrite: bool, methods: str 
     from . import run as runs
     from .job import load
     from .session import session
+    from .tables import where_tables
 
     chosen, path = _load(recipe, overrides)
     if methods is not None:
@@ -179,12 +174,7 @@ def select(recipe: str, overrides: Sequence[str], overwrite: bool, methods: str 
         folder = opened.begin()
         where = runs.select(job, folder, screen, anew=overwrite)
     assert where is not None
-    if as_json:
-        _print_json(where.to_json())
-        return
-    from .tables import where_tables
-
-    _print(*where_tables(where), f"[dim]{folder.where}[/]")
+    _show(as_json, where.to_json(), lambda: [*where_tables(where), f"[dim]{folder.where}[/]"])
 
 
 def _compare_selections(chosen: Any, methods: str, as_json: bool) -> None:
@@ -196,10 +186,7 @@ def _compare_selections(chosen: Any, methods: str, as_json: bool) -> None:
     settings = {name.strip(): where_by(chosen.where, name.strip()) for name in methods.split(",")}
     with _screen(as_json) as screen:
         found = selections(load(chosen, screen), settings, screen)
-    if as_json:
-        _print_json({name: where.to_json() for name, where in found.items()})
-    else:
-        _print(*selections_tables(found))
+    _show(as_json, {name: where.to_json() for name, where in found.items()}, lambda: selections_tables(found))
 
 
 @cli.command()
@@ -216,6 +203,7 @@ def train(recipe: str, overrides: Sequence[str], overwrite: bool, resume: bool, 
     from . import run as runs
     from .job import load, trained_on
     from .session import after_restart, session
+    from .tables import plan_tables
 
     chosen, path = _load(recipe, overrides)
     overwrite, resume = after_restart(path, overwrite, resume)
@@ -226,12 +214,7 @@ def train(recipe: str, overrides: Sequence[str], overwrite: bool, resume: bool, 
         trained = runs.train(job, where, folder, screen, resume=resume)
         runs.export_run(job, trained, folder, screen)
         runs.warn(folder, screen)
-    if as_json:
-        _print_json(trained.plan.to_json())
-    else:
-        from .tables import plan_tables
-
-        _print(*plan_tables(trained.plan), f"[dim]{folder.adapter}[/]")
+    _show(as_json, trained.plan.to_json(), lambda: [*plan_tables(trained.plan), f"[dim]{folder.adapter}[/]"])
     if reason := runs.unusable(folder):
         fail(reason, code=1)
 
@@ -270,10 +253,7 @@ def evaluate(
             check_base_matches(chosen, RunFolder(path))
         with _screen(as_json) as screen, at_work(path):
             scored = scoring.evaluate_base(load(chosen, screen), RunFolder(path), screen)
-        if as_json:
-            _print_json({"folder": str(path), **scored})
-        else:
-            _print(f"[dim]{RunFolder(path).base}[/]")
+        _show(as_json, {"folder": str(path), **scored}, lambda: [f"[dim]{RunFolder(path).base}[/]"])
         return
     with _screen(as_json) as screen:
         recipe, folder = _trained(source, overrides)
@@ -315,10 +295,7 @@ def export(source: str, overrides: Sequence[str], form: str | None, out: Path | 
         engines = read_by(written)
         for line in engines:
             screen.note(line)
-    if as_json:
-        _print_json({"format": chosen, "path": str(written), "engines": engines})
-    else:
-        click.echo(str(written))
+    _show_path(as_json, written, format=chosen, engines=engines)
 
 
 @cli.command()
@@ -380,21 +357,14 @@ def compare(runs: Sequence[str], baseline: str | None, out: Path | None, as_json
     """
     from . import outputs
     from . import report as reports
+    from .screen import table
 
     if out is not None:
         outputs.check_file(out, outputs.is_comparison, "page of trimtab compare")
     found = reports.compare(runs, out, baseline)
-    if as_json:
-        _print_json(found.to_json())
-        return
-    from .screen import table
-
-    _print(
-        table(found.columns, found.cells, right=range(1, len(found.columns))),
-        f"{found.finding}.",
-        *found.notes,
-        *(f"[dim]{text}[/]" for text in (found.legend, out) if text),
-    )
+    parts = (f"{found.finding}.", *found.notes, *(f"[dim]{text}[/]" for text in (found.legend, out) if text))
+    right = range(1, len(found.columns))
+    _show(as_json, found.to_json(), lambda: [table(found.columns, found.cells, right=right), *parts])
 
 
 @cli.command()
@@ -420,6 +390,7 @@ def tune(recipe: str, settings: Sequence[str], jobs: int, out: Path | None, over
     from . import recipe as recipes
     from . import tune as tuning
     from .runfolder import default_folder
+    from .tables import tune_tables
 
     if out is None:
         folder = Path(recipe) if Path(recipe).is_dir() else default_folder(recipes.load(recipe), recipe)
@@ -429,12 +400,7 @@ def tune(recipe: str, settings: Sequence[str], jobs: int, out: Path | None, over
             found = tuning.tune(recipe, settings, out, screen, jobs=jobs, overwrite=overwrite)
         except tuning.SearchError as error:
             fail(str(error), code=1)
-    if as_json:
-        _print_json(found.to_json())
-        return
-    from .tables import tune_tables
-
-    _print(*tune_tables(found))
+    _show(as_json, found.to_json(), lambda: tune_tables(found))
 
 
 @cli.command()
@@ -443,18 +409,14 @@ def tune(recipe: str, settings: Sequence[str], jobs: int, out: Path | None, over
 def methods(axis: str | None, as_json: bool) -> None:
     """What there is on each axis: defaults, paper."""
     from .catalogue import catalogue
+    from .tables import method_tables
 
     found = catalogue()
     axes = list(dict.fromkeys(entry.axis for entry in found))
     if axis is not None and axis not in axes:
         raise ConfigError("axis", axis, f"must be one of {', '.join(axes)}.{did_you_mean(axis, axes)}")
     found = [entry for entry in found if axis in (None, entry.axis)]
-    if as_json:
-        _print_json([entry.to_json() for entry in found])
-        return
-    from .tables import method_tables
-
-    _print(*method_tables(found))
+    _show(as_json, [entry.to_json() for entry in found], lambda: method_tables(found))
 
 
 @cli.command()
@@ -475,10 +437,7 @@ def schema(out: Path | None, as_json: bool) -> None:
         return
     outputs.check_file(out, outputs.is_schema, "schema of trimtab schema")
     write_text(out, json.dumps(recipe_schema(), indent=1, ensure_ascii=False) + "\n")
-    if as_json:
-        _print_json({"path": str(out)})
-    else:
-        click.echo(str(out))
+    _show_path(as_json, out)
 
 
 @cli.command()
@@ -514,6 +473,7 @@ def bench(
     with LLaMA-Adapter, in turns. Weights are random and nothing is downloaded but the model's config.
     """
     from . import latency
+    from .tables import latency_tables
 
     chosen, _ = _load(recipe, overrides)
     with _screen(as_json) as screen, screen.stage("bench") as stage:
@@ -522,12 +482,7 @@ def bench(
             chosen, batches=batches, tokens=tokens, rounds=rounds, device=device, on_round=bar.advance
         )
         stage.result = f"{found.model} · {found.device}"
-    if as_json:
-        _print_json(found.to_json())
-        return
-    from .tables import latency_tables
-
-    _print(*latency_tables(found))
+    _show(as_json, found.to_json(), lambda: latency_tables(found))
 
 
 @cli.command()
@@ -559,10 +514,7 @@ def _hand_over(
     recipe, folder = _trained(source, overrides, needs_rows=False)
     with _screen(as_json) as screen:
         out = harness.evaluate(recipe, folder, name, tasks, more, screen, base)
-    if as_json:
-        _print_json({"harness": name, "path": str(out)})
-    else:
-        click.echo(str(out))
+    _show_path(as_json, out, harness=name)
 
 
 # -- what the commands share ---------------------------------------------------------------------------
@@ -610,15 +562,26 @@ def _screen(as_json: bool) -> Iterator[Screen]:
 
 def _show_run(folder: RunFolder, as_json: bool) -> None:
     from .runfolder import is_main
-
-    if not is_main():  # the one that writes may not be done yet
-        return
-    if as_json:
-        _print_json({"folder": str(folder.path), **folder.read(folder.metrics)})
-        return
     from .tables import run_tables
 
-    _print(*run_tables(folder))
+    if is_main():  # for others, the one that writes may not be done yet
+        _show(as_json, {"folder": str(folder.path), **folder.read(folder.metrics)}, lambda: run_tables(folder))
+
+
+def _show(as_json: bool, data: dict[str, Any] | Iterable[Any], parts: Callable[[], Iterable[Any]]) -> None:
+    """A result as JSON, or as what people read, which is made only then."""
+    if as_json:
+        _print_json(data)
+    else:
+        _print(*parts())
+
+
+def _show_path(as_json: bool, path: Path, **facts: Any) -> None:
+    """Where the result was written, and for machines what else is known of it."""
+    if as_json:
+        _print_json({**facts, "path": str(path)})
+    else:
+        click.echo(str(path))
 
 
 def _print(*parts: Any) -> None:
