@@ -13,7 +13,7 @@ from transformers import AutoModel
 
 from tasks.stand_ins import write_jsonl
 from test_run import paraphrases, write_recipe
-from trimtab.app import cli as command_line
+from trimtab.app import ending
 from trimtab.app.cli import cli
 
 
@@ -186,7 +186,7 @@ def test_methods_names_every_axis_with_defaults_and_papers():
 
 def test_a_failure_of_ours_is_one_line_with_the_place_of_its_traceback(monkeypatch, recipe):
     monkeypatch.setattr("trimtab.app.planning.plan_recipe", lambda recipe, **given: 1 / 0)
-    monkeypatch.delenv(command_line.DEBUG, raising=False)
+    monkeypatch.delenv(ending.DEBUG, raising=False)
     result = run("plan", recipe)
     assert result.exit_code == 1
     assert result.stderr.startswith("error: ZeroDivisionError: division by zero (traceback: ")
@@ -196,7 +196,7 @@ def test_a_failure_of_ours_is_one_line_with_the_place_of_its_traceback(monkeypat
 
 
 def test_debug_shows_the_traceback(monkeypatch, recipe):
-    monkeypatch.setenv(command_line.DEBUG, "")  # put back afterwards what --debug sets
+    monkeypatch.setenv(ending.DEBUG, "")  # put back afterwards what --debug sets
     result = run("plan", recipe, "where.ratoi=1", "--debug")
     assert result.exit_code == 2
     assert "Traceback" in result.stderr

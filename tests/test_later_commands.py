@@ -13,9 +13,9 @@ from test_own_data import ROWS, trimtab, write_recipe
 from test_run import read, tiny_model
 from trimtab import TrimCallback
 from trimtab.app import demo, outputs
-from trimtab.app import run as runs
 from trimtab.app.runfolder import RunFolder
 from trimtab.app.screen import Screen
+from trimtab.app.trained import trained_adapter
 from trimtab.errors import ConfigError
 
 NAMES = ["bad", "good", "so so"]
@@ -207,15 +207,15 @@ def test_scores_of_an_unfinished_run_say_so_and_do_not_make_it_a_finished_one(tr
 
 
 def test_what_was_exported_of_an_unfinished_run_gives_way_to_a_later_checkpoint(half, monkeypatch):
-    assert runs.trained_adapter(RunFolder(half)) == half / "adapter"
+    assert trained_adapter(RunFolder(half)) == half / "adapter"
     stop_at_step(monkeypatch, 8)
     trimtab("run", half, "--resume", code=1)
-    assert runs.trained_adapter(RunFolder(half)) == half / "checkpoints" / "checkpoint-6"
+    assert trained_adapter(RunFolder(half)) == half / "checkpoints" / "checkpoint-6"
     (half.parent / "new.csv").write_text("text\nthe cat\n")
     said = trimtab("predict", half, half.parent / "new.csv").stderr
     assert "checkpoint-6, step 6 of 12" in " ".join(said.split())
     trimtab("export", half)
-    assert runs.trained_adapter(RunFolder(half)) == half / "adapter"
+    assert trained_adapter(RunFolder(half)) == half / "adapter"
     ours, theirs = (
         load_file(half / place / "adapter_model.safetensors") for place in ("adapter", "checkpoints/checkpoint-6")
     )
@@ -229,7 +229,7 @@ def test_an_early_stopped_run_is_finished(trained, tmp_path):
         f"output_dir={tmp_path / 'run'}",
     )  # fmt: skip
     assert RunFolder(tmp_path / "run").is_finished
-    assert runs.trained_adapter(RunFolder(tmp_path / "run")) == tmp_path / "run" / "adapter"
+    assert trained_adapter(RunFolder(tmp_path / "run")) == tmp_path / "run" / "adapter"
     trimtab("eval", tmp_path / "run")
     assert RunFolder(tmp_path / "run").is_finished
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from test_run import read, trimtab, write_recipe
 from trimtab import TrimCallback
-from trimtab.app import runfolder
+from trimtab.app import recipe as recipes
+from trimtab.app import runfolder, session
 from trimtab.app.runfolder import RunFolder
 from trimtab.app.storage import alone
 from trimtab.errors import ConfigError, DataError
@@ -111,7 +112,7 @@ def test_a_run_is_back_after_a_kill_at_any_instant_of_its_being_moved(copied, mo
     with contextlib.suppress(SystemExit):
         getattr(folder, step)()
     monkeypatch.undo()
-    with runfolder.at_work(copied):  # the next command
+    with session.at_work(copied):  # the next command
         assert {k: v for k, v in contents(copied).items() if k != ".lock"} == before
 
 
@@ -181,7 +182,7 @@ def test_a_folder_that_is_no_run_s_is_refused(finished, tmp_path, monkeypatch, n
 
 
 def test_a_variable_in_a_folder_s_name_is_the_environment_s(finished, monkeypatch, tmp_path):
-    recipe = runfolder.recipes.load(finished, ["output_dir=$PLACE/x"])
+    recipe = recipes.load(finished, ["output_dir=$PLACE/x"])
     monkeypatch.setenv("PLACE", str(tmp_path))
     assert runfolder.default_folder(recipe, "r.yaml") == tmp_path / "x"
     monkeypatch.delenv("PLACE")
@@ -192,7 +193,7 @@ def test_a_variable_in_a_folder_s_name_is_the_environment_s(finished, monkeypatc
 @pytest.mark.parametrize("file", [".DS_Store", ".gitignore"])
 def test_a_folder_with_nobody_s_files_is_as_good_as_empty(tmp_path, file):
     (tmp_path / file).write_text("")
-    with runfolder.at_work(tmp_path):
+    with session.at_work(tmp_path):
         pass
 
 
@@ -288,7 +289,7 @@ DAMAGE = [
 @pytest.mark.parametrize("harm, name, says", DAMAGE)
 def test_a_damaged_checkpoint_is_named_and_an_older_one_taken(unfinished, caplog, harm, name, says):
     harm(unfinished / "checkpoints" / "checkpoint-16" / name)
-    found = runfolder.checkpoint_to_resume(RunFolder(unfinished))
+    found = session.checkpoint_to_resume(RunFolder(unfinished))
     assert Path(found).name == "checkpoint-8"
     assert "checkpoint-16: " in caplog.text
     assert says in caplog.text
@@ -319,7 +320,7 @@ def test_a_run_goes_on_from_before_the_damage_and_ends_as_it_would_have(finished
 def test_lost_rows_of_the_history_are_counted(unfinished, caplog):
     rows = (unfinished / "history.jsonl").read_text().splitlines(keepends=True)
     (unfinished / "history.jsonl").write_text("".join(rows[:4]))
-    runfolder.checkpoint_to_resume(RunFolder(unfinished))
+    session.checkpoint_to_resume(RunFolder(unfinished))
     assert f"history.jsonl has lost {len(rows) - 4} rows" in caplog.text
 
 
@@ -345,29 +346,29 @@ def test_a_recipe_is_known_to_be_cut_wherever_it_is(copied):
     for end in range(0, len(text) - len("\n... # 0123456789abcdef\n"), 7):
         (copied / "recipe.yaml").write_text(text[:end])
         with pytest.raises(ConfigError, match=r"damaged|must hold keys and values"):
-            runfolder.recipes.load(copied)
+            recipes.load(copied)
 
 
 def test_a_resume_says_that_the_recipe_was_changed(copied, caplog):
     recipe, folder = copied / "recipe.yaml", RunFolder(copied)
-    runfolder.same_recipe(runfolder.recipes.load(copied), folder)
+    session.same_recipe(recipes.load(copied), folder)
     assert not caplog.text
     recipe.write_text(recipe.read_text().replace("seed: 0", "seed: 1"))
-    runfolder.same_recipe(runfolder.recipes.load(copied), folder)
+    session.same_recipe(recipes.load(copied), folder)
     assert "recipe.yaml is not as the run wrote it" in caplog.text
 
 
 def test_an_earlier_version_s_run_is_known_without_the_mark(copied):
     recipe = copied / "recipe.yaml"
     recipe.write_text(recipe.read_text().partition("\n")[2])
-    with runfolder.at_work(copied):
+    with session.at_work(copied):
         assert json.loads((copied / "metrics.json").read_text())
 
 
 def test_there_is_nothing_to_resume_in_an_empty_folder(finished, tmp_path):
     with (
         pytest.raises(DataError, match=r"recipe\.yaml is missing"),
-        runfolder.session(runfolder.recipes.load(finished), tmp_path / "none", resume=True),
+        session.session(recipes.load(finished), tmp_path / "none", resume=True),
     ):
         pass
     assert not (tmp_path / "none").exists()

@@ -17,7 +17,7 @@ from transformers import AutoModel, Trainer
 import fresh
 from marks import slow
 from tasks.stand_ins import WORDS, encoder_tokenizer, tiny_config, write_jsonl
-from trimtab.app import run as runs
+from trimtab.app import scoring
 from trimtab.app.cli import cli
 from trimtab.plans import Plan
 
@@ -84,16 +84,16 @@ def finished(tmp_path_factory):
     """Folder of a finished run; tests that write copy it first."""
     recipe = write_recipe(tmp_path_factory.mktemp("finished"))
 
-    def scoring(job, model, *where):  # keeps the logits of the model that was trained
+    def keeping(job, model, *where):  # keeps the logits of the model that was trained
         batch = job.task.collator(job.tokenizer)([dict(row) for row in job.ready["validation"]])
         labels = batch.pop("labels")
         with torch.no_grad():
             torch.save((model.eval()(**batch).logits, labels), recipe.parent / "logits.pt")
         return score(job, model, *where)
 
-    score = runs.score
+    score = scoring.score
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "score", scoring)
+        patch.setattr(scoring, "score", keeping)
         trimtab("run", recipe)
     return recipe.parent / "run"
 

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 import trimtab
-from trimtab.app import cli, progress
+from trimtab.app import ending, progress
 from trimtab.app.screen import Screen, table
 
 WORDS = "validation: 5 classes: 'python' 60, 'scipy' 60, 'sympy' 60, 'torch' 60, 'transformers' 60; learned " * 3
@@ -58,7 +58,7 @@ def test_an_error_on_a_terminal_wraps_between_words(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "40")
     with pytest.raises(SystemExit):
-        cli._fail("adapter.type='loraa': must be one of lora, vera, bottleneck, adaption_prompt.", code=2)
+        ending.fail("adapter.type='loraa': must be one of lora, vera, bottleneck, adaption_prompt.", code=2)
     found = capsys.readouterr().err.splitlines()
     assert len(found) > 1 and max(map(len, found)) <= 40
     assert "bottleneck," in " ".join(found).split()

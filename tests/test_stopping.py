@@ -91,7 +91,9 @@ def test_a_signal_in_the_last_step_takes_training_to_its_end(unbroken, tmp_path)
 
 
 @BREADTH
-@pytest.mark.parametrize("target", ["trimtab.app.run:_name_base", "trimtab.app.run:score", "trimtab.app.report:write"])
+@pytest.mark.parametrize(
+    "target", ["trimtab.app.run:_name_base", "trimtab.app.scoring:score", "trimtab.app.report:write"]
+)
 def test_a_signal_after_training_leaves_nothing_half_written(unbroken, tmp_path, target):
     code, said = stopped(unbroken, tmp_path, (target, 1), SIGTERM)
     assert code == 143 and "checkpoint-16 is whole" in said.splitlines()[-1]
@@ -145,7 +147,7 @@ def test_ctrl_c_of_a_terminal_spares_the_data_loader_s_workers(unbroken, tmp_pat
 
 
 def test_another_command_ends_with_the_signal_s_number(unbroken, tmp_path):
-    before = AtCall("trimtab.app.run:score", 1, Send(SIGTERM))
+    before = AtCall("trimtab.app.scoring:score", 1, Send(SIGTERM))
     code, said = command(tmp_path, "eval", unbroken, "--base", before=before)
     assert code == 143 and said.splitlines()[-1] == "error: stopped by SIGTERM"
     assert not (unbroken / ".lock").exists()

@@ -16,8 +16,9 @@ from datasets import Dataset, DatasetDict
 from tasks.stand_ins import write_jsonl
 from test_cli import one_line_error
 from test_run import write_recipe
-from trimtab.app import planning, tune
 from trimtab.app import recipe as recipes
+from trimtab.app import tune
+from trimtab.app.rows import held_rows, load_rows
 from trimtab.app.tasks import get_task
 from trimtab.errors import ConfigError
 
@@ -89,17 +90,17 @@ def test_a_change_in_any_file_of_a_folder_or_a_pattern_is_seen(tmp_path):
 
 def test_every_class_has_its_share_of_the_rows_held_out():
     labels = [0] * 150 + [1] * 40 + [2] * 9 + [3]
-    held = planning.held_rows(0.2, 200, labels, 0)
+    held = held_rows(0.2, 200, labels, 0)
     assert len(held) == 40 == len(set(held)) and held == sorted(held)
     counts = np.bincount(np.asarray(labels)[held], minlength=4)
     assert all(abs(n - share) <= 1 for n, share in zip(counts, (30, 8, 1.8))) and counts[3] == 0
-    assert planning.held_rows(0.2, 200, labels, 0) == held != planning.held_rows(0.2, 200, labels, 1)
-    assert len(planning.held_rows(25, 200, None, 0)) == 25
+    assert held_rows(0.2, 200, labels, 0) == held != held_rows(0.2, 200, labels, 1)
+    assert len(held_rows(25, 200, None, 0)) == 25
 
 
 def test_numbers_are_held_out_over_their_whole_range():
     labels = np.random.default_rng(0).permutation(100) / 10
-    held = sorted(labels[planning.held_rows(10, 100, labels.tolist(), 0)])
+    held = sorted(labels[held_rows(10, 100, labels.tolist(), 0)])
     assert all(i <= value < i + 1 for i, value in enumerate(held))
 
 
@@ -109,7 +110,7 @@ def test_rows_to_score_are_training_rows_alone_where_the_recipe_has_no_validatio
         real = recipes.load(recipe, overrides)
         trained = get_task(real.task.model_dump()).load_data(real.data.to_load)["train"]["sentence1"][:]
         trial = recipes.load(recipe, [*overrides, "data.held_out=0.25"])
-        rows = planning.load_rows(trial, get_task(trial.task.model_dump()))
+        rows = load_rows(trial, get_task(trial.task.model_dump()))
         assert set(rows) == {"train", "validation"}
         assert sorted(rows["train"]["sentence1"][:] + rows["validation"]["sentence1"][:]) == sorted(trained)
         assert len(rows["validation"]) == round(len(trained) / 4)
@@ -118,7 +119,7 @@ def test_rows_to_score_are_training_rows_alone_where_the_recipe_has_no_validatio
 def test_rows_held_out_stand_under_a_name_that_the_task_scores():
     parts = DatasetDict({name: Dataset.from_dict({"x": list(range(8))}) for name in ("train", "test")})
     task = SimpleNamespace(load_data=lambda data: parts, notes=["test: 3 of 8 rows kept"])
-    rows = planning.load_rows(recipes.load({"model": "m", "data": {"held_out": 2}}), task)
+    rows = load_rows(recipes.load({"model": "m", "data": {"held_out": 2}}), task)
     assert len(rows["test"]) == 2 and len(rows["train"]) == 6 and not set(rows["test"]["x"]) & set(rows["train"]["x"])
     assert task.notes == ["data.held_out: 2 of 8 training rows are scored, in place of validation and test"]
 

@@ -29,6 +29,8 @@ def record(run: Run, data: Path, target: Path) -> None:
 
     from trimtab.app import recipe as recipes
     from trimtab.app import run as stages
+    from trimtab.app import scoring
+    from trimtab.app.job import load
     from trimtab.app.malloc import keep_freed_memory
     from trimtab.app.runfolder import RunFolder, write_text
     from trimtab.app.screen import Screen
@@ -39,7 +41,7 @@ def record(run: Run, data: Path, target: Path) -> None:
     recipe = recipes.load(Path(__file__).with_name(run.task.recipe), run.overrides(data))
     with tempfile.TemporaryDirectory() as place:
         folder = RunFolder(Path(place))
-        job = stages.load(recipe, screen)
+        job = load(recipe, screen)
         where = stages.select(job, folder, screen)
         began = time.process_time()
         if run.row.kind:
@@ -50,7 +52,7 @@ def record(run: Run, data: Path, target: Path) -> None:
             curve = [json.loads(line) for line in folder.history.read_text().splitlines()]
         training = time.process_time() - began
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of Linux
-        metrics = stages.score(job, model, folder, screen, folder.answers, folder.predictions)
+        metrics = scoring.score(job, model, folder, screen, folder.answers, folder.predictions)
         kept = next(iter(folder.read(folder.predictions).values()))
     settings = json.loads(recipe.model_dump_json(exclude_none=True, exclude={"output_dir", "data", "export"}))
     found = {

@@ -27,7 +27,7 @@ import tiny
 import trimtab
 from marks import slow
 from trimtab import freeze, rank, where
-from trimtab.app.recipe import ADAPTERS as KINDS_OF_ADAPTER
+from trimtab.app.adapter_kinds import ADAPTERS as KINDS_OF_ADAPTER
 from trimtab.errors import ExportError
 
 ADAPTERS: dict[str, Any] = {

@@ -153,6 +153,23 @@ def test_a_kind_of_row_is_the_conversation_that_it_means(tmp_path, kind):
     assert marked(task.prepare(rows, tokenizer, byte_model())["train"][0], tokenizer) == expected
 
 
+def test_a_system_message_that_stands_in_two_places_is_read_once_and_said(tmp_path):
+    own = {"messages": [{"role": "system", "content": "S"}, user("Hi"), says("Yo")]}
+    task, rows = load(
+        tmp_path,
+        [{**own, "intro": "S"}, {**own, "intro": "T"}, {**own, "intro": None}],
+        {"columns": {"system": "intro"}},
+    )
+    assert [[m["content"] for m in turns] for turns in rows["train"]["messages"]] == [["S", "Hi", "Yo"]] * 3
+    said = "1 of 3 conversations begin with a system message of their own, another than in column 'intro'"
+    assert [note for note in task.notes if "system" in note] == [f"{split}: {said}: theirs is read" for split in rows]
+
+
+def test_answers_by_place_are_not_taken_for_missing_words(tmp_path):
+    task, _ = load(tmp_path, [{"question": "Hi?", "choices": ["red", "blue"], "answer": 1}] * 2)
+    assert task.notes[0] == "train: answers are the places of their choices, from 0, and learned by their letters"
+
+
 @pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}, {"weight": "0"}])
 @pytest.mark.parametrize("row", [{"prompt": "Hi", "completion": "wrong"}, {"messages": [user("Hi"), says("wrong")]}])
 def test_a_row_that_is_not_to_be_learned_is_left_out(tmp_path, row, flag):

@@ -2,6 +2,7 @@
 
 import bz2
 import csv
+import doctest
 import gzip
 import io
 import json
@@ -13,7 +14,7 @@ from decimal import Decimal
 
 import pytest
 
-from trimtab.app.tasks import get_task
+from trimtab.app.tasks import get_task, labels, names
 from trimtab.app.tasks.files import read_file
 from trimtab.app.tasks.guessing import guess
 from trimtab.errors import TrimtabError
@@ -188,6 +189,8 @@ READ = {
     "steps of a half": ("x.csv", separated(rows=with_labels("1.0", "1.5")), {"1": 8, "1.5": 8}, ""),
     "several labels in one": ("x.csv", separated(rows=with_labels("a|b", "a", "b")), {"a": 8, "a|b": 8, "b": 8}, "look like several in one: 'a|b'; one label a row is learned"),
     "labels with a decimal comma": ("x.csv", separated(";", with_labels("1,5", "2,5")), {"1,5": 8, "2,5": 8}, "numbers with a decimal comma: task.regression=true"),
+    "labels in a unit": ("x.csv", separated(rows=with_labels("5%", "10 %")), {"10 %": 8, "5%": 8}, "classes that look like numbers in %: '5%', '10 %'; if they are: task.regression=true"),
+    "labels in two units": ("x.csv", separated(rows=with_labels("$5", "5 €")), {"$5": 8, "5 €": 8}, "numbers in $, €: '$5', '5 €'; if they are: write them all in one unit, or without"),
     "labels with what has no width": ("x.csv", separated(rows=with_labels("bad", "bad\u200b", "good")), {"bad": 8, "bad\u200b": 8, "good": 8}, "differ in blanks or case only: 'bad', 'bad\\u200b'"),
     "blanks and case in labels": (
         "x.csv",
@@ -268,6 +271,11 @@ GUESSED = {
     "a pair of texts by their letters": ("x.csv", separated(rows=[(t, f"so {t}", la) for t, la in PAIRS], header=("sentenceA", "sentenceB", "label")), "a pair of texts (sentenceA and sentenceB) and one of 2 classes (label)"),
     "votes of two people beside a text": ("x.csv", separated(rows=[(t, la, la, la) for t, la in PAIRS], header=("text", "vote1", "vote2", "label")), "a text (text) and one of 2 classes (label)"),
     "two addresses beside a text": ("x.csv", separated(rows=[(t, f"{t} street", f"{t} town", la) for t, la in PAIRS], header=("review", "address1", "address2", "label")), "a text (review) and one of 2 classes (label)"),
+    "two teams beside a text": ("x.csv", separated(rows=[(f"Real {i}", f"Ajax {i}", t, la) for i, (t, la) in enumerate(PAIRS)], header=("teamA", "teamB", "Bericht", "label")), "a text (Bericht) and one of 2 classes (label)"),
+    "two players beside a text": ("x.csv", separated(rows=[(f"Jo Smith{i}", f"Al {i}", t, la) for i, (t, la) in enumerate(PAIRS)], header=("player1", "player2", "Bericht", "label")), "a text (Bericht) and one of 2 classes (label)"),
+    "a pair of texts and where they are from": ("x.csv", separated(rows=[(t, f"so {t}", f"book {i}", la) for i, (t, la) in enumerate(PAIRS)], header=("satz1", "satz2", "quelle", "label")), "a pair of texts (satz1 and satz2) and one of 2 classes (label)"),
+    "shares in percent": ("x.csv", separated(rows=[(t, f"{i}%") for i, (t, _) in enumerate(PAIRS)], ), "a text (text) and a number (label)"),
+    "prices that are called as such": ("x.csv", separated(rows=[(t, f"$ {i * 7}.5") for i, (t, _) in enumerate(PAIRS)], header=("text", "price")), "a text (text) and a number (price)"),
     "ratings that count up": ("x.csv", separated(rows=[(t, i) for i, (t, _) in enumerate(PAIRS * 4)], header=("text", "rating")), "a text (text) and a number (rating)"),
     "columns by row numbers, fewer than there are columns": ("x.json", json.dumps({name: {str(i): f"{name} {i}" for i in range(2)} for name in ("kommentar", "rohfassung", "quelle", "text")}), "plain text (text)"),
     "Gemini's messages": ("x.jsonl", json.dumps({"contents": [{"role": "user", "parts": [{"text": "Hi"}]}]}) + "\n", "conversations (contents)"),
@@ -288,6 +296,10 @@ NOT_GUESSED = {
     "two texts of unlike names": ("x.csv", separated(rows=[(t, f"so {t}", la) for t, la in PAIRS], header=("claim", "evidence", "label")), "'claim', 'evidence' could each be the text; say which: 'task.text=evidence', or both: 'task.text=claim' 'task.text_pair=evidence'"),
     "source, target and their class": ("x.csv", separated(rows=[(t, f"so {t}", la) for t, la in PAIRS], header=("source", "target", "label")), "'source', 'target' could each be the text"),
     "numbers with a decimal comma": ("x.csv", separated(";", with_labels("1,5", "2,5")), "column 'label' holds '1,5': if these are numbers with a decimal comma, say task.label=label task.regression=true"),
+    "numbers in a unit, with a decimal comma": ("x.csv", separated(";", with_labels("1,5 €", "2,5 €")), "column 'label' holds '1,5 €': if these are numbers with a decimal comma"),
+    "numbers in two units": ("x.csv", separated(rows=with_labels("$5", "5 €")), "column 'label' holds '$5', and not all in one unit ($, €): write numbers in one"),
+    "numbers that have a unit here and there": ("x.csv", separated(rows=with_labels("5", "10%")), "and not all in one unit (%)"),
+    "a pair of texts and a third": ("x.csv", separated(rows=[(t, f"so {t}", f"yes {t}", la) for t, la in PAIRS], header=("satz1", "satz2", "antwort", "label")), "'satz1', 'satz2', 'antwort' could each be the text"),
     "rows that are counted": ("x.csv", separated(rows=[(t, i + 7) for i, (t, _) in enumerate(PAIRS)], header=("text", "answer")), "'answer' beside 'text' is called like what is to be learned"),
     "hashes of texts": ("x.jsonl", "".join(json.dumps({"text": t, "_task_hash": 7 * i**2, "answer": "accept"}) + "\n" for i, (t, _) in enumerate(PAIRS)), "'answer' beside 'text' is called like"),
     "a title above the columns": ("x.csv", "My table,\n" + separated(), "column 2 has no name in the first line and is not read; name it, or say task.name=text"),
@@ -301,6 +313,12 @@ NOT_GUESSED = {
     "texts within": ("x.jsonl", (json.dumps({"data": {"text": "a"}, "meta": {"label": "b"}}) + "\n") * 2, "no column of text; its columns are data, meta"),
     "texts in pieces": ("x.jsonl", lines([(t.split(), la) for t, la in PAIRS]), "no column of text beside the label 'label'"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("module", [labels, names])
+def test_the_examples_of_names_and_labels_hold(module):
+    found = doctest.testmod(module)
+    assert found.attempted and not found.failed
 
 
 def guessed(tmp_path, name, content):
@@ -404,6 +422,17 @@ def test_numbers_may_have_a_decimal_comma(tmp_path):
     assert {n for part in parts.values() for n in part["label"][:]} == {7.0, *(i + 0.5 for i in range(1, 20))}
     with pytest.raises(TrimtabError, match="row 1 has label '1,000', not a finite number"):  # or a thousand
         load(tmp_path, "x.csv", separated(";", with_labels("1,000", "2,000")), {"regression": True})
+
+
+def test_numbers_may_have_a_unit_and_all_splits_the_same(tmp_path):
+    rows = [(text, f"{i} %") for i, (text, _) in enumerate(PAIRS)]
+    task, parts, _ = load(tmp_path, "x.csv", separated(rows=rows), {"regression": True})
+    assert {n for part in parts.values() for n in part["label"][:]} == set(range(20))
+    assert "train: labels are numbers in %, which is left off" in task.notes
+    for others, unit in (([("a", 0.5), ("b", 0.2)], "no unit"), ([("a", "$5"), ("b", "$2")], "\\$")):
+        with pytest.raises(TrimtabError, match=rf"labels in {unit}, and in % in the training rows; write them alike"):
+            files = {"v__csv": separated(rows=others)}
+            load(tmp_path, "x.csv", separated(rows=rows), {"regression": True}, {"validation": "v.csv"}, **files)
 
 
 def test_a_label_of_minus_one_in_a_test_file_is_told_how_to_be_left_out(tmp_path):

@@ -23,7 +23,7 @@ from .runfolder import RunFolder, write_text
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
-    from .run import Job
+    from .job import Job
 
 CARD = "README.md"
 MARK = "<!-- Written by Trimtab, anew with each evaluation and export; without this line it stays as it is. -->"

@@ -13,6 +13,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..train.rates import ROLES
 from . import recipe as recipes
+from .adapter_kinds import ADAPTERS
 
 _NO_DEFAULT = (dataclasses.MISSING, inspect.Parameter.empty)
 LORA_PAPER, VERA_PAPER = "arXiv 2106.09685", "arXiv 2310.11454"
@@ -70,7 +71,7 @@ def _adapters() -> list[Entry]:
             {**_OWN_DEFAULTS.get(name, {}), **_without_none({k: v for k, v in defaults.items() if k in words})},
             _OWN_NEEDS.get(name, []),
         )
-        for name, (_, _, words) in recipes.ADAPTERS.items()
+        for name, (_, _, words) in ADAPTERS.items()
     ]
 
 

@@ -1,7 +1,5 @@
 """The command line. Imports nothing heavy at load time, so that ``--help`` answers at once.
 
-Exit codes: 0 done, 1 failed, 2 bad input (one line on stderr, no traceback), 130 stopped by Ctrl-C, 143 by
-SIGTERM.
 Results go to stdout (a table, or JSON with ``--json``), everything else to stderr.
 """
 
@@ -9,13 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
-import logging
-import os
-import shutil
 import sys
-import tempfile
-import textwrap
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -25,110 +17,19 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from .. import __version__
-from ..errors import ConfigError, TrimtabError, did_you_mean, missing_extra
+from ..errors import ConfigError, did_you_mean
+from .ending import Commands, common, fail
 from .malloc import keep_freed_memory
-from .stopping import Stopped, listening
 
 if TYPE_CHECKING:
     from .recipe import Recipe
     from .runfolder import RunFolder
     from .screen import Screen
 
-DEBUG = "TRIMTAB_DEBUG"
-_SMALLER = (
-    "halve train.per_device_train_batch_size and double train.gradient_accumulation_steps, which is the same run, "
-    "shorten task.max_length, or set train.gradient_checkpointing=true"
-)
 
-
-class _Commands(click.Group):
-    """A group whose errors are one line each."""
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
-            known = self.list_commands(ctx)
-            near = did_you_mean(args[0], known)
-            raise click.UsageError(f"no command {args[0]!r}.{near} There is {', '.join(known)}.")
-        return super().resolve_command(ctx, args)
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)  # in the order of a run, as written below
-
-    def main(self, *args: Any, **extra: Any) -> Any:
-        # PEFT imports it wherever it is installed, and it warns of kernels that only quantised models use.
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-        try:
-            with listening():
-                sys.exit(super().main(*args, **{**extra, "standalone_mode": False}) or 0)
-        except Stopped as stopped:
-            _fail(str(stopped), code=stopped.code)
-        except (click.Abort, KeyboardInterrupt):
-            _fail("stopped", code=130)
-        except click.exceptions.NoArgsIsHelpError as error:  # bare `trimtab` asks for help
-            click.echo(error.ctx.get_help() if error.ctx else "")
-            sys.exit(0)
-        except click.ClickException as error:
-            where = f" (see `{error.ctx.command_path} --help`)" if getattr(error, "ctx", None) else ""  # type: ignore[attr-defined]
-            keys = " Keys of the recipe have no dashes: train.learning_rate=1e-3"
-            hint = (
-                keys if isinstance(error, click.NoSuchOption) and "possibilities" not in error.format_message() else ""
-            )
-            _fail(f"{error.format_message()}{hint}{where}", code=2)
-        except TrimtabError as error:
-            _fail(*(map(str, getattr(error, "errors", [error]))), code=2)
-        except BrokenPipeError:  # `trimtab … | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
-        except Exception as error:
-            if isinstance(error, ModuleNotFoundError) and (missing := missing_extra("this command", error)):
-                _fail(str(missing), code=2)
-            from .storage import storage_fault
-
-            if fault := storage_fault(error):
-                _fail(fault, code=2)
-            text = " ".join(str(error).split()) or type(error).__name__
-            if "out of memory" in text.lower():
-                _fail(f"{text[:200]}: {_SMALLER}", code=1)
-            _fail(f"{type(error).__name__}: {text[:300]} (traceback: {_write_log()}, or run with --debug)", code=1)
-
-
-def _fail(*messages: str, code: int) -> NoReturn:
-    if os.environ.get(DEBUG):
-        traceback.print_exc()
-    for message in messages:
-        line = f"error: {' '.join(message.split())}"
-        if sys.stderr.isatty():
-            width = shutil.get_terminal_size().columns
-            line = textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
-        click.echo(line, err=True)
-    sys.exit(code)
-
-
-def _write_log() -> str:
-    with tempfile.NamedTemporaryFile("w", prefix="trimtab-", suffix=".log", delete=False, encoding="utf-8") as file:
-        file.write(traceback.format_exc())
-    return file.name
-
-
-def _debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:
-    if value:
-        os.environ[DEBUG] = "1"
-
-
-def _common(command: Callable[..., Any]) -> Callable[..., Any]:
-    """``--json`` and ``--debug``, which every command has."""
-    debug = click.option(
-        "--debug",
-        is_flag=True,
-        expose_value=False,
-        callback=_debug,
-        is_eager=True,
-        help=f"Show the traceback of an error (also: {DEBUG}=1).",
-    )
-    as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else.")
-    return as_json(debug(command))
-
-
+_PATH = click.Path(path_type=Path)
+_FILE = click.Path(path_type=Path, dir_okay=False)
+_FOLDER = click.Path(path_type=Path, file_okay=False)
 _recipe = click.argument("recipe")
 _source = click.argument("source", metavar="RUN|RECIPE")
 _overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
@@ -136,7 +37,7 @@ _overwrite = click.option("--overwrite", is_flag=True, help="Replace what an ear
 _resume = click.option("--resume", is_flag=True, help="Go on from the last complete checkpoint, exactly.")
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, "--version", prog_name="trimtab")
 def cli() -> None:
     """Decide where a transformer is adapted, at which rank, and for how long.
@@ -147,11 +48,11 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("data", type=click.Path(path_type=Path))
+@click.argument("data", type=_PATH)
 @_overrides
 @click.option("--model", "-m", help="Hub id, local folder, GGUF file; a small one when not given.")
-@click.option("--out", "-o", type=click.Path(path_type=Path, dir_okay=False), help="Default: NAME.yaml for NAME.csv.")
-@_common
+@click.option("--out", "-o", type=_FILE, help="Default: NAME.yaml for NAME.csv.")
+@common
 def init(data: Path, overrides: Sequence[str], model: str | None, out: Path | None, as_json: bool) -> None:
     """Write a starter recipe for a file of training rows.
 
@@ -164,10 +65,8 @@ def init(data: Path, overrides: Sequence[str], model: str | None, out: Path | No
         made = starting.start(data, out, model, overrides)
         for note in made.notes:
             screen.note(note)
-    if as_json:
-        _print_json(made.to_json())
-        return
-    _print(f"{made.path}: {made.told or made.task}, {made.rows} rows. Next: trimtab run {made.path}")
+    told = f"{made.path}: {made.told or made.task}, {made.rows} rows. Next: trimtab run {made.path}"
+    _show(as_json, made.to_json(), lambda: [told])
 
 
 @cli.command()
@@ -175,11 +74,11 @@ def init(data: Path, overrides: Sequence[str], model: str | None, out: Path | No
 @_overrides
 @_overwrite
 @_resume
-@_common
+@common
 def run(recipe: str, overrides: Sequence[str], overwrite: bool, resume: bool, as_json: bool) -> None:
     """Select layers, train, export, evaluate and report."""
     from . import run as runs
-    from .runfolder import after_restart
+    from .session import after_restart
 
     chosen, path = _load(recipe, overrides)
     overwrite, resume = after_restart(path, overwrite, resume)
@@ -187,7 +86,7 @@ def run(recipe: str, overrides: Sequence[str], overwrite: bool, resume: bool, as
         folder = runs.run(chosen, path, screen, overwrite=overwrite, resume=resume)
     _show_run(folder, as_json)
     if reason := runs.unusable(folder):
-        _fail(reason, code=1)
+        fail(reason, code=1)
 
 
 @cli.command()
@@ -197,7 +96,7 @@ def run(recipe: str, overrides: Sequence[str], overwrite: bool, resume: bool, as
 @click.option("--measure", is_flag=True, help="Take a few steps here, and say how long the run will be.")
 @click.option("--processes", type=click.IntRange(1), default=1, help="Forecast what each of so many holds and sends.")
 @click.option("--strategy", type=click.Choice(["ddp", "fsdp2"]), default="ddp", show_default=True, help="Of these.")
-@_common
+@common
 def plan(
     recipe: str,
     overrides: Sequence[str],
@@ -213,6 +112,7 @@ def plan(
     alone: a 7B plan takes seconds on a laptop.
     """
     from . import planning
+    from .tables import plan_tables
 
     chosen, _ = _load(recipe, overrides)
     with _screen(as_json) as screen:
@@ -221,19 +121,14 @@ def plan(
             from . import measuring
 
             made = measuring.with_time(made, chosen, screen)
-    if as_json:
-        _print_json(made.to_json())
-        return
-    from .tables import plan_tables
-
-    _print(*plan_tables(made))
+    _show(as_json, made.to_json(), lambda: plan_tables(made))
 
 
 @cli.command()
 @_recipe
 @_overrides
 @click.option("-n", "--rows", type=click.IntRange(1), default=2, show_default=True, help="Training rows to show.")
-@_common
+@common
 def show(recipe: str, overrides: Sequence[str], rows: int, as_json: bool) -> None:
     """Show training rows as the model will read them.
 
@@ -260,11 +155,13 @@ def show(recipe: str, overrides: Sequence[str], rows: int, as_json: bool) -> Non
 @_overrides
 @_overwrite
 @click.option("--methods", metavar="A,B,…", help="Compare the choices of several methods; nothing is written.")
-@_common
+@common
 def select(recipe: str, overrides: Sequence[str], overwrite: bool, methods: str | None, as_json: bool) -> None:
     """Score the layers and choose among them."""
     from . import run as runs
-    from . import runfolder
+    from .job import load
+    from .session import session
+    from .tables import where_tables
 
     chosen, path = _load(recipe, overrides)
     if methods is not None:
@@ -272,31 +169,24 @@ def select(recipe: str, overrides: Sequence[str], overwrite: bool, methods: str 
         return
     if chosen.where is None:
         raise ConfigError("where", None, "the recipe adapts every layer; choose some, for example where.ratio=0.5")
-    with _screen(as_json) as screen, runfolder.session(chosen, path, overwrite=overwrite) as session:
-        job = runs.load(chosen, screen)
-        folder = session.begin()
+    with _screen(as_json) as screen, session(chosen, path, overwrite=overwrite) as opened:
+        job = load(chosen, screen)
+        folder = opened.begin()
         where = runs.select(job, folder, screen, anew=overwrite)
     assert where is not None
-    if as_json:
-        _print_json(where.to_json())
-        return
-    from .tables import where_tables
-
-    _print(*where_tables(where), f"[dim]{folder.where}[/]")
+    _show(as_json, where.to_json(), lambda: [*where_tables(where), f"[dim]{folder.where}[/]"])
 
 
 def _compare_selections(chosen: Any, methods: str, as_json: bool) -> None:
-    from . import run as runs
+    from .job import load
     from .recipe import where_by
+    from .run import selections
     from .tables import selections_tables
 
     settings = {name.strip(): where_by(chosen.where, name.strip()) for name in methods.split(",")}
     with _screen(as_json) as screen:
-        found = runs.selections(runs.load(chosen, screen), settings, screen)
-    if as_json:
-        _print_json({name: where.to_json() for name, where in found.items()})
-    else:
-        _print(*selections_tables(found))
+        found = selections(load(chosen, screen), settings, screen)
+    _show(as_json, {name: where.to_json() for name, where in found.items()}, lambda: selections_tables(found))
 
 
 @cli.command()
@@ -304,32 +194,29 @@ def _compare_selections(chosen: Any, methods: str, as_json: bool) -> None:
 @_overrides
 @_overwrite
 @_resume
-@_common
+@common
 def train(recipe: str, overrides: Sequence[str], overwrite: bool, resume: bool, as_json: bool) -> None:
     """Select, train and export the adapter.
 
     A where.json that is already in the output folder, from `trimtab select`, is taken as it is.
     """
     from . import run as runs
-    from . import runfolder
+    from .job import load, trained_on
+    from .session import after_restart, session
+    from .tables import plan_tables
 
     chosen, path = _load(recipe, overrides)
-    overwrite, resume = runfolder.after_restart(path, overwrite, resume)
-    with _screen(as_json) as screen, runfolder.session(chosen, path, overwrite=overwrite, resume=resume) as session:
-        job = runs.load(chosen, screen)
-        folder = session.begin(runs.trained_on(job))
+    overwrite, resume = after_restart(path, overwrite, resume)
+    with _screen(as_json) as screen, session(chosen, path, overwrite=overwrite, resume=resume) as opened:
+        job = load(chosen, screen)
+        folder = opened.begin(trained_on(job))
         where = runs.select(job, folder, screen, anew=overwrite)
         trained = runs.train(job, where, folder, screen, resume=resume)
         runs.export_run(job, trained, folder, screen)
         runs.warn(folder, screen)
-    if as_json:
-        _print_json(trained.plan.to_json())
-    else:
-        from .tables import plan_tables
-
-        _print(*plan_tables(trained.plan), f"[dim]{folder.adapter}[/]")
+    _show(as_json, trained.plan.to_json(), lambda: [*plan_tables(trained.plan), f"[dim]{folder.adapter}[/]"])
     if reason := runs.unusable(folder):
-        _fail(reason, code=1)
+        fail(reason, code=1)
 
 
 @cli.command("eval")
@@ -339,7 +226,7 @@ def train(recipe: str, overrides: Sequence[str], overwrite: bool, resume: bool, 
 @click.option("--harness", help="Hand the adapter to lm-eval or lmms-eval instead.")
 @click.option("--tasks", help="What the harness is to run, by its own names, with commas.")
 @click.option("--harness-args", default="", help='More for the harness, for example "--limit 10".')
-@_common
+@common
 def evaluate(
     source: str,
     overrides: Sequence[str],
@@ -351,7 +238,11 @@ def evaluate(
 ) -> None:
     """Score a run's adapter on the labelled splits."""
     from . import run as runs
-    from .runfolder import RunFolder, at_work, check_base_matches
+    from . import scoring
+    from .job import load
+    from .runfolder import RunFolder
+    from .session import at_work, check_base_matches
+    from .trained import load_run, load_trained
 
     if harness or tasks or harness_args:
         _hand_over(source, overrides, harness, tasks, harness_args, base, as_json)
@@ -361,17 +252,14 @@ def evaluate(
         if path != Path(source):
             check_base_matches(chosen, RunFolder(path))
         with _screen(as_json) as screen, at_work(path):
-            scored = runs.evaluate_base(runs.load(chosen, screen), RunFolder(path), screen)
-        if as_json:
-            _print_json({"folder": str(path), **scored})
-        else:
-            _print(f"[dim]{RunFolder(path).base}[/]")
+            scored = scoring.evaluate_base(load(chosen, screen), RunFolder(path), screen)
+        _show(as_json, {"folder": str(path), **scored}, lambda: [f"[dim]{RunFolder(path).base}[/]"])
         return
     with _screen(as_json) as screen:
         recipe, folder = _trained(source, overrides)
-        job = runs.load_run(recipe, folder, screen)
+        job = load_run(recipe, folder, screen)
         with at_work(folder.path):
-            runs.evaluate(job, runs.load_trained(job, folder, screen), folder, screen)
+            runs.evaluate(job, load_trained(job, folder, screen), folder, screen)
     _show_run(folder, as_json)
 
 
@@ -381,8 +269,8 @@ def evaluate(
 @click.option(
     "--format", "form", type=click.Choice(["peft", "merged", "padded", "gguf"]), help="Default: the recipe's."
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Folder to write; default: RUN/adapter or RUN/FORMAT.")
-@_common
+@click.option("--out", type=_PATH, help="Folder to write; default: RUN/adapter or RUN/FORMAT.")
+@common
 def export(source: str, overrides: Sequence[str], form: str | None, out: Path | None, as_json: bool) -> None:
     """Write a run's adapter: peft, padded, gguf or merged.
 
@@ -392,6 +280,7 @@ def export(source: str, overrides: Sequence[str], form: str | None, out: Path | 
     from ..exporting.engines import read_by
     from . import loading, outputs
     from . import run as runs
+    from .trained import load_run, load_trained
 
     with _screen(as_json) as screen:
         recipe, folder = _trained(source, overrides, needs_rows=False)
@@ -401,23 +290,20 @@ def export(source: str, overrides: Sequence[str], form: str | None, out: Path | 
         if target.resolve() != own.resolve():
             known = partial(loading.is_export, run=folder, form=chosen)
             outputs.check_folder(target, known, f"{chosen} export of this run")
-        job = runs.load_run(recipe, folder, screen, with_rows=False)
-        written = runs.export(job, runs.load_trained(job, folder, screen), folder, target, chosen, screen)
+        job = load_run(recipe, folder, screen, with_rows=False)
+        written = runs.export(job, load_trained(job, folder, screen), folder, target, chosen, screen)
         engines = read_by(written)
         for line in engines:
             screen.note(line)
-    if as_json:
-        _print_json({"format": chosen, "path": str(written), "engines": engines})
-    else:
-        click.echo(str(written))
+    _show_path(as_json, written, format=chosen, engines=engines)
 
 
 @cli.command()
 @_source
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=_PATH)
 @_overrides
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write them here; default: stdout.")
-@_common
+@click.option("--out", type=_FILE, help="Write them here; default: stdout.")
+@common
 def predict(source: str, file: Path, overrides: Sequence[str], out: Path | None, as_json: bool) -> None:
     """Answer the rows of a file with a run's adapter, one JSON object a line.
 
@@ -444,7 +330,7 @@ def predict(source: str, file: Path, overrides: Sequence[str], out: Path | None,
 @cli.command()
 @_source
 @_overrides
-@_common
+@common
 def report(source: str, overrides: Sequence[str], as_json: bool) -> None:
     """Write report.html from what a run folder holds."""
     from . import report as reports
@@ -461,8 +347,8 @@ def report(source: str, overrides: Sequence[str], as_json: bool) -> None:
 @cli.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
 @click.option("--baseline", help="The row that the others are compared with: its name, or one of its run folders.")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write the page to this HTML file.")
-@_common
+@click.option("--out", type=_FILE, help="Also write the page to this HTML file.")
+@common
 def compare(runs: Sequence[str], baseline: str | None, out: Path | None, as_json: bool) -> None:
     """One table over runs: score, parameters, time.
 
@@ -471,21 +357,14 @@ def compare(runs: Sequence[str], baseline: str | None, out: Path | None, as_json
     """
     from . import outputs
     from . import report as reports
+    from .screen import table
 
     if out is not None:
         outputs.check_file(out, outputs.is_comparison, "page of trimtab compare")
     found = reports.compare(runs, out, baseline)
-    if as_json:
-        _print_json(found.to_json())
-        return
-    from .screen import table
-
-    _print(
-        table(found.columns, found.cells, right=range(1, len(found.columns))),
-        f"{found.finding}.",
-        *found.notes,
-        *(f"[dim]{text}[/]" for text in (found.legend, out) if text),
-    )
+    parts = (f"{found.finding}.", *found.notes, *(f"[dim]{text}[/]" for text in (found.legend, out) if text))
+    right = range(1, len(found.columns))
+    _show(as_json, found.to_json(), lambda: [table(found.columns, found.cells, right=right), *parts])
 
 
 @cli.command()
@@ -498,9 +377,9 @@ def compare(runs: Sequence[str], baseline: str | None, out: Path | None, as_json
     show_default=True,
     help="Trials at a time, one thread each when there are several.",
 )
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder; default: the run's, with -tune.")
+@click.option("--out", type=_FOLDER, help="Folder; default: the run's, with -tune.")
 @click.option("--overwrite", is_flag=True, help="Forget the trials of an earlier search in the folder.")
-@_common
+@common
 def tune(recipe: str, settings: Sequence[str], jobs: int, out: Path | None, overwrite: bool, as_json: bool) -> None:
     """Try every combination of some settings; write the best as a recipe.
 
@@ -511,6 +390,7 @@ def tune(recipe: str, settings: Sequence[str], jobs: int, out: Path | None, over
     from . import recipe as recipes
     from . import tune as tuning
     from .runfolder import default_folder
+    from .tables import tune_tables
 
     if out is None:
         folder = Path(recipe) if Path(recipe).is_dir() else default_folder(recipes.load(recipe), recipe)
@@ -519,38 +399,29 @@ def tune(recipe: str, settings: Sequence[str], jobs: int, out: Path | None, over
         try:
             found = tuning.tune(recipe, settings, out, screen, jobs=jobs, overwrite=overwrite)
         except tuning.SearchError as error:
-            _fail(str(error), code=1)
-    if as_json:
-        _print_json(found.to_json())
-        return
-    from .tables import tune_tables
-
-    _print(*tune_tables(found))
+            fail(str(error), code=1)
+    _show(as_json, found.to_json(), lambda: tune_tables(found))
 
 
 @cli.command()
 @click.argument("axis", required=False)
-@_common
+@common
 def methods(axis: str | None, as_json: bool) -> None:
     """What there is on each axis: defaults, paper."""
     from .catalogue import catalogue
+    from .tables import method_tables
 
     found = catalogue()
     axes = list(dict.fromkeys(entry.axis for entry in found))
     if axis is not None and axis not in axes:
         raise ConfigError("axis", axis, f"must be one of {', '.join(axes)}.{did_you_mean(axis, axes)}")
     found = [entry for entry in found if axis in (None, entry.axis)]
-    if as_json:
-        _print_json([entry.to_json() for entry in found])
-        return
-    from .tables import method_tables
-
-    _print(*method_tables(found))
+    _show(as_json, [entry.to_json() for entry in found], lambda: method_tables(found))
 
 
 @cli.command()
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write it here; default: stdout.")
-@_common
+@click.option("--out", type=_FILE, help="Write it here; default: stdout.")
+@common
 def schema(out: Path | None, as_json: bool) -> None:
     """Print the recipe's JSON schema, for editors.
 
@@ -566,10 +437,7 @@ def schema(out: Path | None, as_json: bool) -> None:
         return
     outputs.check_file(out, outputs.is_schema, "schema of trimtab schema")
     write_text(out, json.dumps(recipe_schema(), indent=1, ensure_ascii=False) + "\n")
-    if as_json:
-        _print_json({"path": str(out)})
-    else:
-        click.echo(str(out))
+    _show_path(as_json, out)
 
 
 @cli.command()
@@ -588,7 +456,7 @@ def schema(out: Path | None, as_json: bool) -> None:
 @click.option("--tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens in a row.")
 @click.option("--rounds", type=click.IntRange(1), default=20, show_default=True, help="Timed passes of each model.")
 @click.option("--device", help="cpu, cuda, …  Default: the accelerator if there is one.")
-@_common
+@common
 def bench(
     what: str,
     recipe: str,
@@ -605,6 +473,7 @@ def bench(
     with LLaMA-Adapter, in turns. Weights are random and nothing is downloaded but the model's config.
     """
     from . import latency
+    from .tables import latency_tables
 
     chosen, _ = _load(recipe, overrides)
     with _screen(as_json) as screen, screen.stage("bench") as stage:
@@ -613,23 +482,12 @@ def bench(
             chosen, batches=batches, tokens=tokens, rounds=rounds, device=device, on_round=bar.advance
         )
         stage.result = f"{found.model} · {found.device}"
-    if as_json:
-        _print_json(found.to_json())
-        return
-    from .tables import latency_tables
-
-    _print(*latency_tables(found))
+    _show(as_json, found.to_json(), lambda: latency_tables(found))
 
 
 @cli.command()
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=Path("runs/demo"),
-    show_default=True,
-    help="Folder to write.",
-)
-@_common
+@click.option("--out", type=_FOLDER, default=Path("runs/demo"), show_default=True, help="Folder to write.")
+@common
 def demo(out: Path, as_json: bool) -> None:
     """The main job, offline, in a few minutes.
 
@@ -656,10 +514,7 @@ def _hand_over(
     recipe, folder = _trained(source, overrides, needs_rows=False)
     with _screen(as_json) as screen:
         out = harness.evaluate(recipe, folder, name, tasks, more, screen, base)
-    if as_json:
-        _print_json({"harness": name, "path": str(out)})
-    else:
-        click.echo(str(out))
+    _show_path(as_json, out, harness=name)
 
 
 # -- what the commands share ---------------------------------------------------------------------------
@@ -707,15 +562,26 @@ def _screen(as_json: bool) -> Iterator[Screen]:
 
 def _show_run(folder: RunFolder, as_json: bool) -> None:
     from .runfolder import is_main
-
-    if not is_main():  # the one that writes may not be done yet
-        return
-    if as_json:
-        _print_json({"folder": str(folder.path), **folder.read(folder.metrics)})
-        return
     from .tables import run_tables
 
-    _print(*run_tables(folder))
+    if is_main():  # for others, the one that writes may not be done yet
+        _show(as_json, {"folder": str(folder.path), **folder.read(folder.metrics)}, lambda: run_tables(folder))
+
+
+def _show(as_json: bool, data: dict[str, Any] | Iterable[Any], parts: Callable[[], Iterable[Any]]) -> None:
+    """A result as JSON, or as what people read, which is made only then."""
+    if as_json:
+        _print_json(data)
+    else:
+        _print(*parts())
+
+
+def _show_path(as_json: bool, path: Path, **facts: Any) -> None:
+    """Where the result was written, and for machines what else is known of it."""
+    if as_json:
+        _print_json({**facts, "path": str(path)})
+    else:
+        click.echo(str(path))
 
 
 def _print(*parts: Any) -> None:

@@ -110,10 +110,11 @@ def evaluate(
             form that the harness reads.
         TrimtabError: the harness ended with an error.
     """
-    from . import run as runs
     from .peft_config import NOT_STOCK_PEFT, WITHOUT_LORA_FORM
     from .planning import model_spec
+    from .run import export
     from .tasks import get_task
+    from .trained import load_run, load_trained, trained_adapter
 
     harness = find(name)
     task = get_task(recipe.require_task().model_dump())
@@ -127,7 +128,7 @@ def evaluate(
         if not is_plain:
             raise ConfigError("base", True, "a harness opens a GGUF or quantised base in its own way; call it yourself")
     elif is_plain and harness.takes_adapters and recipe.adapter.type not in NOT_STOCK_PEFT:
-        adapter = tokenizer = runs.trained_adapter(folder)
+        adapter = tokenizer = trained_adapter(folder)
     elif recipe.adapter.type in WITHOUT_LORA_FORM:
         raise ConfigError(
             "adapter.type",
@@ -135,9 +136,9 @@ def evaluate(
             f"has no merged form, and {name} cannot read this one; `trimtab eval` scores it",
         )
     else:
-        if not _is_current(folder.merged, runs.trained_adapter(folder)):
-            job = runs.load_run(recipe, folder, screen, with_rows=False)
-            runs.export(job, runs.load_trained(job, folder, screen), folder, folder.merged, "merged", screen)
+        if not _is_current(folder.merged, trained_adapter(folder)):
+            job = load_run(recipe, folder, screen, with_rows=False)
+            export(job, load_trained(job, folder, screen), folder, folder.merged, "merged", screen)
         model = str(folder.merged)
     out = folder.path / "harness" / (f"{name}-base" if base else name)
     run(command(harness, model, adapter, tokenizer, tasks, out, spec.dtype, more))

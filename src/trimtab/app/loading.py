@@ -12,7 +12,7 @@ from ..errors import DataError
 from .planning import model_spec
 
 if TYPE_CHECKING:
-    from .run import Job
+    from .job import Job
     from .runfolder import RunFolder
 
 LABELS = "labels.json"
@@ -98,13 +98,13 @@ def adapter_lines(job: Job, base: str | None, adapter: str) -> str:
         base: what to load the base model from; None is where this machine has it.
         adapter: where the adapter lies; with a ``base`` it may not be here, so class names are written out.
     """
-    from .models import _source
+    from .models import source_of
 
     auto, settings = job.task.auto_class, job.recipe.model
     if settings.name_or_path is None:
         return ""
     reader = "AutoProcessor" if job.task.tokenizer_class == "AutoProcessor" else "AutoTokenizer"
-    source, kwargs = _source(model_spec(job.recipe))
+    source, kwargs = source_of(model_spec(job.recipe))
     if not settings.trust_remote_code:
         del kwargs["trust_remote_code"]
     if settings.dtype:

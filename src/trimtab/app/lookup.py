@@ -11,6 +11,7 @@ import dataclasses
 import glob
 import importlib.util
 import re
+from collections.abc import Iterable
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +22,16 @@ import yaml
 from ..errors import ConfigError, did_you_mean
 
 PACKAGE_PREFIX = "package:"
+# Set by Trimtab from other parts of the recipe.
+ELSEWHERE = {
+    "train": {
+        "output_dir": "output_dir",
+        "seed": "seed",
+        "data_seed": "seed",
+        "resume_from_checkpoint": "--resume, on the command line",
+    },
+    "adapter": dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern", "where"), "where"),
+}
 
 
 def parse_yaml(text: str, what: str) -> Any:
@@ -126,6 +137,24 @@ def _is_not_init(value: ast.expr | None) -> bool:
     )
 
 
+def refuse_if_elsewhere(section: str, key: str, value: Any) -> None:
+    """Raises `ConfigError` for a key that Trimtab sets, naming the recipe's own."""
+    place = ELSEWHERE[section].get(key)
+    if place:
+        where = "give" if place.startswith("--") else "the recipe's own key is"
+        raise ConfigError(f"{section}.{key}", value, f"Trimtab sets this; {where} {place}")
+
+
+def unknown_key(key: str, value: Any, known: Iterable[str]) -> ConfigError:
+    """The error for a key nobody knows: names the nearest one, or lists them when few."""
+    known = sorted(known)
+    name = key.rpartition(".")[2]
+    placed = [k for k in known if k.rpartition(".")[2] == name]
+    near = f" Did you mean {' or '.join(map(repr, placed))}?" if placed else did_you_mean(name, known)
+    listed = "" if near or len(known) > 20 else f" Known here: {', '.join(known)}."
+    return ConfigError(key, value, f"no such key.{near}{listed}")
+
+
 def find_file(key: str, text: str, folder: Path | None = None) -> str:
     """Absolute path of a file named in a recipe.
 
@@ -158,6 +187,24 @@ def find_rows(key: str, text: str, folder: Path | None = None) -> str:
     if glob.has_magic(text) and not Path(text).exists():
         raise ConfigError(key, text, "no file fits this pattern")
     return find_file(key, text, folder)
+
+
+def find_model(text: str, folder: Path | None = None) -> str:
+    """Absolute path of a model's folder or file; a hub id and a package's folder stay as they are.
+
+    Raises:
+        ConfigError: it reads as a path, and is not there.
+    """
+    if text.startswith(PACKAGE_PREFIX):
+        return text
+    looks_local = text.startswith((".", "/", "~")) or text.endswith(".gguf")
+    for place in (Path(), *([folder] if folder else [])):
+        path = place / Path(text).expanduser()
+        if path.exists():
+            return str(path.resolve())
+    if looks_local:
+        raise ConfigError("model.name_or_path", text, "no such file or folder")
+    return text
 
 
 def package_folder(text: str) -> Path:

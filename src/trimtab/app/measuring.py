@@ -29,8 +29,9 @@ def with_time(plan: Plan, recipe: Recipe, screen: Screen) -> Plan:
     import torch
     from transformers import TrainerCallback
 
-    from . import run as runs
+    from .job import load
     from .runfolder import RunFolder
+    from .spent import peak_memory
     from .trainer import make_trainer
 
     short = {"max_steps": STEPS, "eval_strategy": "no", "save_strategy": "no", "logging_steps": STEPS}
@@ -38,7 +39,7 @@ def with_time(plan: Plan, recipe: Recipe, screen: Screen) -> Plan:
     train = {**{key: value for key, value in recipe.train.items() if key not in left_out}, **short}
     chosen = recipe.model_copy(update={"train": train, "early_stopping": None, "rank": None, "freeze": None})
     chosen = chosen.model_copy(update={"budget": None})
-    job = runs.load(chosen, screen)
+    job = load(chosen, screen)
     where = None
     if recipe.where is not None:
         stand_in = recipe.where.model_copy(update={"method": "first"} if reads_rows(recipe.where) else {})
@@ -65,6 +66,6 @@ def with_time(plan: Plan, recipe: Recipe, screen: Screen) -> Plan:
         "steps": len(each),
         "step_seconds": step,
         "training_seconds": None if total is None else step * total,
-        "peak_memory_bytes": runs.peak_memory(),
+        "peak_memory_bytes": peak_memory(),
     }
     return replace(plan, settings={**plan.settings, "measured": measured})

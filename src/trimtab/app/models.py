@@ -10,19 +10,15 @@ import contextlib
 import copy
 import inspect
 import json
-import socket
-import sys
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from ..errors import ConfigError, ModelError, TrimtabError, did_you_mean
+from .hub import offline_without_hub
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -94,7 +90,7 @@ def load_config(spec: ModelSpec, task: Task | None = None) -> PretrainedConfig:
     if whole is not None:
         config = _config_of(whole, spec.config, labels)
     else:
-        source, kwargs = _source(spec)
+        source, kwargs = source_of(spec)
         with _one_line(spec):
             if Path(source).is_dir() and "gguf_file" in kwargs:
                 file = Path(source) / kwargs["gguf_file"]
@@ -151,7 +147,7 @@ def load_tokenizer(spec: ModelSpec, task: Task | None = None) -> Any:
         kwargs: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
     else:
         key = "model.name_or_path"
-        source, kwargs = _source(spec)
+        source, kwargs = source_of(spec)
     with _one_line(spec, key):
         loaded = auto.from_pretrained(source, **kwargs)
     tokenizer = getattr(loaded, "tokenizer", loaded)
@@ -182,50 +178,56 @@ def load_model(spec: ModelSpec, task: Task, tokenizer: Any = None) -> LoadedMode
         ModelError: when the model cannot be found or read, has no such head, or lacks weights that no
             fine-tuning could make up for.
     """
+    if _fits_several_kinds(task):
+        load_config(spec, task)
+    loaded = _random_model(spec, task) if spec.name_or_path is None else _pretrained(spec, task)
+    _set_pad(loaded.model, tokenizer)
+    return loaded
+
+
+def _random_model(spec: ModelSpec, task: Task) -> LoadedModel:
+    import torch
+
+    whole, _ = _inline(spec)
+    assert whole is not None
+    if spec.quantization is not None:
+        raise ConfigError("model.quantization", spec.quantization, "needs model.name_or_path: nothing to quantise")
+    model = _from_config(_config_of(whole, spec.config, task.model_kwargs()), task.auto_class)
+    if spec.dtype is not None:
+        model = model.to(getattr(torch, spec.dtype))
+    return LoadedModel(model, _head(model), ("the model's weights are random: model.config names no checkpoint",))
+
+
+def _pretrained(spec: ModelSpec, task: Task) -> LoadedModel:
     import torch
     import transformers
 
-    labels = task.model_kwargs()
-    whole, overrides = _inline(spec)
+    settings = {**_inline(spec)[1], **task.model_kwargs()}
     notes: list[str] = []
-    if _fits_several_kinds(task):
-        load_config(spec, task)
-    if spec.name_or_path is None:
-        assert whole is not None
-        if spec.quantization is not None:
-            raise ConfigError("model.quantization", spec.quantization, "needs model.name_or_path: nothing to quantise")
-        config = _config_of(whole, spec.config, labels)
-        model = _from_config(config, task.auto_class)
-        if spec.dtype is not None:
-            model = model.to(getattr(torch, spec.dtype))
-        notes.append("the model's weights are random: model.config names no checkpoint")
-        new = _head(model)
-    else:
-        source, kwargs = _source(spec)
-        if spec.quantization is not None:
-            kwargs["quantization_config"] = _quantization(spec, task)
-        elif "gguf_file" in kwargs and hasattr(transformers, "GgufConfig"):
-            kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)  # packed weights do not train
-        with _one_line(spec), _quiet_report():
-            model, report = getattr(transformers, task.auto_class).from_pretrained(
-                source,
-                **kwargs,
-                **{**overrides, **labels},
-                dtype=spec.dtype or "auto",
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
-        if "gguf_file" in kwargs and (packing := getattr(model, "hf_quantizer", None)) is not None:
-            packing.remove_quantization_config(model)  # plain by now, but Trainer would refuse it as quantised
-        if spec.dtype is None and spec.quantization is None and model.dtype == torch.float16:
-            # Without loss scaling float16 weights (deberta-v3-base is stored so) train to NaN.
-            model = model.float()
-            notes.append("the checkpoint is float16; loaded as float32 (model.dtype sets another)")
-        mismatched = [key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"]]
-        new = new_modules(model, {*report["missing_keys"], *mismatched}, spec.name_or_path)
-        if new:
-            notes.append(f"not in the checkpoint, so trained and saved with the adapter: {', '.join(new)}")
-    _set_pad(model, tokenizer)
+    source, kwargs = source_of(spec)
+    if spec.quantization is not None:
+        kwargs["quantization_config"] = _quantization(spec, task)
+    elif "gguf_file" in kwargs and hasattr(transformers, "GgufConfig"):
+        kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)  # packed weights do not train
+    with _one_line(spec), _quiet_report():
+        model, report = getattr(transformers, task.auto_class).from_pretrained(
+            source,
+            **kwargs,
+            **settings,
+            dtype=spec.dtype or "auto",
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    if "gguf_file" in kwargs and (packing := getattr(model, "hf_quantizer", None)) is not None:
+        packing.remove_quantization_config(model)  # plain by now, but Trainer would refuse it as quantised
+    if spec.dtype is None and spec.quantization is None and model.dtype == torch.float16:
+        # Without loss scaling float16 weights (deberta-v3-base is stored so) train to NaN.
+        model = model.float()
+        notes.append("the checkpoint is float16; loaded as float32 (model.dtype sets another)")
+    mismatched = [key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"]]
+    new = new_modules(model, {*report["missing_keys"], *mismatched}, str(spec.name_or_path))
+    if new:
+        notes.append(f"not in the checkpoint, so trained and saved with the adapter: {', '.join(new)}")
     return LoadedModel(model, new, tuple(notes))
 
 
@@ -243,7 +245,6 @@ def new_modules(model: PreTrainedModel, missing: Iterable[str], name: str = "") 
         ModelError: when part of the backbone proper is missing (layers, embeddings): then this is not
             the checkpoint of this model.
     """
-
     missing = set(missing) & {key for key, _ in model.named_parameters(remove_duplicate=False)}
     from torch import nn
 
@@ -295,7 +296,7 @@ def _fits_several_kinds(task: Task) -> bool:
 # Where things are.
 
 
-def _source(spec: ModelSpec) -> tuple[str, dict[str, Any]]:
+def source_of(spec: ModelSpec) -> tuple[str, dict[str, Any]]:
     """What `from_pretrained` is called with: a hub id or folder, and keyword arguments."""
     name = spec.name_or_path
     if name is None:
@@ -372,38 +373,6 @@ def _one_line(spec: ModelSpec, key: str = "model.name_or_path") -> Iterator[None
         raise ModelError(f"{key}={value!r}: {text}") from error
 
 
-@contextmanager
-def offline_without_hub() -> Iterator[None]:
-    """Libraries look into their caches alone where the hub cannot be reached: they would try six times for each file,
-    half a minute in all, to say so. Behind a proxy only they can tell."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE or getproxies() or _reaches(constants.ENDPOINT, int(time.monotonic()) // 60):
-        yield
-        return
-    datasets = sys.modules.get("datasets")
-    places = [constants, *([datasets.config] if datasets is not None else [])]
-    try:
-        for place in places:
-            place.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
-        yield
-    finally:
-        for place in places:
-            place.HF_HUB_OFFLINE = False  # type: ignore[attr-defined]
-
-
-@lru_cache(maxsize=1)
-def _reaches(endpoint: str, minute: int) -> bool:
-    """Whether somebody listens there. Asked once a minute."""
-    place = urlsplit(endpoint)
-    try:
-        port = place.port or (80 if place.scheme == "http" else 443)
-        socket.create_connection((place.hostname or "", port), timeout=5).close()
-    except OSError:
-        return False
-    return True
-
-
 def _flat(error: Exception) -> str:
     """The error's text on one line, of bearable length."""
     return " ".join(str(error).split())[:400]
@@ -455,10 +424,11 @@ def _inline(spec: ModelSpec) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     return None, config
 
 
-def _refuse_unknown(overrides: dict[str, Any], config: PretrainedConfig) -> None:
-    """A misspelt override would be passed over, and the model be the checkpoint's."""
-    known = {*config.to_dict(), *config.attribute_map, *_OLD_KEYS, *inspect.signature(type(config)).parameters}
-    for key, value in overrides.items():
+def _refuse_unknown(settings: dict[str, Any], config: PretrainedConfig, others: Iterable[str] = ()) -> None:
+    """A misspelt key would be passed over, and the model be another."""
+    own = {*config.to_dict(), *config.attribute_map, *inspect.signature(type(config)).parameters}
+    known = {*own, *_OLD_KEYS, *others}
+    for key, value in settings.items():
         if key not in known and not hasattr(config, key):
             near = did_you_mean(key, known)
             raise ConfigError(f"model.config.{key}", value, f"a {config.model_type} config has no such key.{near}")
@@ -475,20 +445,8 @@ def _config_of(whole: dict[str, Any], origin: Any, labels: dict[str, Any]) -> Pr
             kind,
             f"transformers knows no such model.{did_you_mean(str(kind), CONFIG_MAPPING)}",
         )
-    if isinstance(origin, dict):  # typed by hand: a misspelt key would silently keep the default's shape
-        plain = CONFIG_MAPPING[kind]()
-        known = {
-            *plain.to_dict(),
-            *plain.attribute_map,
-            *_OLD_KEYS,
-            *GenerationConfig().to_dict(),
-            *inspect.signature(type(plain)).parameters,
-        }
-        for key in settings:
-            if key not in known:
-                raise ConfigError(
-                    f"model.config.{key}", settings[key], f"a {kind} config has no such key.{did_you_mean(key, known)}"
-                )
+    if isinstance(origin, dict):  # typed by hand
+        _refuse_unknown(settings, CONFIG_MAPPING[kind](), GenerationConfig().to_dict())
     try:
         return AutoConfig.for_model(kind, **{**settings, **labels})
     except Exception as error:  # hub's own validation errors are no ValueErrors

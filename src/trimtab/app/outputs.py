@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ..errors import ConfigError
-from .runfolder import names_in
+from .session import names_in
 
 _READ = 1 << 20
 """Characters of a file by which it is known."""

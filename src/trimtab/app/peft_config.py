@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError, did_you_mean
 from ..plans import Budget, Where
 from . import recipe as recipes
-from .recipe import ADAPTERS, Adapter, Rank, Recipe
+from .adapter_kinds import ADAPTERS
+from .recipe import Adapter, Rank, Recipe
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -6,9 +6,8 @@ Parameters are those of adapters; a new head, which every method trains alike, i
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +20,12 @@ from . import recipe as recipes
 from .peft_config import adapter_config, budget_of, choose_without_data, free_settings, reads_rows, settings_of
 from .recipe import Recipe
 from .report.words import count
+from .rows import load_rows, rows_on_the_hub
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict
     from peft import PeftConfig
     from torch import nn
 
-    from .memory import Forecast
     from .tasks import Task
 
 # Bytes of optimizer state per trained parameter. Adapters train in float32 whatever the model's dtype is.
@@ -93,7 +91,7 @@ def plan_recipe(
     rows = None
     if task is None and recipe.task is not None:
         task = get_task(recipe.task.model_dump())
-        rows = _rows_on_the_hub(recipe, task)
+        rows = rows_on_the_hub(recipe, task)
         if recipe.data.has_own:  # some tasks learn their labels here
             n = len(load_rows(recipe, task)["train"])
             rows = n if getattr(task, "counts_rows", True) else None
@@ -117,16 +115,9 @@ def plan_recipe(
     if recipe.where is not None and reads_rows(recipe.where):
         made = replace(made, where=None, settings={**made.settings, "layers_undecided": True})
     if with_memory or processes > 1:
-        found = _memory(recipe, model, peft_config, task)
-        if found is not None:
-            more: dict[str, Any] = {"memory": found.to_json()}
-            if processes > 1:
-                from .memory import over_processes
-
-                micro_batches = int(recipe.train.get("gradient_accumulation_steps") or 1)
-                more["processes"] = over_processes(found, processes, strategy, micro_batches)
-            made = replace(made, settings={**made.settings, **more})
-        else:
+        found = _memory(recipe, model, peft_config, task, processes, strategy)
+        made = replace(made, settings={**made.settings, **found})
+        if not found:
             notes.append("the memory of a step is not forecast for this kind of model")
     return replace(made, notes=(*notes, *made.notes))
 
@@ -135,10 +126,13 @@ _USUAL_TOKENS = 512
 """Of a row where neither the recipe nor the model says fewer."""
 
 
-def _memory(recipe: Recipe, model: Any, config: PeftConfig, task: Task | None) -> Forecast | None:
+def _memory(
+    recipe: Recipe, model: Any, config: PeftConfig, task: Task | None, processes: int, strategy: str
+) -> dict[str, Any]:
+    """What the plan says of memory, of one process and of several; nothing where it is not forecast."""
     import torch
 
-    from .memory import forecast
+    from .memory import forecast, over_processes
 
     positions = getattr(model.config, "max_position_embeddings", None) or _USUAL_TOKENS
     tokens = getattr(task, "max_length", None) or min(positions, _USUAL_TOKENS)
@@ -146,7 +140,7 @@ def _memory(recipe: Recipe, model: Any, config: PeftConfig, task: Task | None) -
     if recipe.model.dtype is None and loaded == "float16":
         loaded = "float32"  # as `models.load_model` does
     uses_cpu = bool(recipe.train.get("use_cpu")) or not torch.cuda.is_available()
-    return forecast(
+    found = forecast(
         model,
         config,
         batch=int(recipe.train.get("per_device_train_batch_size", 8)),
@@ -157,6 +151,11 @@ def _memory(recipe: Recipe, model: Any, config: PeftConfig, task: Task | None) -
         is_checkpointing=bool(recipe.train.get("gradient_checkpointing")),
         device="cpu" if uses_cpu else "cuda",
     )
+    if found is None:
+        return {}
+    micro_batches = int(recipe.train.get("gradient_accumulation_steps") or 1)
+    several = {"processes": over_processes(found, processes, strategy, micro_batches)} if processes > 1 else {}
+    return {"memory": found.to_json(), **several}
 
 
 def with_layer_ratio(
@@ -414,59 +413,6 @@ def horizon_of(recipe: Recipe, rows: int | None) -> Horizon | None:
         batches = rows // int(train.get("per_device_train_batch_size", 8))
     per_epoch = max(1, math.ceil(batches / int(train.get("gradient_accumulation_steps", 1))))
     return Horizon(steps if steps > 0 else math.ceil(float(train.get("num_train_epochs", 3)) * per_epoch), per_epoch)
-
-
-def _rows_on_the_hub(recipe: Recipe, task: Task) -> int | None:
-    """Training rows that the task will fetch, less what ``data.max_samples`` leaves out; None if that is unknown."""
-    if recipe.data.hub or any(getattr(recipe.data, split) for split in recipes.FILES):
-        return None
-    rows = getattr(task, "train_rows", None)
-    most = recipe.data.max_samples
-    most = most.get("train") if isinstance(most, dict) else most
-    rows = rows if rows is None or most is None else min(rows, most)
-    return rows if rows is None or recipe.data.held_out is None else rows - n_held(recipe.data.held_out, rows)
-
-
-def load_rows(recipe: Recipe, task: Task) -> DatasetDict:
-    """The task's raw rows; with ``data.held_out`` the training rows alone, a part of them to be scored."""
-    from .models import offline_without_hub
-
-    has_files = any(getattr(recipe.data, split) for split in recipes.FILES)
-    with contextlib.nullcontext() if has_files else offline_without_hub():
-        rows = task.load_data(recipe.data.to_load)
-    if recipe.data.held_out is None or "train" not in rows:
-        return rows
-    from datasets import DatasetDict
-
-    others = [split for split in rows if split != "train"]
-    name = "validation" if "validation" in others or not others else others[0]  # one that the task scores
-    train = rows["train"]
-    column = getattr(task, "label_column", None)
-    labels = train[column][:] if column in train.column_names else None
-    held = held_rows(recipe.data.held_out, len(train), labels, recipe.data.held_out_seed or 0)
-    rest = sorted(set(range(len(train))) - set(held))
-    of_others = (*(f"{split}:" for split in others), "no data.")
-    task.notes[:] = [note for note in task.notes if not note.startswith(of_others)]
-    task.notes.append(
-        f"data.held_out: {len(held)} of {len(train)} training rows are scored, in place of validation and test"
-    )
-    return DatasetDict({"train": train.select(rest), name: train.select(held)})
-
-
-def n_held(held_out: float | int, n: int) -> int:
-    """How many of n training rows are held out."""
-    held = held_out if isinstance(held_out, int) else max(1, round(held_out * n))
-    if held >= n:
-        raise ConfigError("data.held_out", held_out, f"leaves none of {n} training rows to learn from")
-    return held
-
-
-def held_rows(held_out: float | int, n: int, labels: Sequence[float] | None, seed: int) -> list[int]:
-    """Which of n training rows are held out, in file order: of every class (or range of numbers) its share, and never
-    all of a class."""
-    from .tasks.data import drawn
-
-    return drawn(n, n_held(held_out, n), seed, labels, spare=1)
 
 
 def _where_without_data(recipe: Recipe, model: nn.Module, notes: list[str]) -> Where | None:

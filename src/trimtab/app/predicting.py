@@ -10,11 +10,13 @@ import numpy as np
 
 from ..errors import DataError
 from . import model_facts, models, trainer_settings
-from .planning import load_rows, model_spec
+from .job import Job, knows_classes
+from .planning import model_spec
 from .recipe import Recipe
-from .run import Job, class_names, knows_classes, task_of_run, with_adapter
+from .rows import load_rows
 from .runfolder import RunFolder
 from .screen import Screen
+from .trained import class_names, task_of_run, with_adapter
 from .trainer import make_trainer
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -20,7 +20,17 @@ from ..train.rates import check_rates
 from ..where import METHODS
 from ..where import check_name as check_method
 from . import foreign, trainer_settings
-from .lookup import PACKAGE_PREFIX, dataclass_fields, find_file, find_rows, parse_yaml
+from .adapter_kinds import ADAPTERS, check_adapter
+from .lookup import (
+    ELSEWHERE,
+    dataclass_fields,
+    find_file,
+    find_model,
+    find_rows,
+    parse_yaml,
+    refuse_if_elsewhere,
+    unknown_key,
+)
 
 
 class Section(BaseModel):
@@ -300,72 +310,6 @@ class Recipe(Section):
 MARK = "# Written by Trimtab: the recipe of this run, with every default filled in.\n"
 _ENDS = "# It ends with three dots; without them it was cut.\n"
 
-# Which PEFT config carries each adapter type, and what the recipe's words are called there.
-ADAPTERS: dict[str, tuple[str, str, dict[str, str]]] = {
-    "lora": (
-        "peft.tuners.lora.config",
-        "LoraConfig",
-        {
-            "r": "r",
-            "alpha": "lora_alpha",
-            "dropout": "lora_dropout",
-            "init": "init_lora_weights",
-            "target_modules": "target_modules",
-            "modules_to_save": "modules_to_save",
-        },
-    ),
-    "vera": (
-        "peft.tuners.vera.config",
-        "VeraConfig",
-        {
-            "r": "r",
-            "dropout": "vera_dropout",
-            "init": "init_weights",
-            "target_modules": "target_modules",
-            "modules_to_save": "modules_to_save",
-        },
-    ),
-    "bottleneck": (
-        "trimtab.adapters.bottleneck",
-        "BottleneckConfig",
-        {"init": "init", "modules_to_save": "modules_to_save"},
-    ),
-    "adaption_prompt": ("peft.tuners.adaption_prompt.config", "AdaptionPromptConfig", {}),
-}
-_INSTEAD = {
-    ("bottleneck", "r"): "; its width is bottleneck_size, or reduction_factor",
-    ("bottleneck", "alpha"): "; scale is for variant=parallel",
-    ("bottleneck", "target_modules"): "; variant says where adapters sit, where chooses layers",
-    ("adaption_prompt", "r"): "; its size is adapter_len, the number of prompt tokens",
-    ("adaption_prompt", "target_modules"): "; it takes the attention of the last adapter_layers layers",
-    ("adaption_prompt", "modules_to_save"): "; PEFT saves the prompts alone",
-}
-_DTYPES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
-# What people call an adapter type that is one of ours with a setting.
-_TYPES = {
-    "qlora": "lora, with model.quantization: {load_in_4bit: true}",
-    "dora": "lora, with adapter.use_dora: true",
-    "rslora": "lora, with adapter.use_rslora: true",
-    "pissa": "lora, with adapter.init: pissa",
-    "elora": "vera",
-    "houlsby": "bottleneck, with adapter.variant: houlsby",
-    "pfeiffer": "bottleneck, with adapter.variant: pfeiffer",
-    "llama_adapter": "adaption_prompt",
-    "llama-adapter": "adaption_prompt",
-    **{name: f"lora, with rank.method: {name}" for name in ("adalora", "salientlora", "sora", "eva", "gora")},
-    "aflora": "lora, with freeze.method: aflora",
-}
-# Set by Trimtab from other parts of the recipe.
-ELSEWHERE = {
-    "train": {
-        "output_dir": "output_dir",
-        "seed": "seed",
-        "data_seed": "seed",
-        "resume_from_checkpoint": "--resume, on the command line",
-    },
-    "adapter": dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern", "where"), "where"),
-}
-
 
 def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = (), *, needs_rows: bool = True) -> Recipe:
     """Read and check a recipe.
@@ -392,11 +336,11 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = (), 
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
         raise _first_problem(error) from None
-    _check_adapter(recipe.adapter)
+    check_adapter(recipe.adapter)
     _check_where(recipe.where)
     train = {key: trainer_settings.check(key, value) for key, value in recipe.train.items()}
     for key in recipe.train:
-        _refuse_if_elsewhere("train", key, recipe.train[key])
+        refuse_if_elsewhere("train", key, recipe.train[key])
     rates = None if recipe.rates is None else check_rates(recipe.rates)
     return recipe.model_copy(update={"train": train, "rates": rates, **_resolve_paths(recipe, folder, needs_rows)})
 
@@ -462,6 +406,9 @@ def _section_class(section: str) -> type[Section]:
     return Section
 
 
+_DTYPES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
+
+
 def _first_problem(error: ValidationError) -> ConfigError:
     """pydantic's first complaint as one line with the dotted key, the value, and what would work."""
     problems = error.errors()
@@ -501,27 +448,22 @@ def _strange_keys(data: Mapping[str, Any]) -> Iterator[ConfigError]:
     for key, value in data.items():
         if key not in Recipe.model_fields:
             yield _strange(str(key), value, Recipe.model_fields)
-        elif key == "train" and isinstance(value, Mapping):
-            for name, below in value.items():
-                if name not in trainer_settings.fields() and name not in ELSEWHERE["train"]:
-                    yield _strange(f"train.{name}", below, trainer_settings.fields())
-        elif key == "adapter" and isinstance(value, Mapping):
-            yield from _strange_adapter_keys(value)
-        elif isinstance(value, Mapping) and (known := _section_class(key)).model_config.get("extra") == "forbid":
-            for name, below in value.items():
-                if known.model_fields and name not in known.model_fields:
-                    yield _strange(f"{key}.{name}", below, known.model_fields)
+        elif isinstance(value, Mapping) and (known := _known_in(key, value)):
+            yield from (_strange(f"{key}.{name}", below, known) for name, below in value.items() if name not in known)
 
 
-def _strange_adapter_keys(adapter: Mapping[str, Any]) -> Iterator[ConfigError]:
-    kind = adapter.get("type", Adapter.model_fields["type"].default)
-    if not isinstance(kind, str) or kind not in ADAPTERS:
-        return
-    module, name, words = ADAPTERS[kind]
-    known = {"type", *words, *dataclass_fields(module, name), *Adapter.model_fields, *ELSEWHERE["adapter"]}
-    for key, value in adapter.items():
-        if key not in known:
-            yield _strange(f"adapter.{key}", value, known)
+def _known_in(section: str, settings: Mapping[str, Any]) -> Collection[str]:
+    """The keys of a section; none where they are others' to know: a task's, a method's, those of a strange adapter."""
+    if section == "train":
+        return trainer_settings.fields()
+    if section == "adapter":
+        kind = settings.get("type", Adapter.model_fields["type"].default)
+        if not isinstance(kind, str) or kind not in ADAPTERS:
+            return ()
+        module, name, words = ADAPTERS[kind]
+        return {"type", *words, *dataclass_fields(module, name), *Adapter.model_fields, *ELSEWHERE["adapter"]}
+    made = _section_class(section)
+    return made.model_fields if made.model_config.get("extra") == "forbid" else ()
 
 
 def _strange(key: str, value: Any, known: Iterable[str]) -> ConfigError:
@@ -545,76 +487,12 @@ def every_key() -> frozenset[str]:
     )
 
 
-def unknown_key(key: str, value: Any, known: Iterable[str]) -> ConfigError:
-    """The error for a key nobody knows: names the nearest one, or lists them when few."""
-    known = sorted(known)
-    name = key.rpartition(".")[2]
-    placed = [k for k in known if k.rpartition(".")[2] == name]
-    near = f" Did you mean {' or '.join(map(repr, placed))}?" if placed else did_you_mean(name, known)
-    listed = "" if near or len(known) > 20 else f" Known here: {', '.join(known)}."
-    return ConfigError(key, value, f"no such key.{near}{listed}")
-
-
-def _check_adapter(adapter: Adapter) -> None:
-    if adapter.type not in ADAPTERS:
-        instead = _TYPES.get(adapter.type.lower())
-        near = f" Did you mean {instead}?" if instead else did_you_mean(adapter.type, ADAPTERS)
-        raise ConfigError("adapter.type", adapter.type, f"must be one of {', '.join(ADAPTERS)}.{near}")
-    module, name, words = ADAPTERS[adapter.type]
-    fields = dataclass_fields(module, name)
-    theirs_to_ours = {theirs: ours for ours, theirs in words.items() if ours != theirs}
-    for key, value in adapter.options.items():
-        if key in theirs_to_ours:
-            raise ConfigError(f"adapter.{key}", value, f"in a recipe this is adapter.{theirs_to_ours[key]}")
-        _refuse_if_elsewhere("adapter", key, value)
-        if key not in fields:
-            raise unknown_key(f"adapter.{key}", value, ["type", *words, *fields])
-        _check_adapter_value(key, value, fields[key])
-    _check_targets(adapter.target_modules)
-    if adapter.init == "eva":  # PEFT leaves its start to a call of one's own
-        raise ConfigError("adapter.init", "eva", "set rank.method=eva, which chooses the ranks and factors in the run")
-    if adapter.type in ("lora", "vera"):
-        _check_adapter_value("init", adapter.init, fields[words["init"]])
-    for ours in Adapter.model_fields:
-        if ours in adapter.model_fields_set and ours not in ("type", *words):
-            cure = f"{adapter.type} has no such setting{_INSTEAD.get((adapter.type, ours), '')}"
-            raise ConfigError(f"adapter.{ours}", getattr(adapter, ours), cure)
-
-
-def _check_adapter_value(key: str, value: Any, kind: str) -> None:
-    """Of PEFT's fields those that are one of some words, or true or false: PEFT itself takes anything for true."""
-    words = re.findall(r"'([^']*)'", kind) if "Literal[" in kind else []
-    can_be = set(re.findall(r"\w+", re.sub(r"Literal\[[^]]*\]", "", kind.replace("[number of iters]", ""))))
-    if isinstance(value, str) and words and "str" not in can_be:
-        if not any(
-            value == word or (value.startswith(word.partition("[")[0] or "?") and "[" in word) for word in words
-        ):
-            raise ConfigError(
-                f"adapter.{key}", value, f"must be one of {', '.join(words)}.{did_you_mean(value, words)}"
-            )
-    elif can_be == {"bool"} and not isinstance(value, bool):
-        raise ConfigError(f"adapter.{key}", value, "must be true or false")
-
-
-def _check_targets(targets: list[str] | str | None) -> None:
-    if targets == []:
-        raise ConfigError("adapter.target_modules", targets, "names nothing; leave it out for PEFT's own choice")
-    if isinstance(targets, str):
-        try:
-            re.compile(targets)
-        except re.error as error:
-            cure = f"not a regex ({error}); names go into a list: [q_proj, v_proj]; for all linears: all-linear"
-            raise ConfigError("adapter.target_modules", targets, cure) from None
-
-
 def where_by(where: Where | None, method: str) -> Where:
     """The section with another method in it, and of its settings those that this method reads.
 
     Raises:
         ConfigError: no such method, or one that cannot do with those settings.
     """
-    from ..where import METHODS
-
     kept = where.model_dump(exclude_unset=True) if where is not None else {}
     known = METHODS[method].settings if method in METHODS else tuple(Where.model_fields)
     found = Where(**{key: value for key, value in kept.items() if key in known} | {"method": method})
@@ -645,13 +523,6 @@ def _check_where(where: Where | None) -> None:
         raise ConfigError("where.count", where.count, f"where.ratio={where.ratio} is set too; keep one of them")
 
 
-def _refuse_if_elsewhere(section: str, key: str, value: Any) -> None:
-    place = ELSEWHERE[section].get(key)
-    if place:
-        where = "give" if place.startswith("--") else "the recipe's own key is"
-        raise ConfigError(f"{section}.{key}", value, f"Trimtab sets this; {where} {place}")
-
-
 def _resolve_paths(recipe: Recipe, folder: Path | None, needs_rows: bool) -> dict[str, Any]:
     """Relative paths in `data` and `model.config`, taken from the current directory, then from the
     recipe's own folder; absolute afterwards, so that the run folder's recipe works from anywhere."""
@@ -671,23 +542,10 @@ def _resolve_paths(recipe: Recipe, folder: Path | None, needs_rows: bool) -> dic
     if isinstance(model.config, str):
         changed["config"] = find_file("model.config", model.config, folder)
     if model.name_or_path is not None:
-        changed["name_or_path"] = _model_place(model.name_or_path, folder)
+        changed["name_or_path"] = find_model(model.name_or_path, folder)
     if not (model.name_or_path or model.config):
         raise ConfigError("model.name_or_path", None, "needed: a hub id, a local folder or a GGUF file")
     return {"data": recipe.data.model_copy(update=found), "model": model.model_copy(update=changed)}
-
-
-def _model_place(text: str, folder: Path | None) -> str:
-    if text.startswith(PACKAGE_PREFIX):
-        return text
-    looks_local = text.startswith((".", "/", "~")) or text.endswith(".gguf")
-    for place in (Path(), *([folder] if folder else [])):
-        path = place / Path(text).expanduser()
-        if path.exists():
-            return str(path.resolve())
-    if looks_local:
-        raise ConfigError("model.name_or_path", text, "no such file or folder")
-    return text
 
 
 def _copy(value: Any) -> Any:

@@ -11,7 +11,8 @@ from typing import Any
 from .. import freeze, rank, where
 from . import recipe as recipes
 from . import trainer_settings
-from .lookup import dataclass_fields
+from .adapter_kinds import ADAPTERS
+from .lookup import ELSEWHERE, dataclass_fields
 from .tasks import known_tasks
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -27,12 +28,12 @@ def recipe_schema() -> dict[str, Any]:
     sections["Where"]["properties"]["method"].update(_names(where.available()))
     sections["Rank"]["properties"]["method"].update(_names(rank.available()))
     sections["Freeze"]["properties"]["method"].update(_names(freeze.available()))
-    sections["Adapter"]["properties"]["type"].update(enum=list(recipes.ADAPTERS))
+    sections["Adapter"]["properties"]["type"].update(enum=list(ADAPTERS))
     known = sections["Adapter"]["properties"]
     sections["Adapter"]["additionalProperties"] = True  # fields of each type's config; those of LoRA are named
-    words = recipes.ADAPTERS["lora"][2]
-    for name, kind in dataclass_fields(*recipes.ADAPTERS["lora"][:2]).items():
-        if name not in {*known, *words.values(), *recipes.ELSEWHERE["adapter"]}:
+    words = ADAPTERS["lora"][2]
+    for name, kind in dataclass_fields(*ADAPTERS["lora"][:2]).items():
+        if name not in {*known, *words.values(), *ELSEWHERE["adapter"]}:
             known[name] = {"description": f"{kind} (of PEFT's LoraConfig)"}
     made["properties"]["train"].update(properties=dict(_training()), additionalProperties=False)
     for section, model in _sections().items():  # a bare word stands for a section's main key
@@ -70,7 +71,7 @@ def _in_one_line(section: dict[str, Any]) -> None:
 
 def _training() -> Any:
     for name, kind in trainer_settings.fields().items():
-        if name in recipes.ELSEWHERE["train"]:
+        if name in ELSEWHERE["train"]:
             continue
         words = trainer_settings.words(name)
         yield name, {"enum": [*words, False] if "no" in words else list(words)} if words else {"description": kind}

@@ -38,7 +38,8 @@ def examples(recipe: Recipe, n: int) -> tuple[list[Example], list[str]]:
     from datasets import DatasetDict
 
     from . import models
-    from .planning import load_rows, model_spec
+    from .planning import model_spec
+    from .rows import load_rows
     from .tasks import get_task
 
     task = get_task(recipe.require_task().model_dump())

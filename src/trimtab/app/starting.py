@@ -134,7 +134,7 @@ def _understood(places: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[Ta
     except DataError as error:
         if given.get("name", "text") != "text":
             raise
-        if "name" not in given and any("separated by" in note for note in table.notes):  # commas are prose's, too
+        if "name" not in given and table.separator:  # commas are prose's, too
             raise DataError(f"{error}; to learn its lines as they stand: task.name=text") from error
     folders = sorted({file.parent.name for file in files})
     if len(folders) > 1 and "name" not in given:  # as IMDb's reviews are kept
@@ -329,6 +329,7 @@ def _written(lines: Sequence[Line], heading: Sequence[str]) -> str:
 def _tried(text: str, places: Mapping[str, Any]) -> tuple[str, ...]:
     """What was said while the recipe's rows were read and its plan was made, without weights."""
     from . import models, planning
+    from .rows import load_rows
     from .tasks import get_task
 
     data = parse_yaml(text, "recipe")
@@ -337,7 +338,7 @@ def _tried(text: str, places: Mapping[str, Any]) -> tuple[str, ...]:
             data["data"][key] = places[key]
     chosen = recipes.load(data)
     task = get_task(chosen.require_task().model_dump())
-    rows = planning.load_rows(chosen, task)
+    rows = load_rows(chosen, task)
     n = len(rows["train"]) if getattr(task, "counts_rows", True) else None
     planning.plan_recipe(chosen, planning.horizon_of(chosen, n), task)
     spec = planning.model_spec(chosen)

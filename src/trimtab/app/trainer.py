@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import Trainer, TrainingArguments
 
-    from .run import Job
+    from .job import Job
     from .tasks import Task
 
 # Where the recipe's `train` is silent. The Trainer's own logging and saving every 500 steps would leave a

@@ -33,8 +33,9 @@ from . import recipe as recipes
 from .lookup import parse_yaml
 from .outputs import check_folder
 from .recipe import Recipe
-from .runfolder import RunFolder, same_recipe, write_recipe, write_text
+from .runfolder import RunFolder, write_recipe, write_text
 from .screen import Screen
+from .session import same_recipe
 from .stopping import Stopped
 from .storage import alone
 
@@ -271,7 +272,8 @@ def _value_text(value: Any) -> str:
 
 def _check(search: Search) -> None:
     """A dry run of every candidate, without weights: what cannot work is refused before the first trial."""
-    from .planning import horizon_of, load_rows, plan_recipe
+    from .planning import horizon_of, plan_recipe
+    from .rows import load_rows
     from .tasks import get_task
     from .trainer import training_arguments
 

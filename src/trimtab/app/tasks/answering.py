@@ -24,12 +24,13 @@ import numpy as np
 from ...errors import ConfigError, DataError, did_you_mean
 from ..report.words import some
 from .answer_loss import answer_scores, answer_sums, kept_sums
-from .chats import NO_ANSWER, Message
+from .chats import NO_ANSWER
 from .columns import Table
 from .data import MISSING, Columns, DataSpec, column, duplicates, is_missing
 from .encoding import TEMPLATES, Encoding, Padder
 from .files import from_dataset
 from .generation import Decoding, MakeBar, Question, generate
+from .messages import Message
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict

@@ -15,19 +15,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import ConfigError, DataError
 from .answering import check_choice, mean_of
-from .chats import Message
 from .data import Columns, column, texts
-from .generation import Decoding, MakeBar
+from .generation import Decoding
 from .instruct import Instruct
+from .messages import Message
 from .sandbox import Limits, require_isolation, run_programs
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset
 
 FENCE = "```"
 OPEN = "```python\n"
@@ -103,23 +102,11 @@ class Code(Instruct):
     def needs_generation(self, rows: Dataset) -> bool:
         if "tests" not in rows.column_names:
             return False
-        if not self.allow_code_execution:
+        if self.allow_code_execution:
+            require_isolation(self.force_code_execution)  # before hours of answers are written
+        else:
             self.notes.append("pass@k not scored: running generated code needs task.allow_code_execution=true")
         return self.allow_code_execution
-
-    def evaluate(
-        self,
-        model: Any,
-        tokenizer: Any,
-        rows: DatasetDict,
-        split: str,
-        *,
-        folder: str | Path | None = None,
-        make_bar: MakeBar | None = None,
-    ) -> dict[str, float]:
-        if self.allow_code_execution:
-            require_isolation(self.force_code_execution)
-        return super().evaluate(model, tokenizer, rows, split, folder=folder, make_bar=make_bar)
 
     def decoding_for(self, rows: Dataset) -> Decoding:
         """As set, with what ends a program beside the user's own ends."""

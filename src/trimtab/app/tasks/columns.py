@@ -17,12 +17,16 @@ class Table(Columns):
         super().__init__(columns or {})
         self.absent: dict[str, str] = {}
         """Columns that one of the files lacks (None in its rows), with that file's name."""
+        self.nameless: list[int] = []
+        """Places, from 1, of columns that hold something and have no name; they are not read."""
+        self.separator: str | None = None
+        """What stands between the columns, where that was found out and is not the usual."""
         self.notes = list(notes)
 
     def rows(self, chosen: Sequence[int]) -> Table:
         """Some of the rows."""
         part = Table({name: [values[i] for i in chosen] for name, values in self.items()}, self.notes)
-        part.absent = self.absent
+        part.absent, part.nameless, part.separator = self.absent, self.nameless, self.separator
         return part
 
 

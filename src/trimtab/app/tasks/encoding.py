@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError, DataError
 from . import Task
-from .chats import Message, m_is_learned
 from .generation import Decoding
+from .messages import Message, is_learned
 
 if TYPE_CHECKING:
     import torch
@@ -139,7 +139,7 @@ class Encoding(Task):
         follows; where it does not (some leave out earlier reasoning), the last answer alone does.
         """
         asked = next((i for i, m in enumerate(messages) if m["role"] != "assistant" and m["role"] != "system"), 0)
-        turns = [i for i, m in enumerate(messages) if i > asked and m["role"] == "assistant" and m_is_learned(m)]
+        turns = [i for i, m in enumerate(messages) if i > asked and m["role"] == "assistant" and is_learned(m)]
         for chosen in (turns, turns[-1:]):
             pieces: list[tuple[str, bool]] = []
             done = ""

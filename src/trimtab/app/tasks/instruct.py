@@ -12,11 +12,9 @@ from typing import Any
 
 from ...errors import ConfigError, did_you_mean
 from .answering import Answering
-from .chats import ABOUT, BESIDE, CHOICES, FORMS, PAIRS, Reader
+from .chats import Reader
 from .data import Columns, column
-
-_OF_FORMS = (name for names in (*FORMS.values(), *PAIRS.values()) for name in names if name)
-_OURS = tuple(dict.fromkeys(("role", "content", *BESIDE, *_OF_FORMS, *ABOUT, *CHOICES)))
+from .forms import COLUMNS
 
 
 @dataclass(kw_only=True)
@@ -42,7 +40,7 @@ class Instruct(Answering):
         if (self.prompt is None) != (self.answer is None):
             missing = "answer" if self.answer is None else "prompt"
             raise ConfigError(f"task.{missing}", None, "name both columns, task.prompt and task.answer, or neither")
-        _check_names("columns", self.columns, _OURS, "the file's name for it", of_keys=True)
+        _check_names("columns", self.columns, ("role", "content", *COLUMNS), "the file's name for it", of_keys=True)
         _check_names("roles", self.roles, ("system", "user", "assistant", "tool"), "a role", of_keys=False)
 
     @property
@@ -51,7 +49,7 @@ class Instruct(Answering):
 
     def conversations(self, split: str, table: Columns, source: str) -> Columns:
         reader = Reader(self.columns or {}, self.roles or {}, self.missing)
-        table = reader.renamed(table, source, () if self.prompt else _OURS[2:])
+        table = reader.renamed(table, source, () if self.prompt else COLUMNS)
         if self.prompt is None or self.answer is None:
             form = reader.form(table, source)
             if split == "train":  # a prompt given whole is taken as it stands
@@ -63,21 +61,13 @@ class Instruct(Answering):
             wheres = [f"{source}: row {i}" for i in range(1, len(prompts) + 1)]
             found = reader.pairs(table, self.prompt, self.answer, wheres)
         self._answers_in = reader.answers_in
-        unanswered = reader.met.pop("\0unanswered", 0)
-        if unanswered:
-            self.notes.append(
-                f"{split}: {unanswered} of {len(found)} conversations end without an answer: read up to the last one"
-            )
-        if words := ", ".join(f"{word!r} {n}" for word, n in reader.met.most_common(6)):
-            self.notes.append(f"{split}: words that count as missing: {words} (data.missing lists them)")
-        if reader.met.pop("\0places", 0):
-            self.notes.append(f"{split}: answers are the places of their choices, from 0, and learned by their letters")
-        self.say_unread(split, table, reader.read, [f"{key} of messages" for key in reader.unread])
+        self.notes += [f"{split}: {note}" for note in reader.notes(len(found))]
+        self.say_unread(split, table, reader.read, [f"{key} of messages" for key in reader.messages.unread])
         return {"messages": found}
 
     def questions(self, table: Columns, source: str) -> Columns:
         reader = Reader(self.columns or {}, self.roles or {}, self.missing, asking=True)
-        table = reader.renamed(table, source, () if self.prompt else _OURS[2:])
+        table = reader.renamed(table, source, () if self.prompt else COLUMNS)
         if self.prompt is None:
             form = reader.form(table, source)
             self.fallback_template = "plain" if form == "completion" else type(self).fallback_template

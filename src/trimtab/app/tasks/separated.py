@@ -51,10 +51,11 @@ def read_separated(where: str, text: str, suffix: str, reading: Reading) -> Tabl
         table.update({name: [] for name in names if name})
     for i, name in enumerate(names):
         if not name and any(cell.strip() for cell in table.pop(f"\0{i}", ())):
+            table.nameless.append(i + 1)
             table.notes.append(f"column {i + 1} has no name in the first line and is not read")
     if separator != usual and not reading.separator and len(names) > 1:
-        word = next((word for word, mark in SEPARATORS.items() if mark == separator), repr(separator))
-        table.notes.append(f"columns are separated by {word} (data.separator)")
+        table.separator = next((word for word, mark in SEPARATORS.items() if mark == separator), repr(separator))
+        table.notes.append(f"columns are separated by {table.separator} (data.separator)")
     return table
 
 

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import ConfigError, DataError
 from .answering import Answering, check_choice, mean_of
-from .chats import Message, loads
+from .cells import loads
 from .data import Columns, column, is_missing
+from .messages import Message
 
 if TYPE_CHECKING:
     from datasets import Dataset

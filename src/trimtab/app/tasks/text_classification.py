@@ -7,9 +7,7 @@ said with their number.
 
 from __future__ import annotations
 
-import math
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError, DataError, did_you_mean
 from ..report.words import some
-from .chats import loads
+from .cells import loads
 from .classification import (
     Score,
     SequenceClassification,
@@ -29,6 +27,7 @@ from .classification import (
     spearmanr,
 )
 from .data import Columns, DataSpec, column, duplicates, text_of, with_points
+from .labels import class_key, folded, joined, number, spelling, unit_of, units, without_unit
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -96,6 +95,7 @@ class TextClassification(SequenceClassification):
             )
         self.greater_is_better = self.metric != "mse"
         self._left_out = ""
+        self._unit = ""
         self._names = self.labels
 
     scored_splits = ("test", "validation")
@@ -177,66 +177,72 @@ class TextClassification(SequenceClassification):
             for name, values in columns.items()
         }
         if labels is not None:
-            table[self.label] = self._ids(split, {i + 1: labels[i] for i in chosen}, source)
+            read = self._numbers if self.regression else self._ids
+            table[self.label] = read(split, {i + 1: labels[i] for i in chosen}, source)
         if isinstance(spec.stratify, str) and split == "train" and spec.stratify not in table:
             whole = column(raw, spec.stratify, f"data.stratify={spec.stratify!r}", source)
             table[spec.stratify] = [str(whole[i]) for i in chosen]
         return table
 
+    def _numbers(self, split: str, values: Mapping[int, Any], source: str) -> list[float]:
+        """Labels that are numbers, given by the number of their row."""
+        unit = unit_of(values.values())
+        if split == "train":
+            self._unit = unit
+        elif unit != self._unit:
+            ours, theirs = (each or "no unit" for each in (unit, self._unit))
+            raise DataError(f"{source}: labels in {ours}, and in {theirs} in the training rows; write them alike")
+        if unit:
+            self.notes.append(f"{split}: labels are numbers in {unit}, which is left off")
+        plain = with_points(without_unit([*values.values()]))
+        found = [number(value, row, source) for row, value in zip(values, plain)]
+        if split == "train" and len(found) > 1 and len(set(found)) == 1:
+            raise DataError(f"{source}: every row has label {found[0]:g}; a number that is always one is not learned")
+        return found
+
     def _ids(self, split: str, values: Mapping[int, Any], source: str) -> list[float]:
-        """Ids (or numbers) of labels that are given by the number of their row."""
-        if self.regression:
-            found = [_number(v, number, source) for number, v in zip(values, with_points(list(values.values())))]
-            if split == "train" and len(found) > 1 and len(set(found)) == 1:
-                raise DataError(
-                    f"{source}: every row has label {found[0]:g}; a number that is always one is not learned"
-                )
-            return found
-        for number, value in values.items() if self.labels is None else ():
+        """Ids of the classes of labels, given by the number of their row."""
+        for row, value in values.items() if self.labels is None else ():
             if isinstance(loads(value), (list, dict)):  # as pandas writes lists into CSV
                 raise DataError(
-                    f"{source}: row {number} has label {value!r}, a {type(loads(value)).__name__} written as text, and "
+                    f"{source}: row {row} has label {value!r}, a {type(loads(value)).__name__} written as text, and "
                     "one label a row is learned; make it one, or name the classes in task.labels"
                 )
-        keys = {number: self._key(value, number, source) for number, value in values.items()}
+        keys = {row: self._key(value, row, source) for row, value in values.items()}
         if self._names is None or (split == "train" and self.labels is None):
             self._names = self._found(keys, values, source)
         known = {self._key(name, 0, "task.labels"): i for i, name in enumerate(self._names)}
         # What one file calls true another calls 1.
         others = {"true": "1", "false": "0", "1": "true", "0": "false"}
-        ids = {}
-        for number, key in keys.items():
-            place = known.get(key, known.get(others.get(key, "")))
+        places = {row: known.get(key, known.get(others.get(key, ""))) for row, key in keys.items()}
+        for row, place in places.items():
             if place is None:
-                name = str(values[number])
-                why = "task.labels does not name" if self.labels else "no training row has"
-                near = [one for one in self._names if _folded(one) == _folded(name)]
-                is_quoted = {"True", "False"} & set(self.labels or ()) and name.lower() in ("yes", "no", "on", "off")
-                cure = (
-                    " YAML reads yes and no as true and false; quote them in task.labels: ['yes', 'no']."
-                    if is_quoted
-                    else f" {near[0]!r} differs in blanks or case only: task.fold_labels=true makes them one."
-                    if near
-                    else " If it stands for no label: data.missing=['-1']."
-                    if key == "-1"
-                    else did_you_mean(name, self._names)
-                )
-                raise DataError(
-                    f"{source}: row {number} has label {name!r}, which {why}."
-                    f"{cure} Known: {some([repr(one) for one in self._names])}"
-                )
-            ids[number] = place
-        return list(ids.values())
+                raise self._unknown(str(values[row]), keys[row], self._names, f"{source}: row {row}")
+        return [place for place in places.values() if place is not None]
 
-    def _key(self, value: Any, number: int, source: str) -> str:
-        key = class_key(value, number, source)
-        return _folded(key) if self.fold_labels else key
+    def _unknown(self, name: str, key: str, known: Sequence[str], where: str) -> DataError:
+        """The error for a label that is none of the classes."""
+        near = [one for one in known if folded(one) == folded(name)]
+        if {"True", "False"} & set(self.labels or ()) and name.lower() in ("yes", "no", "on", "off"):
+            cure = " YAML reads yes and no as true and false; quote them in task.labels: ['yes', 'no']."
+        elif near:
+            cure = f" {near[0]!r} differs in blanks or case only: task.fold_labels=true makes them one."
+        elif key == "-1":
+            cure = " If it stands for no label: data.missing=['-1']."
+        else:
+            cure = did_you_mean(name, known)
+        why = "task.labels does not name" if self.labels else "no training row has"
+        return DataError(f"{where} has label {name!r}, which {why}.{cure} Known: {some([*map(repr, known)])}")
+
+    def _key(self, value: Any, row: int, source: str) -> str:
+        key = class_key(value, row, source)
+        return folded(key) if self.fold_labels else key
 
     def _found(self, keys: Mapping[int, str], values: Mapping[int, Any], source: str) -> list[str]:
         """The classes of the training rows, in the order of their ids, spelt as they mostly are."""
         spelt: dict[str, Counter[str]] = {}
-        for number, key in keys.items():
-            spelt.setdefault(key, Counter())[_spelling(values[number], self.fold_labels)] += 1
+        for row, key in keys.items():
+            spelt.setdefault(key, Counter())[spelling(values[row], self.fold_labels)] += 1
         if (
             {"true", "false"} & spelt.keys()
             and {"0", "1"} & spelt.keys()
@@ -258,7 +264,7 @@ class TextClassification(SequenceClassification):
             )
         alike: dict[str, list[str]] = {}
         for key in spelt:
-            alike.setdefault(_folded(key), []).append(key)
+            alike.setdefault(folded(key), []).append(key)
         if near := [repr(key) for keys in alike.values() if len(keys) > 1 for key in sorted(keys)]:
             self.notes.append(
                 f"classes that differ in blanks or case only: {some(near)}; task.fold_labels=true makes them one"
@@ -267,24 +273,22 @@ class TextClassification(SequenceClassification):
             self.notes.append(f"is {unclear[0]!r} a class? If it stands for no label: data.missing=['{unclear[0]}']")
         if "-1" in spelt and {"0", "1"} <= spelt.keys():
             self.notes.append("is '-1' a class? If it stands for no label: data.missing=['-1']")
-        self._say_joined(list(spelt))
+        self._say_unlikely(list(spelt))
         names = [min(counts, key=lambda name: (-counts[name], name)) for counts in spelt.values()]
         try:
             return sorted(names, key=lambda name: (int(name), name))
         except ValueError:
             return sorted(names)
 
-    def _say_joined(self, classes: list[str]) -> None:
-        parts = {key: re.split(r"\s*[,;|]\s*", key.strip()) for key in classes}
-        times = Counter(part for several in parts.values() for part in several)
-        joined = [
-            repr(key) for key, several in parts.items() if len(several) > 1 and any(times[part] > 1 for part in several)
-        ]
-        if joined:
+    def _say_unlikely(self, classes: list[str]) -> None:
+        if several := joined(classes):
             numbers = "; numbers with a decimal comma: task.regression=true" * (with_points(classes) != classes)
-            self.notes.append(
-                f"classes that look like several in one: {some(joined)}; one label a row is learned{numbers}"
-            )
+            told = some([*map(repr, several)])
+            self.notes.append(f"classes that look like several in one: {told}; one label a row is learned{numbers}")
+        if found := units(classes) - {""}:
+            cure = "task.regression=true" if unit_of(classes) else "write them all in one unit, or without"
+            told = some([*map(repr, classes)])
+            self.notes.append(f"classes that look like numbers in {some(sorted(found))}: {told}; if they are: {cure}")
 
     def _say_classes(self, rows: DatasetDict) -> None:
         if self.label_names is None:
@@ -296,37 +300,6 @@ class TextClassification(SequenceClassification):
                 self.notes.append(f"{split}: {len(told)} class{'es' if len(told) > 1 else ''}: {some(told)}")
 
 
-def class_key(value: Any, number: int, source: str) -> str:
-    """The class that a label means, whatever the file's format made of it: 1, 1.0, "1" and "1.0" are one.
-
-    >>> [class_key(value, 1, "x") for value in (1, 1.0, "1.0", " 1", True, "True", "1.5", "good")]
-    ['1', '1', '1', '1', 'true', 'true', '1.5', 'good']
-    """
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if not isinstance(value, (str, int)):
-        hint = "; set task.regression=true to predict a number" if isinstance(value, float) else ""
-        raise DataError(f"{source}: row {number} has label {value!r}, not a class name or whole number{hint}")
-    text = str(value)
-    if whole := re.fullmatch(r"(-?\d+)(\.0*)?", text.strip()):
-        return whole[1]
-    return text.lower() if text in ("True", "TRUE", "False", "FALSE") else text
-
-
-def _spelling(value: Any, fold: bool) -> str:
-    key = class_key(value, 0, "")
-    if isinstance(value, str) and key in ("true", "false"):
-        return value
-    return " ".join(key.split()) if fold else key
-
-
-def _folded(name: str) -> str:
-    seen = re.sub("[\u00ad\u200b-\u200d\u2060\ufeff]", "", unicodedata.normalize("NFKC", name))  # not what has no width
-    return " ".join(seen.split()).casefold()
-
-
 def _is_word(value: Any, spec: DataSpec) -> bool:
     return isinstance(value, str) and value.strip() in spec.missing
 
@@ -334,13 +307,3 @@ def _is_word(value: Any, spec: DataSpec) -> bool:
 def _by_word(words: Counter[str], key: str = "; data.missing lists such words") -> str:
     told = ", ".join(f"{word!r} {n}" for word, n in words.most_common(6))
     return f" ({told}{key})" if words else ""
-
-
-def _number(value: Any, number: int, source: str) -> float:
-    try:
-        out = float(value)
-    except (TypeError, ValueError):
-        out = math.nan
-    if not math.isfinite(out):
-        raise DataError(f"{source}: row {number} has label {value!r}, not a finite number (task.regression)")
-    return out
