@@ -133,9 +133,7 @@ PARTS = (*FIRST, *EARLIER, "composition", "cka-lora", "random-lora", "uniform-lo
          "aflora", "aflora-late",
          "lora-r4", "lora-r2", "influence-composition", "influence-salientlora", "aflora-vectors",
          "aflora-late-vectors", "influence-composition-vectors")  # fmt: skip
-# With a longer warm-up, at which more learns and at higher rates.
-STEADY = (*FIRST, "cka-lora", "uniform-lora", "lora-r4", "lora-r2")
-WARM = ("train.warmup_steps=0.2",)
+STEADY = (*FIRST, "cka-lora", "uniform-lora", "lora-r4", "lora-r2")  # with a longer warm-up
 # On a decoder, at equal steps, by what each part of the composition brings.
 DECODER = ("lora-r8", "cka-lora", "salientlora-late", "composition-latest", "salientlora", "composition",
            "composition-late", "influence-lora",
@@ -166,11 +164,11 @@ TASKS = {
         Task("sst2-double", "SST-2, twice the scale", 6000, 1, 0, ("adapter.alpha=32",),
              swapped=("lora-r8", "cka-lora", "uniform-lora", "cka-salientlora", "composition-late"), tuned=False,
              folder="sst2", is_variant=True),
-        Task("sst2-warm", "SST-2, a fifth of it warm-up", 6000, 1, 0, WARM, swapped=STEADY, tuned=False, folder="sst2",
+        Task("sst2-fifth", "SST-2, a fifth of it warm-up", 6000, 1, 0, ("train.warmup_steps=0.2",), swapped=FIRST, tuned=False, folder="sst2",
              is_variant=True),
         Task("sst2-tenth", "SST-2, a tenth of it warm-up", 6000, 1, 0, ("train.warmup_steps=0.1",),
-             swapped=(*FIRST, "cka-lora"), tuned=False, folder="sst2", is_variant=True),
-        Task("snli-warm", "SNLI, a fifth of it warm-up", 6000, 2, 0, WARM, swapped=STEADY, tuned=False, folder="snli",
+             swapped=STEADY, tuned=False, folder="sst2", is_variant=True),
+        Task("snli-tenth", "SNLI, a tenth of it warm-up", 6000, 2, 0, ("train.warmup_steps=0.1",), swapped=STEADY, tuned=False, folder="snli",
              glue="mnli", splits=("validation", "test"), scored=1500, is_variant=True),
         Task("code", "SmolLM2, Code Alpaca", 750, 1, 0, swapped=DECODER, tuned=False, folder="code_alpaca",
              recipe="smollm2.yaml", held_out=0.2, samples=128),
