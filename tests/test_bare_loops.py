@@ -176,6 +176,21 @@ def test_a_closure_that_makes_the_gradients_anew_is_refused():
         Controller(model, torch.optim.LBFGS([p for p in model.parameters() if p.requires_grad]), 12)
 
 
+def test_a_closure_that_does_nothing_is_no_mistake():
+    ends = []
+    for closure in ((), (lambda: None,)):  # Lightning hands one to every step of a loop with manual optimisation
+        model, optimizer, controller, _ = made()
+        for step in range(12):
+            model(**tiny.batch("bert", seed=step)).loss.backward()
+            controller.before_step()
+            optimizer.step(*closure)
+            controller.after_step()
+            optimizer.zero_grad()
+        controller.finish()
+        ends.append(weights(model))
+    assert same(*ends, atol=0)
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_an_optimizer_made_anew_in_mid_run_is_refused(fused):
     model, optimizer, controller, _ = made(fused=fused)
@@ -236,6 +251,13 @@ def test_a_start_whose_diagonals_are_no_ones_is_not_given_back_as_plain_lora(fre
     model.load_state_dict(start)
     with pytest.raises(StaleAdapterError):
         Controller(model, None, 30)._check_not_stale()
+
+
+def test_an_adapter_without_its_peft_model_is_named_with_what_to_call():
+    model = tiny.build("bert")
+    peft.inject_adapter_in_model(TrimConfig(target_modules=["query"], rank=ADALORA), model)  # transformers' add_adapter
+    with pytest.raises(ModelError, match=r"without its PeftModel.*peft\.get_peft_model"):
+        Controller(model, torch.optim.SGD(model.parameters(), lr=1e-2), 12)
 
 
 def test_an_adapter_without_values_is_refused():

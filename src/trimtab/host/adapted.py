@@ -46,6 +46,12 @@ def peft_model_of(model: nn.Module) -> PeftModel:
     """
     found = [m for m in model.modules() if isinstance(m, PeftModel)] if isinstance(model, nn.Module) else []
     if not found:
+        if isinstance(model, nn.Module) and any(is_adapted(module) for module in model.modules()):
+            raise ModelError(
+                f"model: {type(model).__name__} holds an adapter without its PeftModel (add_adapter, "
+                "inject_adapter_in_model); put it on with peft.get_peft_model, in a SentenceTransformer on the model "
+                "inside: encoder[0].model = peft.get_peft_model(encoder[0].model, config)"
+            )
         raise ModelError(f"model: {type(model).__name__} holds no PEFT adapter; call peft.get_peft_model first")
     if len(found) > 1:
         raise ModelError(
@@ -64,6 +70,26 @@ def adapter_layers(model: nn.Module, adapter_name: str = "default") -> Iterator[
     for name, module in peft_model_of(model).get_base_model().named_modules():
         if isinstance(module, LoraLayer) and (adapter_name in module.lora_A or adapter_name in module.lora_embedding_A):
             yield _own_name(name), module
+
+
+def entrances(model: nn.Module, adapter_name: str = "default") -> list[nn.Module]:
+    """Modules by which a forward pass may come to an adapter: the `PeftModel`, and all in it that hold adapted layers.
+
+    Libraries call a method of the model's own, or the encoder in it, or ``forward`` by name, of which the `PeftModel`'s
+    hooks never learn. Repeated blocks are left out: whoever runs one came in by what holds them.
+    """
+    outer = peft_model_of(model)
+    base = outer.get_base_model()
+    found: dict[int, nn.Module] = {id(m): m for m in (outer, outer.base_model, base)}
+    for name, _ in adapter_layers(model, adapter_name):
+        module = base
+        for part in name.split(".")[:-1]:
+            inner = getattr(module, "_checkpoint_wrapped_module", module)
+            if isinstance(inner, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+                break
+            found[id(module)] = module
+            module = inner.get_submodule(part)
+    return list(found.values())
 
 
 def _own_name(path: str) -> str:
