@@ -16,7 +16,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import GradientState
 from torch.amp import GradScaler
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 import short_runs as runs
 import tiny
@@ -260,6 +261,17 @@ def test_an_adapter_without_its_peft_model_is_named_with_what_to_call():
         Controller(model, torch.optim.SGD(model.parameters(), lr=1e-2), 12)
 
 
+def test_what_holds_a_model_and_is_none_is_named():
+    class Holder:  # a SetFitModel, which SetFit's Trainer shows its callbacks
+        body = runs.model_for("bert", "adalora", rank=ADALORA)
+
+    with pytest.raises(ModelError, match="Holder is no torch module"):
+        Controller(Holder(), None, 12)
+    args, state = TrainingArguments(report_to=[], use_cpu=True), TrainerState(max_steps=12)
+    with pytest.raises(ModelError, match="Holder is no torch module"):
+        TrimCallback().on_train_begin(args, state, TrainerControl(), model=Holder())
+
+
 def test_an_adapter_without_values_is_refused():
     config = TrimConfig(r=4, target_modules=["query"], rank=ADALORA)
     model = peft.get_peft_model(tiny.build("bert"), config, low_cpu_mem_usage=True)
@@ -316,6 +328,18 @@ def test_an_optimizer_that_steps_inside_backward_is_refused():
             model(**tiny.batch("bert", seed=step)).loss.backward()
             controller.before_step()
             controller.after_step()
+
+
+def test_optimizers_that_are_known_to_step_inside_backward_are_refused_before_the_first_step():
+    class Lomo(torch.optim.SGD):
+        def fused_backward(self, loss: torch.Tensor, lr: float) -> None: ...
+
+    model = runs.model_for("bert", "adalora", rank=ADALORA)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    layerwise = LayerWiseDummyOptimizer({p: torch.optim.SGD([p]) for p in trained}, lr=1e-2)  # galore_adamw_layerwise
+    for optimizer in (Lomo(trained, lr=1e-2), layerwise):
+        with pytest.raises(ConfigError, match=f"{type(optimizer).__name__}.*steps inside backward"):
+            Controller(model, optimizer, 12)
 
 
 def test_ranks_are_not_cut_by_a_controller_that_saw_no_step():

@@ -44,9 +44,15 @@ def peft_model_of(model: nn.Module) -> PeftModel:
     Raises:
         ModelError: there is none, or more than one.
     """
-    found = [m for m in model.modules() if isinstance(m, PeftModel)] if isinstance(model, nn.Module) else []
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"model: {type(model).__name__} is no torch module; hand over the model in it, or train that one with a "
+            "Trainer which shows its callbacks the model itself (in place of SetFit's, sentence-transformers' on "
+            "model.model_body)"
+        )
+    found = [m for m in model.modules() if isinstance(m, PeftModel)]
     if not found:
-        if isinstance(model, nn.Module) and any(is_adapted(module) for module in model.modules()):
+        if any(is_adapted(module) for module in model.modules()):
             raise ModelError(
                 f"model: {type(model).__name__} holds an adapter without its PeftModel (add_adapter, "
                 "inject_adapter_in_model); put it on with peft.get_peft_model, in a SentenceTransformer on the model "

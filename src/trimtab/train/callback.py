@@ -145,7 +145,6 @@ class TrimCallback(TrainerCallback, ExportableState):
         self._is_queued = self._was_reached = self._was_ever_reached = False
         self._look_away()
         self._has_loop = _is_in_training(self)
-        keep_inputs_out_of_the_graph(model)  # the Trainer has turned checkpointing on by now
         self.controller = Controller(
             model,
             self._optimizer,
@@ -154,6 +153,7 @@ class TrimCallback(TrainerCallback, ExportableState):
             adapter_name=self._name(model),
             on_event=self._record,
         )
+        keep_inputs_out_of_the_graph(model)  # the Trainer has turned checkpointing on by now
         if state.global_step > 0:
             self._resume(args, state)
         else:
@@ -390,6 +390,8 @@ class TrimCallback(TrainerCallback, ExportableState):
     def _watch_output(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if not torch.is_grad_enabled():
             return
+        if torch.compiler.is_compiling() and not hasattr(module, "peft_config"):
+            return  # a hook in its middle would cut the graph in two; PEFT's modules end where the model does
         if self._has_loop and not torch.compiler.is_compiling() and not _is_in_training(self):
             self._look_away()
             return

@@ -134,10 +134,11 @@ class Controller:
         self._mark = object()  # tells this controller from another on the same adapter
         self._tensors = AdapterTensors(model, adapter_name)
         self.layers = self._tensors.layers
+        if self.layers:
+            refuse_what_cannot_be_followed(self.optimizer)
         refuse_groups_that_leave_out(self._tensors, self.optimizer)
         if self.layers:
             forget_interrupted_accumulation()
-            refuse_what_cannot_be_followed(self.optimizer)
             refuse_engines(model, self._tensors.parameters, optimizer, self.optimizer)
             refuse_what_is_no_optimizer(optimizer, self.optimizer)
             if is_distributed():

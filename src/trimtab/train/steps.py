@@ -225,6 +225,12 @@ def refuse_what_cannot_be_followed(optimizer: Any) -> None:
     name = type(optimizer).__name__
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ConfigError("optimizer", name, "takes many gradients a step, so none can be scored; use AdamW or SGD")
+    # LOMO's step, and what transformers and LLaMA-Factory hand on for layerwise GaLore and APOLLO.
+    if callable(getattr(optimizer, "fused_backward", None)) or hasattr(optimizer, "optimizer_dict"):
+        raise ConfigError(
+            "optimizer", name, "steps inside backward, where gradients are gone before they are scored; use torch's "
+            "AdamW, Adam or SGD"
+        )  # fmt: skip
     if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
         raise ConfigError(
             "optimizer", name, "keeps a second copy of the weights, which would not be cut or folded; use torch's "
