@@ -78,14 +78,19 @@ def adapter_layers(model: nn.Module, adapter_name: str = "default") -> Iterator[
             yield _own_name(name), module
 
 
-def entrances(model: nn.Module, adapter_name: str = "default") -> list[nn.Module]:
+def entrances(model: nn.Module, adapter_name: str = "default", is_compiled: bool = False) -> list[nn.Module]:
     """Modules by which a forward pass may come to an adapter: the `PeftModel`, and all in it that hold adapted layers.
 
     Libraries call a method of the model's own, or the encoder in it, or ``forward`` by name, of which the `PeftModel`'s
     hooks never learn. Repeated blocks are left out: whoever runs one came in by what holds them.
+
+    Args:
+        is_compiled: somebody compiles the model; hooks further in would cut its graph in pieces. Looked for here, too.
     """
     outer = peft_model_of(model)
     base = outer.get_base_model()
+    if is_compiled or any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in model.modules()):
+        return [outer]
     found: dict[int, nn.Module] = {id(m): m for m in (outer, outer.base_model, base)}
     for name, _ in adapter_layers(model, adapter_name):
         module = base

@@ -172,7 +172,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         if self.controller.layers and not self.controller.is_finished:
             self._hooks = [
                 module.register_forward_hook(Weakly(self._watch_output))
-                for module in entrances(model, self.controller.adapter_name)
+                for module in entrances(model, self.controller.adapter_name, is_compiled=bool(args.torch_compile))
             ]
         self._tell_trackers(args, state, control, model, **layer_scores(getattr(config, "where", None)))
         self._history.start_clock()
@@ -390,13 +390,12 @@ class TrimCallback(TrainerCallback, ExportableState):
     def _watch_output(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if not torch.is_grad_enabled():
             return
-        if torch.compiler.is_compiling() and not hasattr(module, "peft_config"):
-            return  # a hook in its middle would cut the graph in two; PEFT's modules end where the model does
-        if self._has_loop and not torch.compiler.is_compiling() and not _is_in_training(self):
-            self._look_away()
-            return
-        if torch._C._current_graph_task_id() >= 0:  # inside a backward: what runs its blocks or batches once more
-            self._on_backward()
+        if not torch.compiler.is_compiling():
+            if self._has_loop and not _is_in_training(self):
+                self._look_away()
+                return
+            if torch._C._current_graph_task_id() >= 0:  # in a backward, which runs blocks or batches once more
+                self._on_backward()
         for tensor in _tensors(output):
             if tensor.requires_grad:
                 tensor.register_hook(self._on_backward)
