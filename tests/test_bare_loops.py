@@ -16,7 +16,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import GradientState
 from torch.amp import GradScaler
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 import short_runs as runs
 import tiny
@@ -176,6 +177,21 @@ def test_a_closure_that_makes_the_gradients_anew_is_refused():
         Controller(model, torch.optim.LBFGS([p for p in model.parameters() if p.requires_grad]), 12)
 
 
+def test_a_closure_that_does_nothing_is_no_mistake():
+    ends = []
+    for closure in ((), (lambda: None,)):  # Lightning hands one to every step of a loop with manual optimisation
+        model, optimizer, controller, _ = made()
+        for step in range(12):
+            model(**tiny.batch("bert", seed=step)).loss.backward()
+            controller.before_step()
+            optimizer.step(*closure)
+            controller.after_step()
+            optimizer.zero_grad()
+        controller.finish()
+        ends.append(weights(model))
+    assert same(*ends, atol=0)
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_an_optimizer_made_anew_in_mid_run_is_refused(fused):
     model, optimizer, controller, _ = made(fused=fused)
@@ -238,6 +254,24 @@ def test_a_start_whose_diagonals_are_no_ones_is_not_given_back_as_plain_lora(fre
         Controller(model, None, 30)._check_not_stale()
 
 
+def test_an_adapter_without_its_peft_model_is_named_with_what_to_call():
+    model = tiny.build("bert")
+    peft.inject_adapter_in_model(TrimConfig(target_modules=["query"], rank=ADALORA), model)  # transformers' add_adapter
+    with pytest.raises(ModelError, match=r"without its PeftModel.*peft\.get_peft_model"):
+        Controller(model, torch.optim.SGD(model.parameters(), lr=1e-2), 12)
+
+
+def test_what_holds_a_model_and_is_none_is_named():
+    class Holder:  # a SetFitModel, which SetFit's Trainer shows its callbacks
+        body = runs.model_for("bert", "adalora", rank=ADALORA)
+
+    with pytest.raises(ModelError, match="Holder is no torch module"):
+        Controller(Holder(), None, 12)
+    args, state = TrainingArguments(report_to=[], use_cpu=True), TrainerState(max_steps=12)
+    with pytest.raises(ModelError, match="Holder is no torch module"):
+        TrimCallback().on_train_begin(args, state, TrainerControl(), model=Holder())
+
+
 def test_an_adapter_without_values_is_refused():
     config = TrimConfig(r=4, target_modules=["query"], rank=ADALORA)
     model = peft.get_peft_model(tiny.build("bert"), config, low_cpu_mem_usage=True)
@@ -294,6 +328,18 @@ def test_an_optimizer_that_steps_inside_backward_is_refused():
             model(**tiny.batch("bert", seed=step)).loss.backward()
             controller.before_step()
             controller.after_step()
+
+
+def test_optimizers_that_are_known_to_step_inside_backward_are_refused_before_the_first_step():
+    class Lomo(torch.optim.SGD):
+        def fused_backward(self, loss: torch.Tensor, lr: float) -> None: ...
+
+    model = runs.model_for("bert", "adalora", rank=ADALORA)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    layerwise = LayerWiseDummyOptimizer({p: torch.optim.SGD([p]) for p in trained}, lr=1e-2)  # galore_adamw_layerwise
+    for optimizer in (Lomo(trained, lr=1e-2), layerwise):
+        with pytest.raises(ConfigError, match=f"{type(optimizer).__name__}.*steps inside backward"):
+            Controller(model, optimizer, 12)
 
 
 def test_ranks_are_not_cut_by_a_controller_that_saw_no_step():

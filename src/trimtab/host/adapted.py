@@ -44,8 +44,20 @@ def peft_model_of(model: nn.Module) -> PeftModel:
     Raises:
         ModelError: there is none, or more than one.
     """
-    found = [m for m in model.modules() if isinstance(m, PeftModel)] if isinstance(model, nn.Module) else []
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"model: {type(model).__name__} is no torch module; hand over the model in it, or train that one with a "
+            "Trainer which shows its callbacks the model itself (in place of SetFit's, sentence-transformers' on "
+            "model.model_body)"
+        )
+    found = [m for m in model.modules() if isinstance(m, PeftModel)]
     if not found:
+        if any(is_adapted(module) for module in model.modules()):
+            raise ModelError(
+                f"model: {type(model).__name__} holds an adapter without its PeftModel (add_adapter, "
+                "inject_adapter_in_model); put it on with peft.get_peft_model, in a SentenceTransformer on the model "
+                "inside: encoder[0].model = peft.get_peft_model(encoder[0].model, config)"
+            )
         raise ModelError(f"model: {type(model).__name__} holds no PEFT adapter; call peft.get_peft_model first")
     if len(found) > 1:
         raise ModelError(
@@ -64,6 +76,31 @@ def adapter_layers(model: nn.Module, adapter_name: str = "default") -> Iterator[
     for name, module in peft_model_of(model).get_base_model().named_modules():
         if isinstance(module, LoraLayer) and (adapter_name in module.lora_A or adapter_name in module.lora_embedding_A):
             yield _own_name(name), module
+
+
+def entrances(model: nn.Module, adapter_name: str = "default", is_compiled: bool = False) -> list[nn.Module]:
+    """Modules by which a forward pass may come to an adapter: the `PeftModel`, and all in it that hold adapted layers.
+
+    Libraries call a method of the model's own, or the encoder in it, or ``forward`` by name, of which the `PeftModel`'s
+    hooks never learn. Repeated blocks are left out: whoever runs one came in by what holds them.
+
+    Args:
+        is_compiled: somebody compiles the model; hooks further in would cut its graph in pieces. Looked for here, too.
+    """
+    outer = peft_model_of(model)
+    base = outer.get_base_model()
+    if is_compiled or any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in model.modules()):
+        return [outer]
+    found: dict[int, nn.Module] = {id(m): m for m in (outer, outer.base_model, base)}
+    for name, _ in adapter_layers(model, adapter_name):
+        module = base
+        for part in name.split(".")[:-1]:
+            inner = getattr(module, "_checkpoint_wrapped_module", module)
+            if isinstance(inner, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+                break
+            found[id(module)] = module
+            module = inner.get_submodule(part)
+    return list(found.values())
 
 
 def _own_name(path: str) -> str:

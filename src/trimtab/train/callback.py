@@ -1,7 +1,7 @@
 """TrimCallback: stock Trainer's events, in the controller's order.
 
 Trainer clips before it fires `on_pre_optimizer_step` and has no event between backward and clipping. So
-`before_step` is reached through a hook on the model's output that queues an end-of-backward callback, on
+`before_step` is reached through hooks on outputs of the model that queue an end-of-backward callback, on
 the synchronising micro-batch only. `after_step` sits at `on_optimizer_step`.
 """
 
@@ -26,7 +26,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..errors import CheckpointError, ConfigError, StaleAdapterError
-from ..host.adapted import adapter_config, callers, keep_inputs_out_of_the_graph, peft_model_of
+from ..host.adapted import adapter_config, callers, entrances, keep_inputs_out_of_the_graph, peft_model_of
 from ..host.config import TrimConfig
 from ..host.layers import REPLICAS, hosted_layers
 from ..host.sharding import is_sharded, reshard
@@ -84,7 +84,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         self._history = History(history)
         self._figures = Figures()  # for the trackers that the Trainer reports to
         self._args: TrainingArguments | None = None
-        self._hook: Any = None
+        self._hooks: list[Any] = []
         self._is_queued = False
         self._loss: Tensor | None = None  # of the step's micro-batches so far, where backward went through it
         self._was_reached = False
@@ -98,7 +98,7 @@ class TrimCallback(TrainerCallback, ExportableState):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is in no Trainer: accelerate's optimizer holds its data, and cannot be pickled."""
-        return {**self.__dict__, "_optimizer": None, "_hook": None, "_over": None}
+        return {**self.__dict__, "_optimizer": None, "_hooks": [], "_over": None}
 
     @property
     def events(self) -> list[Event]:
@@ -143,10 +143,8 @@ class TrimCallback(TrainerCallback, ExportableState):
         self._take_steps_again()  # after a run that was interrupted
         # A first attempt may have run out of memory in mid-backward.
         self._is_queued = self._was_reached = self._was_ever_reached = False
-        if self._hook is not None:
-            self._hook.remove()
+        self._look_away()
         self._has_loop = _is_in_training(self)
-        keep_inputs_out_of_the_graph(model)  # the Trainer has turned checkpointing on by now
         self.controller = Controller(
             model,
             self._optimizer,
@@ -155,6 +153,7 @@ class TrimCallback(TrainerCallback, ExportableState):
             adapter_name=self._name(model),
             on_event=self._record,
         )
+        keep_inputs_out_of_the_graph(model)  # the Trainer has turned checkpointing on by now
         if state.global_step > 0:
             self._resume(args, state)
         else:
@@ -171,7 +170,10 @@ class TrimCallback(TrainerCallback, ExportableState):
         if not self.controller.layers and is_plain:
             logger.warning("these are plain LoRA layers: they train on at their ranks, and nothing is decided")
         if self.controller.layers and not self.controller.is_finished:
-            self._hook = peft_model_of(model).register_forward_hook(Weakly(self._watch_output))
+            self._hooks = [
+                module.register_forward_hook(Weakly(self._watch_output))
+                for module in entrances(model, self.controller.adapter_name, is_compiled=bool(args.torch_compile))
+            ]
         self._tell_trackers(args, state, control, model, **layer_scores(getattr(config, "where", None)))
         self._history.start_clock()
 
@@ -193,8 +195,8 @@ class TrimCallback(TrainerCallback, ExportableState):
             if not is_distributed() or not self.controller.has_gradient():
                 return
         raise StaleAdapterError(
-            "the adapters' gradients were never seen: the model's forward was not called "
-            "through the PeftModel, or nothing in its output needs a gradient"
+            "the adapters' gradients were never seen: no module was called that holds the adapted blocks, as the "
+            "PeftModel does and the encoder in it, or nothing in its output needs a gradient"
             + (", on every process" if is_distributed() else "")
         )
 
@@ -289,9 +291,7 @@ class TrimCallback(TrainerCallback, ExportableState):
             give_back_to_ddp(kw["model"])
             if is_sharded(kw["model"]):
                 self.controller.let_go()
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        self._look_away()
 
     # -- ExportableState: called just before trainer_state.json is written -------------------------------
 
@@ -390,17 +390,24 @@ class TrimCallback(TrainerCallback, ExportableState):
     def _watch_output(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if not torch.is_grad_enabled():
             return
-        if self._has_loop and not torch.compiler.is_compiling() and not _is_in_training(self):
-            if self._hook is not None:
-                self._hook.remove()
-            return
+        if not torch.compiler.is_compiling():
+            if self._has_loop and not _is_in_training(self):
+                self._look_away()
+                return
+            if torch._C._current_graph_task_id() >= 0:  # in a backward, which runs blocks or batches once more
+                self._on_backward()
         for tensor in _tensors(output):
             if tensor.requires_grad:
                 tensor.register_hook(self._on_backward)
                 if tensor.dim() == 0:  # a loss
                     tensor.register_hook(functools.partial(self._take_loss, tensor.detach()))
 
-    def _on_backward(self, gradient: Tensor) -> None:
+    def _look_away(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _on_backward(self, gradient: Tensor | None = None) -> None:
         # Runs at the start of the outermost backward, also under gradient checkpointing.
         self._was_ever_reached = True
         if self._is_queued or is_accumulating():

@@ -35,6 +35,7 @@ from .parallel import (
     is_launched,
     keep_whole,
     refuse_engines,
+    refuse_if_in_ddp,
     refuse_other_sites,
 )
 from .prune import (
@@ -94,8 +95,8 @@ class Controller:
         ctl.finish()
 
     The same inside ``with accelerator.accumulate(model)``: only micro-batches that end in a step count. With several
-    processes, make it before `DistributedDataParallel` or `accelerator.prepare` wraps the model, and after
-    `fully_shard` (see `trimtab.whole_parameters`).
+    processes, make it of the module that `DistributedDataParallel` or `accelerator.prepare` is going to wrap, before
+    they do, and after `fully_shard` (see `trimtab.whole_parameters`).
 
     Args:
         model: a `PeftModel` (possibly wrapped) whose adapter came from `TrimConfig`; any other adapter is
@@ -134,10 +135,11 @@ class Controller:
         self._mark = object()  # tells this controller from another on the same adapter
         self._tensors = AdapterTensors(model, adapter_name)
         self.layers = self._tensors.layers
+        if self.layers:
+            refuse_what_cannot_be_followed(self.optimizer)
         refuse_groups_that_leave_out(self._tensors, self.optimizer)
         if self.layers:
             forget_interrupted_accumulation()
-            refuse_what_cannot_be_followed(self.optimizer)
             refuse_engines(model, self._tensors.parameters, optimizer, self.optimizer)
             refuse_what_is_no_optimizer(optimizer, self.optimizer)
             if is_distributed():
@@ -649,6 +651,7 @@ class Controller:
     def _whole(self) -> list[nn.Parameter]:
         """What nobody else averages: the adapter, and under FSDP2 whatever else it was told to leave whole."""
         if self._is_sharded is None:  # at the first step: the model may be wrapped only after this object was made
+            refuse_if_in_ddp(self._tensors.parameters)
             self._is_sharded = is_sharded(self.model)
             if self._is_sharded and hasattr(peft_model_of(self.model), "trim_anchor"):
                 raise ModelError("model: it was sharded after the Controller was made; call fully_shard before")

@@ -6,6 +6,7 @@ their few gradients together in one flat all-reduce. Engines that cannot leave t
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
@@ -153,6 +154,7 @@ def refuse_engines(model: nn.Module, ours: Iterable[nn.Parameter], *optimizers: 
         hasattr(p, "ds_id") for p in model.parameters()
     ):
         raise ModelError(f"model: its parameters are DeepSpeed's; {NO_DEEPSPEED}")
+    ours = list(ours)
     if any(is_dtensor(p) for p in ours):
         if is_sharded(model):
             raise ModelError(
@@ -164,19 +166,27 @@ def refuse_engines(model: nn.Module, ours: Iterable[nn.Parameter], *optimizers: 
             "model: its adapters are DTensors, as tensor parallelism makes them, and a shard cannot be cut; shard the "
             "base by FSDP2 instead, or drop rank and freeze"
         )
-    _refuse_if_in_ddp(model, ours)
+    refuse_if_in_ddp(ours)
 
 
-def _refuse_if_in_ddp(ddp: nn.Module, ours: Iterable[nn.Parameter]) -> None:
-    if not isinstance(ddp, DistributedDataParallel):
+def refuse_if_in_ddp(ours: Iterable[nn.Parameter]) -> None:
+    """Raise `ModelError` where a DDP averages adapters, whichever module it wraps: around the user's own, with the
+    `PeftModel` within, it reads nothing of what it is to leave alone, and no module knows who wraps it."""
+    if not is_launched():
         return
     ids = {id(p) for p in ours}
-    held = [n for n, p in ddp.module.named_parameters() if id(p) in ids and n not in ddp.parameters_to_ignore]
+    held = [
+        name
+        for ddp in [one for one in gc.get_objects() if issubclass(type(one), DistributedDataParallel)]
+        for name, p in ddp.module.named_parameters()
+        if id(p) in ids and name not in ddp.parameters_to_ignore
+    ]
     if held:
         raise ModelError(
             f"{held[0]!r} and {len(held) - 1} more adapter tensors are in DistributedDataParallel, which cannot follow "
             "a cut or a freeze: make the Controller before DistributedDataParallel or accelerator.prepare wraps the "
-            "model (with a Trainer: pass TrimCallback in callbacks=[...])"
+            "model, of the very module that is wrapped "
+            "(with a Trainer: pass TrimCallback in callbacks=[...])"
         )
 
 

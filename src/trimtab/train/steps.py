@@ -154,12 +154,7 @@ class StepWatch:
             return 1.0
         return float(scaler.get_scale())
 
-    def _begins(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self.is_ready and (kwargs.get("closure") or any(callable(a) for a in args[1:])):
-            raise StaleAdapterError(
-                "optimizer.step(closure): the closure makes the gradients anew after before_step has seen them; call "
-                "before_step at the end of the closure, or step without one"
-            )
+    def _begins(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> Any:
         if self._looks and self.scaler is None:
             self._looks -= 1
             self.scaler = _scaler_above()
@@ -172,6 +167,10 @@ class StepWatch:
                 # As a scaler does: Adam would keep a NaN for good, in its moments and in the weights.
                 for p in held:
                     p.grad = None
+        if self.is_ready and (callable(kwargs.get("closure")) or any(callable(a) for a in args[1:])):
+            own = (*args[:1], *(_same_after(a, optimizer) for a in args[1:]))
+            return own, {key: _same_after(value, optimizer) for key, value in kwargs.items()}
+        return None
 
     def _ended(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
         self.has_stepped = True
@@ -184,6 +183,33 @@ def _all_finite(norms: list[Tensor]) -> bool:
     if not norms:
         return True
     return bool(torch.isfinite(torch.stack([n.float().to(norms[0].device) for n in norms])).all())
+
+
+def _same_after(closure: Any, optimizer: torch.optim.Optimizer) -> Any:
+    """A closure that may do anything but make the gradients anew. Lightning hands one to every step of a loop with
+    manual optimisation, and it does nothing.
+
+    Raises:
+        StaleAdapterError: when it is called, and the gradients are others after it.
+    """
+    if not callable(closure):
+        return closure
+
+    def gradients() -> list[tuple[Tensor | None, int]]:
+        held = (p.grad for group in optimizer.param_groups for p in group["params"])
+        return [(g, 0 if g is None else g._version) for g in held]
+
+    def watched() -> Any:
+        before = gradients()
+        result = closure()
+        if any(a is not b or i != j for (a, i), (b, j) in zip(before, gradients())):
+            raise StaleAdapterError(
+                "optimizer.step(closure): the closure makes the gradients anew after before_step has seen them; call "
+                "before_step at the end of the closure, or step without one"
+            )
+        return result
+
+    return watched
 
 
 def _scaler_above() -> Any:
@@ -199,6 +225,12 @@ def refuse_what_cannot_be_followed(optimizer: Any) -> None:
     name = type(optimizer).__name__
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ConfigError("optimizer", name, "takes many gradients a step, so none can be scored; use AdamW or SGD")
+    # LOMO's step, and what transformers and LLaMA-Factory hand on for layerwise GaLore and APOLLO.
+    if callable(getattr(optimizer, "fused_backward", None)) or hasattr(optimizer, "optimizer_dict"):
+        raise ConfigError(
+            "optimizer", name, "steps inside backward, where gradients are gone before they are scored; use torch's "
+            "AdamW, Adam or SGD"
+        )  # fmt: skip
     if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
         raise ConfigError(
             "optimizer", name, "keeps a second copy of the weights, which would not be cut or folded; use torch's "
