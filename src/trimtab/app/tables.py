@@ -40,8 +40,11 @@ def run_tables(folder: RunFolder) -> list[Any]:
         *([["training", f"unfinished: {progress(found)}"]] if progress(found) else []),
         ["training time", duration(found["seconds"])],
         ["peak memory", byte_size(found["peak_memory_bytes"] or None)],
-        ["adapter", str(folder.adapter)],
-        ["report", str(folder.report)],
+        *(
+            [name, str(path)]
+            for name, path in (("adapter", folder.adapter), ("report", folder.report))
+            if path.exists()
+        ),
     ]
     made = table(["", ""], [])
     made.show_header = False
