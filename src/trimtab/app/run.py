@@ -29,7 +29,7 @@ from .peft_config import adapter_config, choose_own, choose_without_data, reads_
 from .planning import horizon_of, load_rows, model_spec, plan_of_run, plan_recipe, with_initial_ranks, with_layer_ratio
 from .progress import progress_on
 from .recipe import Recipe
-from .report.words import byte_size, count, number, some
+from .report.words import byte_size, count, number, plural, some
 from .runfolder import RunFolder
 from .screen import Screen, Stage
 from .trainer import early_stopping, let_go_of_previous, make_trainer, save_at_end, training_arguments
@@ -210,7 +210,7 @@ def selections(job: Job, settings: Mapping[str, recipes.Where], screen: Screen) 
     """What each of several methods would choose, by its name; nothing is written."""
     found = {}
     for name, own in settings.items():
-        with screen.stage(name) as stage:
+        with screen.stage("select") as stage:
             found[name] = _choose(job, own, stage)
             stage.result = " · ".join(_where_text(found[name]))
     return found
@@ -334,7 +334,7 @@ def train(job: Job, where: Where | None, folder: RunFolder, screen: Screen, *, r
         folder.write(folder.plan, final.to_json())
         loss = next((row["loss"] for row in reversed(trainer.state.log_history) if "loss" in row), None)
         stage.result = (
-            f"{count(trainer.state.global_step)} steps · loss {number(loss)} · "
+            f"{plural(trainer.state.global_step, 'step')} · loss {number(loss)} · "
             f"{count(params.get('final'))} trainable parameters"
         )
     last = trainer.state.global_step
