@@ -46,6 +46,10 @@ def test_help_answers_at_once():
     assert after.children_user + after.children_system - before.children_user - before.children_system < 0.5
 
 
+def test_the_list_of_commands_cuts_no_sentence_on_a_narrow_terminal():
+    assert "..." not in CliRunner().invoke(cli, ["--help"], terminal_width=80).stdout.partition("Commands:")[2]
+
+
 def test_help_imports_nothing_heavy():
     code = (
         "import sys, trimtab.app.cli as c; from click.testing import CliRunner; "

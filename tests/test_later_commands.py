@@ -193,7 +193,9 @@ def half(trained, tmp_path, monkeypatch):
 
 
 def test_scores_of_an_unfinished_run_say_so_and_do_not_make_it_a_finished_one(trained, half, tmp_path):
+    shutil.rmtree(half / "adapter")
     shown = trimtab("eval", half)
+    assert f"{half.name}/adapter" not in shown.stdout  # nothing is there
     assert "step 3 of 12" in shown.stdout and "the run is unfinished: taking" in shown.stderr
     assert read(half, "metrics.json")["unfinished"] == {"step": 3, "of": 12}
     assert "holds an unfinished run; go on with --resume" in trimtab("run", half, code=2).stderr

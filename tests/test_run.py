@@ -360,7 +360,9 @@ def test_the_choices_of_several_methods_are_set_side_by_side_and_nothing_is_writ
     assert list(found) == methods.split(",") and not (tmp_path / "run").exists()
     masks = {name: one["stacks"]["encoder.layer"] for name, one in found.items()}
     assert masks["last"] == "0011" and all(mask.count("1") == 2 for mask in masks.values())
-    shown = trimtab("select", recipe, "--methods", methods).stdout
+    told = trimtab("select", recipe, "--methods", methods)
+    assert "\nselect   influence: 2 of 4 layers" in told.stderr
+    shown = told.stdout
     shared = sum(a == b == "1" for a, b in zip(masks["cka"], masks["last"]))
     line = next(line for line in shown.splitlines() if line.split()[:1] == ["cka"])
     assert line.split() == ["cka", masks["cka"], "2", *line.split()[3:5], str(shared)]

@@ -109,6 +109,10 @@ def test_a_phone_needs_no_sideways_scroll_even_for_long_names(browser: Page, tmp
     page = shown(browser, write(run), width=360)
     page.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
     assert page.evaluate(FITS) and quiet(page)
+    prunes = page.evaluate(
+        "(table => [table.scrollHeight, table.clientHeight])(document.querySelector('#prunes-section .scroll'))"
+    )
+    assert 500 < prunes[0] <= prunes[1] + 1  # whole: each row is a list there
 
 
 def test_the_slider_moves_the_ranks_of_every_stack(browser: Page, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import synthetic_runs as runs
 
 from trimtab.app.report import load
 from trimtab.app.report.data import Curve
+from trimtab.app.report.module_sections import freeze_section
 from trimtab.errors import DataError
 from trimtab.plans import Plan, Site, SitePlan
 
@@ -123,6 +124,8 @@ def test_score_names_its_best_evaluation(tmp_path: Path) -> None:
     score = load(folder(tmp_path, *history, metrics=runs.metrics())).score
     assert score is not None
     assert score.finding == "matthews_correlation rose from 0.2 to 0.5; best 0.6 at step 20"
+    flat = [evaluation(s, accuracy=1) for s in (10, 20)]
+    assert load(folder(tmp_path / "flat", *flat)).score.finding == "accuracy stayed at 1"
 
 
 def test_best_loss_is_the_lowest(tmp_path: Path) -> None:
@@ -186,9 +189,21 @@ def test_budget_curve_says_whether_it_was_met(tmp_path: Path) -> None:
     met = load(folder(tmp_path / "met", ranks(10, 4, 2, budget=6), ranks(30, 2, 1, budget=3))).budget
     missed = load(folder(tmp_path / "missed", ranks(10, 4, 2, budget=6), ranks(30, 2, 2, budget=3))).budget
     assert met is not None and missed is not None
-    assert met.finding == "The budget fell from 6 to 3 ranks between steps 10 and 30, and was met"
+    assert met.finding == "The budget fell from 6 to 3 ranks between steps 10 and 30, and was met"  # its start unknown
     assert (met.steps, met.budget, met.kept) == ([10, 30], [6, 3], [6, 3])
     assert missed.finding.endswith("; 1 rank above it was kept")
+
+
+def test_budget_begins_with_the_ranks_at_the_start_and_ends_where_it_falls_no_more(tmp_path: Path) -> None:
+    start = {"event": "params", "step": 0, "trainable": 128, "total_rank": 8}
+    events = [ranks(10, 4, 2, budget=6), ranks(30, 2, 1, budget=3), ranks(50, 2, 1, budget=3)]
+    found = load(folder(tmp_path, start, *events)).budget
+    assert found is not None
+    assert found.finding == "The budget fell from 8 to 3 ranks between steps 10 and 30, and was met"
+    assert (found.steps, found.budget, found.kept) == ([0, 10, 30, 50], [8, 6, 3, 3], [8, 6, 3, 3])
+    at_once = load(folder(tmp_path / "at_once", start, ranks(10, 2, 1, budget=3))).budget
+    assert at_once is not None
+    assert at_once.finding == "The budget fell from 8 to 3 ranks at step 10, and was met"
 
 
 def test_prunes_are_counted_from_the_rank_at_the_start_and_masks_are_none(tmp_path: Path) -> None:
@@ -246,6 +261,30 @@ def test_freezes_tell_when_each_matrix_stopped(tmp_path: Path) -> None:
     assert found.finding == (
         "2 of 4 matrices froze between steps 20 and 40, half of them by step 20; 2 trained to the end"
     )
+
+
+def test_a_matrix_whose_ranks_were_all_cut_did_not_train_to_the_end(tmp_path: Path) -> None:
+    events = [
+        ranks(10, 4, 0, kind="mask"),  # may come back
+        ranks(20, 4, 0),
+        {"event": "freeze", "step": 40, "frozen": ["layers.0.q.lora_A"], "trainable_ratio": 0.5},
+    ]
+    run = folder(tmp_path, *events, log(60, 0.5), plan=small_plan())
+    found = load(run).freeze
+    assert found is not None
+    assert found.cut_at == {"layers.1.v.lora_A": 20, "layers.1.v.lora_B": 20}
+    assert found.finding == "1 of 4 matrices froze; 2 were cut to rank 0; 1 trained to the end"
+    section = freeze_section(found)
+    assert ["layers.1.v.lora_A", "cut to rank 0 at step 20"] in section.tables[0].rows
+    assert section.charts[0].data[0]["text"][2:] == [["", "cut"], ["", "cut"]]
+
+
+@pytest.mark.parametrize(("start", "says"), [("svd", "|e|"), (None, "‖B‖ · ‖A‖ of a rank")])
+def test_what_the_size_of_a_value_is_goes_by_the_start(start: str | None, says: str, tmp_path: Path) -> None:
+    event = {"event": "values", "step": 10, "values": {"layers.0.q": [0.1]}}
+    settings = {"method": "adalora", "target_r": 2} | ({"start": start} if start else {})
+    found = load(folder(tmp_path, event, recipe=runs.recipe(rank=settings))).values
+    assert found is not None and found.size == says
 
 
 def test_step_times_skip_the_clock_that_a_resume_starts_again(tmp_path: Path) -> None:

@@ -305,10 +305,10 @@ def export(source: str, overrides: Sequence[str], form: str | None, out: Path | 
 @click.option("--out", type=_FILE, help="Write them here; default: stdout.")
 @common
 def predict(source: str, file: Path, overrides: Sequence[str], out: Path | None, as_json: bool) -> None:
-    """Answer the rows of a file with a run's adapter, one JSON object a line.
+    """Answer the rows of a file with a run's adapter.
 
-    Class and probabilities, a number, or the answer that is written; the file needs no labels, and the training rows
-    are not read.
+    One JSON object a line: class and probabilities, a number, or the answer that is written. The file needs no labels,
+    and the training rows are not read.
     """
     from . import outputs, predicting
     from .runfolder import write_text
@@ -381,11 +381,11 @@ def compare(runs: Sequence[str], baseline: str | None, out: Path | None, as_json
 @click.option("--overwrite", is_flag=True, help="Forget the trials of an earlier search in the folder.")
 @common
 def tune(recipe: str, settings: Sequence[str], jobs: int, out: Path | None, overwrite: bool, as_json: bool) -> None:
-    """Try every combination of some settings; write the best as a recipe.
+    """Try combinations of settings; write the best as a recipe.
 
-    Trials are scored on a part of the training rows (data.held_out, a fifth unless set); validation and test are left
-    alone. With several seeds the mean over them counts. The same command goes on with a search that was stopped.
-    A value with commas stands in brackets or quotes: adapter.target_modules=[query,value],[query]
+    Every combination is a trial, scored on a part of the training rows (data.held_out, a fifth unless set); validation
+    and test are left alone. With several seeds the mean over them counts. The same command goes on with a search that
+    was stopped. A value with commas stands in brackets or quotes: adapter.target_modules=[query,value],[query]
     """
     from . import recipe as recipes
     from . import tune as tuning
@@ -425,8 +425,11 @@ def methods(axis: str | None, as_json: bool) -> None:
 def schema(out: Path | None, as_json: bool) -> None:
     """Print the recipe's JSON schema, for editors.
 
-    trimtab schema --out recipe.schema.json, and in the recipe's first line # yaml-language-server:
-    $schema=recipe.schema.json
+    Write it once, and name it in the recipe's first line:
+
+    \b
+    trimtab schema --out recipe.schema.json
+    # yaml-language-server: $schema=recipe.schema.json
     """
     from . import outputs
     from .runfolder import write_text

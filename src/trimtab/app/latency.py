@@ -26,6 +26,7 @@ from . import recipe as recipes
 from .peft_config import adapter_config, choose_without_data, reads_rows
 from .planning import auto_class_of, model_spec
 from .recipe import Adapter, Recipe
+from .report.words import plural
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -339,4 +340,4 @@ def _check_length(model: Any, tokens: int) -> None:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    return f"cpu, {plural(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else device.type

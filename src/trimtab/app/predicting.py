@@ -13,6 +13,7 @@ from . import model_facts, models, trainer_settings
 from .job import Job, knows_classes
 from .planning import model_spec
 from .recipe import Recipe
+from .report.words import plural
 from .rows import load_rows
 from .runfolder import RunFolder
 from .screen import Screen
@@ -51,7 +52,7 @@ def predict(recipe: Recipe, folder: RunFolder, file: Path, screen: Screen) -> li
             load_rows(recipe, task)  # a run from before the names were kept
         loaded = models.load_model(model_spec(recipe), task, tokenizer)
         model = with_adapter(loaded.model, folder, screen)
-        stage.result = f"{recipe.model.name_or_path} · {n} rows"
+        stage.result = f"{recipe.model.name_or_path} · {plural(n, 'row')}"
     key = "answer" if hasattr(task, "answers") else "prediction"
     out: list[dict[str, Any]] = [{"row": i + 1, key: None, "reason": "no text"} for i in range(n)]
     with screen.stage("predict") as stage:

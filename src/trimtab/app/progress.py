@@ -100,10 +100,9 @@ def decided(trim: Any) -> list[str]:
     controller = getattr(trim, "controller", None)
     if controller is None or not controller.layers:
         return []
-    found = []
+    now, found = trim.figures.now, []
     if controller.allocator is not None:
-        now, first = sum(controller.ranks().values()), sum(controller.initial_ranks.values())
-        found.append(f"rank {count(now)} of {count(first)}")
+        found.append(f"rank {count(now['total_rank'])} of {count(sum(controller.initial_ranks.values()))}")
     if controller.freezer is not None:
-        found.append(f"{100 * len(controller.frozen()) / (2 * len(controller.layers)):.0f} % frozen")
+        found.append(f"{100 * now['frozen_share']:.0f} % frozen")
     return found

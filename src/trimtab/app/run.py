@@ -22,7 +22,7 @@ from .peft_config import adapter_config, choose_own, choose_without_data, reads_
 from .planning import horizon_of, plan_of_run, with_initial_ranks
 from .progress import progress_on
 from .recipe import Recipe
-from .report.words import byte_size, count, number
+from .report.words import byte_size, count, number, plural
 from .runfolder import RunFolder
 from .screen import Screen, Stage
 from .session import checkpoint_to_resume, session
@@ -78,7 +78,7 @@ def selections(job: Job, settings: Mapping[str, recipes.Where], screen: Screen) 
     """What each of several methods would choose, by its name; nothing is written."""
     found = {}
     for name, own in settings.items():
-        with screen.stage(name) as stage:
+        with screen.stage("select") as stage:
             found[name] = _choose(job, own, stage)
             stage.result = _where_text(found[name])
     return found
@@ -186,7 +186,7 @@ def train(job: Job, where: Where | None, folder: RunFolder, screen: Screen, *, r
         folder.write(folder.plan, final.to_json())
         loss = next((row["loss"] for row in reversed(trainer.state.log_history) if "loss" in row), None)
         stage.result = (
-            f"{count(trainer.state.global_step)} steps · loss {number(loss)} · "
+            f"{plural(trainer.state.global_step, 'step')} · loss {number(loss)} · "
             f"{count(params.get('final'))} trainable parameters"
         )
     last = trainer.state.global_step

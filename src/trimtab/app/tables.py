@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ..plans import Plan, SitePlan, Where
 from .catalogue import Entry
-from .report.words import NOTHING, byte_size, count, duration, number, progress, ranges, short_labels, thin
+from .report.words import NOTHING, byte_size, count, duration, number, plural, progress, ranges, short_labels, thin
 from .runfolder import RunFolder
 from .screen import table
 
@@ -40,8 +40,11 @@ def run_tables(folder: RunFolder) -> list[Any]:
         *([["training", f"unfinished: {progress(found)}"]] if progress(found) else []),
         ["training time", duration(found["seconds"])],
         ["peak memory", byte_size(found["peak_memory_bytes"] or None)],
-        ["adapter", str(folder.adapter)],
-        ["report", str(folder.report)],
+        *(
+            [name, str(path)]
+            for name, path in (("adapter", folder.adapter), ("report", folder.report))
+            if path.exists()
+        ),
     ]
     made = table(["", ""], [])
     made.show_header = False
@@ -94,7 +97,7 @@ def plan_tables(plan: Plan) -> list[Any]:
         totals.append(
             [
                 "length",
-                f"{count(plan.settings['total_steps'])} steps, {count(plan.settings['steps_per_epoch'])} an epoch",
+                f"{plural(plan.settings['total_steps'], 'step')}, {count(plan.settings['steps_per_epoch'])} an epoch",
             ]
         )
     totals += [*_memory(plan.settings.get("memory")), *_processes(plan.settings.get("processes"))]

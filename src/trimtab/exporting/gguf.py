@@ -42,7 +42,7 @@ def architecture(config: Any) -> str:
     if kind not in _ARCHITECTURES:
         raise ExportError(
             f"export.format='gguf': {kind} models are not among {', '.join(_ARCHITECTURES)}; export 'padded' and take "
-            "llama.cpp's convert_lora_to_gguf.py"
+            "llama.cpp's convert_lora_to_gguf.py, or 'merged' where a head was trained, which that does not take"
         )
     return _ARCHITECTURES[kind]
 

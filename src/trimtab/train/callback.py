@@ -82,7 +82,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         self.resume_from = Path(resume_from) if resume_from is not None else None
         self.controller: Controller | None = None
         self._history = History(history)
-        self._figures = Figures()  # for the trackers that the Trainer reports to
+        self.figures = Figures()  # for trackers, and for a progress line
         self._args: TrainingArguments | None = None
         self._hooks: list[Any] = []
         self._is_queued = False
@@ -138,7 +138,7 @@ class TrimCallback(TrainerCallback, ExportableState):
             )
         self._refuse_a_second_callback(_trainer(), model)
         self._history, self._penalties, self._run = History(self.history), [], ""
-        self._figures = Figures()
+        self.figures = Figures()
         self._loss = None
         self._take_steps_again()  # after a run that was interrupted
         # A first attempt may have run out of memory in mid-backward.
@@ -223,7 +223,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         if state.global_step >= state.max_steps or control.should_training_stop:
             self._finish(args, state)
         self._log_before_saving(args, control)
-        if self._figures.are_new and not control.should_log:  # else they go with the log row
+        if self.figures.are_new and not control.should_log:  # else they go with the log row
             self._tell_trackers(args, state, control, kw.get("model"))
         self._history.step_ended()
 
@@ -255,7 +255,7 @@ class TrimCallback(TrainerCallback, ExportableState):
     ) -> None:
         if logs and "train_runtime" in logs and control.should_training_stop:
             self._finish(args, state)  # Trainer's last row: the last event before it loads the best model
-        if logs and ("loss" in logs or self._figures.are_new):
+        if logs and ("loss" in logs or self.figures.are_new):
             self._tell_trackers(args, state, control, kw.get("model"))
         if not logs or "loss" not in logs:
             return
@@ -528,14 +528,14 @@ class TrimCallback(TrainerCallback, ExportableState):
     def _tell_trackers(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **more: float
     ) -> None:
-        self._figures.are_new = False
-        if metrics := self._figures.now | more:
+        self.figures.are_new = False
+        if metrics := self.figures.now | more:
             tell(metrics, args, state, control, model)
 
     # -- history -------------------------------------------------------------------------------------
 
     def _record(self, row: Event) -> None:
-        self._figures.see(row)
+        self.figures.see(row)
         # Before training, and in a process that only evaluates, the file is another run's or not there yet.
         self._history.add(row, to_file=bool(self._run) and _is_main())
 
@@ -546,7 +546,7 @@ class TrimCallback(TrainerCallback, ExportableState):
     def _cut_history(self, rows: int) -> None:
         self._history.events.clear()
         for row in self._history.cut_file(rows) if _is_main() else ():
-            self._figures.see(row)
+            self.figures.see(row)
 
 
 def _reshard(model: nn.Module | None = None, **_: Any) -> None:

@@ -607,9 +607,12 @@ class Controller:
         if (left := sum(self.ranks().values())) < ranks:
             assert self.rank is not None
             cut_short.append(f"{self.rank.method} cut {ranks} ranks to {left} at once")
-        projections = len(self._tensors.projections())
-        if self.freeze is not None and (frozen := len(self.frozen())) < projections:
-            cut_short.append(f"{self.freeze.method} froze {frozen} of {projections} projections")
+        projections = {
+            name for name, p in self._tensors.projections().items() if p.numel()
+        }  # others were cut to rank 0
+        if self.freeze is not None and not projections <= (frozen := self.frozen()):
+            frozen &= projections
+            cut_short.append(f"{self.freeze.method} froze {len(frozen)} of {len(projections)} projections")
         if cut_short:
             warnings.warn(
                 f"finish: {self.step} of total_steps={self.total_steps} were taken, so that {' and '.join(cut_short)}; "

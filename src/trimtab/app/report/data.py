@@ -293,7 +293,7 @@ def score_curve(run: RunFolder, metric: str | None) -> Curves | None:
         return None
     known = [(value, step) for value, step in zip(curve.values, curve.steps) if value is not None]
     finding = _trend(metric, curve)
-    if len(known) > 1:
+    if len({value for value, _ in known}) > 1:
         best, step = min(known) if lower_is_better(metric) else max(known, key=lambda pair: (pair[0], -pair[1]))
         finding += f"; best {number(best)} at step {count(step)}"
     return Curves(finding, [curve])

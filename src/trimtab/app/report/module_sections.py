@@ -178,7 +178,7 @@ def values_section(section: Values, end: int) -> Section:
         ]
         for i, s in enumerate(section.steps)
     ]
-    note = f"Magnitudes |e| of the {section.nouns}; median and tenths are over those that are not zero."
+    note = f"Magnitudes of the {section.nouns}, {section.size}; median and tenths are over those that are not zero."
     return Section(
         "values",
         "rank",
@@ -266,34 +266,14 @@ def freeze_section(section: Freezes) -> Section:
     for g, grid in enumerate(section.grids):
         subtitle = grid.stack if several else ""
         last = section.last_step
-        cells = [
-            [
-                None if name is None else last if section.frozen_at[name] is None else section.frozen_at[name]
-                for name in row
-            ]
-            for row in grid.names
-        ]
-        shown = [
-            [
-                ""
-                if name is None
-                else "trained to the end"
-                if section.frozen_at[name] is None
-                else f"froze at step {count(section.frozen_at[name])}"
-                for name in row
-            ]
-            for row in grid.names
-        ]
-        cells_drawn = heat(grid, cells, "froze at step", 0, last, "--freeze") | {
-            "customdata": shown,
+        ends = [[None if name is None else _end(section, name) for name in row] for row in grid.names]
+        cells_drawn = heat(
+            grid, [[end and end[0] for end in row] for row in ends], "froze at step", 0, last, "--freeze"
+        )
+        cells_drawn |= {
+            "text": [[end[1] if end else "" for end in row] for row in ends],
+            "customdata": [[end[2] if end else "" for end in row] for row in ends],
             "hovertemplate": "%{y}, layer %{x}: %{customdata}<extra></extra>",
-            "text": [
-                [
-                    "" if name is None else "end" if section.frozen_at[name] is None else str(section.frozen_at[name])
-                    for name in row
-                ]
-                for row in grid.names
-            ],
         }
         cells_drawn["texttemplate"] = cells_drawn["texttemplate"] and "%{text}"
         charts.append(
@@ -308,9 +288,20 @@ def freeze_section(section: Freezes) -> Section:
             )
         )
     ratio = [(s, r) for s, r in zip(section.steps, section.trainable_ratio) if r is not None]
-    rows = [[name, "trained to the end" if step is None else count(step)] for name, step in section.frozen_at.items()]
+    rows = [[name, _end(section, name)[2] if step is None else count(step)] for name, step in section.frozen_at.items()]
     tables = [Table(["matrix", "froze at step"], rows)]
     if ratio:
         tables.append(shortened(["step", "share still trained"], [[count(s), f"{100 * r:.1f} %"] for s, r in ratio]))
     note = "Darker means frozen later; the darkest trained to the end. A and B are an adapter's two factors."
+    if section.cut_at:
+        note += " “cut”: none of its ranks was left from that step on."
     return Section("freeze", "freeze", section.finding, charts, tables, [note])
+
+
+def _end(section: Freezes, name: str) -> tuple[int, str, str]:
+    """When a matrix stopped training, as a word for its cell, and in full."""
+    if (step := section.frozen_at[name]) is not None:
+        return step, str(step), f"froze at step {count(step)}"
+    if (step := section.cut_at.get(name)) is not None:
+        return step, "cut", f"cut to rank 0 at step {count(step)}"
+    return section.last_step, "end", "trained to the end"

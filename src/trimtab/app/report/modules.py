@@ -11,6 +11,7 @@ import re
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from .runfolder import RunFolder
 from .words import byte_size, count, finite, listing, moved, number, plural, short_labels, thin
@@ -71,6 +72,8 @@ class Values:
     finding: str
     noun: str
     nouns: str
+    size: str
+    """What the magnitude of one is, as a formula."""
     steps: list[int]
     bands: dict[str, list[float]]
     """``largest``, ``upper tenth``, ``median``, ``lower tenth`` over all modules, and ``zero_ratio``."""
@@ -98,11 +101,13 @@ class Prunes:
 
 @dataclass(frozen=True)
 class Freezes:
-    """The step at which each matrix froze; ``None`` where it trained to the end."""
+    """The step at which each matrix froze; ``None`` where it did not."""
 
     finding: str
     grids: list[Grid]
     frozen_at: dict[str, int | None]
+    cut_at: dict[str, int]
+    """Of those that did not: the step at which the last of their ranks was cut. The others trained to the end."""
     last_step: int
     steps: list[int]
     trainable_ratio: list[float | None]
@@ -153,29 +158,40 @@ def ranks(run: RunFolder) -> Ranks | None:
 
 
 def budget(run: RunFolder) -> Budget | None:
-    """Total rank allowed by the schedule and total rank kept, at each event."""
+    """Total rank allowed by the schedule and total rank kept: at the start, where that is known, and at each event."""
     events = run.of("rank")
     if not events:
         return None
     steps = [e["step"] for e in events]
     allowed = [int(e["budget"]) if finite(e.get("budget")) is not None else None for e in events]
     kept = [sum(int(r) for r in e["ranks"].values() if finite(r) is not None) for e in events]
-    given = [b for b in allowed if b is not None]
+    if (first := _total_at_start(run)) is not None and steps[0] > 0:
+        steps, kept = [0, *steps], [first, *kept]
+        allowed = [first if any(b is not None for b in allowed) else None, *allowed]
+    given = [(step, b) for step, b in zip(steps, allowed) if b is not None]
     if not given:
         finding = f"Total rank {moved(kept[0], kept[-1])} from {count(kept[0])} to {count(kept[-1])}"
         return Budget(f"{finding}, without a budget", steps, allowed, kept)
-    span = (
-        f"from {count(given[0])} to {count(given[-1])} ranks"
-        if given[0] != given[-1]
-        else f"at {count(given[-1])} ranks"
-    )
-    finding = f"The budget {moved(given[0], given[-1])} {span}"
-    if len(events) > 1:
-        finding += f" between steps {count(steps[0])} and {count(steps[-1])}"
-    above = kept[-1] - given[-1]
+    (_, before), (_, after) = given[0], given[-1]
+    finding = f"The budget {moved(before, after)} "
+    finding += f"from {count(before)} to {count(after)} ranks" if before != after else f"at {count(after)} ranks"
+    changes = [step for (_, old), (step, new) in pairwise(given) if old != new]
+    if changes and given[0][0] > 0:  # where it was at the start is not known
+        changes.insert(0, given[0][0])
+    if changes:
+        one = changes[0] == changes[-1]
+        finding += (
+            f" at step {count(changes[0])}" if one else f" between steps {count(changes[0])} and {count(changes[-1])}"
+        )
+    above = kept[-1] - after
     missed = f"; {plural(abs(above), 'rank')} {'above' if above > 0 else 'below'} it"
     finding += f"{missed} {'was' if abs(above) == 1 else 'were'} kept" if above else ", and was met"
     return Budget(finding, steps, allowed, kept)
+
+
+def _total_at_start(run: RunFolder) -> int | None:
+    started = finite(next((e.get("total_rank") for e in run.of("params")), None))
+    return int(started) if started is not None else sum(s.r for s in run.plan.sites) if run.plan else None
 
 
 def values(run: RunFolder) -> Values | None:
@@ -201,10 +217,15 @@ def values(run: RunFolder) -> Values | None:
         for name, at in (("largest", 1.0), ("upper tenth", 0.9), ("median", 0.5), ("lower tenth", 0.1)):
             bands[name].append(_round(alive[min(len(alive) - 1, int(at * len(alive)))]))
         bands["zero_ratio"].append(_round(1 - len([x for x in entries if x > 0]) / max(1, len(entries))))
-    method = str((run.recipe.get("rank") or {}).get("method", "")) if isinstance(run.recipe.get("rank"), dict) else ""
+    settings = run.recipe.get("rank")
+    settings = settings if isinstance(settings, dict) else {}
+    method = str(settings.get("method", ""))
     nouns = {"sora": ("gate", "gates"), "salientlora": ("singular value", "singular values")}
     nouns["adalora"] = nouns["salientlora"]
     noun, plural_noun = nouns.get(method, ("rank diagonal entry", "rank diagonal entries"))
+    # Of a plain LoRA start no diagonal is trained: a rank's value is the size of its two vectors.
+    of_vectors = noun == "singular value" and settings.get("start", "lora") != "svd"
+    size = "‖B‖ · ‖A‖ of a rank" if of_vectors else "|e|"
     first, last = bands["median"][0], bands["median"][-1]
     if len(shown) == 1:
         finding = f"The median {noun} was {number(last)} at step {count(shown[0]['step'])}"
@@ -214,14 +235,13 @@ def values(run: RunFolder) -> Values | None:
         )
     finding += f"; {100 * bands['zero_ratio'][-1]:.0f} % are zero at the end" if bands["zero_ratio"][-1] else ""
     by_site = {bare(name): [[_round(x) for x in frame[name][:longest]] for frame in falling] for name in sites}
-    return Values(finding, noun, plural_noun, [e["step"] for e in shown], bands, by_site)
+    return Values(finding, noun, plural_noun, size, [e["step"] for e in shown], bands, by_site)
 
 
 def prunes(run: RunFolder) -> Prunes | None:
     """The events that cut shapes, with the bytes that each freed."""
     rows = []
-    started = finite(next((e.get("total_rank") for e in run.of("params")), None))
-    before = int(started) if started is not None else sum(s.r for s in run.plan.sites) if run.plan else None
+    before = _total_at_start(run)
     for event in run.of("rank"):
         kept = sum(int(r) for r in event["ranks"].values() if finite(r) is not None)
         if event.get("kind") == "prune":
@@ -260,16 +280,31 @@ def freezes(run: RunFolder) -> Freezes | None:
             else f" between steps {count(when[0])} and {count(when[-1])}, half of them by step "
             f"{count(statistics.median_low(when))}"
         )
-    left = len(frozen_at) - len(when)
+    cut_at = {name: step for name, step in _cut_away(run).items() if frozen_at.get(name, step) is None}
+    left = len(frozen_at) - len(when) - len(cut_at)
+    finding += f"; {len(cut_at)} {'was' if len(cut_at) == 1 else 'were'} cut to rank 0" if cut_at else ""
     finding += f"; {left} trained to the end" if left else ""
     return Freezes(
         finding,
         grids_of(run, frozen_at),
         frozen_at,
+        cut_at,
         max(run.last_step, when[-1] if when else 0),
         [e["step"] for e in events],
         [finite(e.get("trainable_ratio")) for e in events],
     )
+
+
+def _cut_away(run: RunFolder) -> dict[str, int]:
+    """Matrix of a site that ends without ranks -> the step at which the last of them was cut."""
+    since: dict[str, int] = {}
+    for event in run.of("rank"):
+        for name, r in event["ranks"].items():
+            if r == 0 and event.get("kind") == "prune":
+                since.setdefault(bare(name), event["step"])
+            else:
+                since.pop(bare(name), None)
+    return {f"{name}.{ab}": step for name, step in since.items() for ab in ("lora_A", "lora_B")}
 
 
 def grids_of(run: RunFolder, names: Iterable[str]) -> list[Grid]:
