@@ -10,14 +10,16 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from peft.optimizers import create_lorafa_optimizer
+from peft.tuners.lora import LoraModel
 from peft.tuners.lora.intruders import reduce_intruder_dimension
-from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from peft.utils.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
 
 import short_runs as runs
 import tiny
 from marks import slow
 from trimtab import AdaLoRA, Controller, SalientLoRA, TrimConfig
 from trimtab.errors import ConfigError, ModelError, StaleAdapterError
+from trimtab.host.adapted import KNOWN_BY_NAME
 from trimtab.host.layers import _make_room, hosted_layers
 from trimtab.where.controls import first, last
 
@@ -65,6 +67,19 @@ def test_a_tool_that_knows_a_and_b_alone_is_refused_and_changes_nothing(method, 
         tool(model, tmp_path)
     assert "new" not in model.peft_config and not any(".new." in name for name in model.state_dict())
     assert torch.equal(tiny.logits(model, "llama"), expected)
+
+
+def test_the_functions_of_peft_that_are_known_by_name_are_there_with_the_variables_that_are_read():
+    functions = (
+        LoraModel.add_weighted_adapter,
+        hotswap_adapter_from_state_dict,
+        reduce_intruder_dimension,
+        peft.set_peft_model_state_dict,
+    )
+    found = {function.__name__: function.__code__.co_varnames for function in functions}
+    assert found.keys() == KNOWN_BY_NAME.keys()
+    for name, variables in KNOWN_BY_NAME.items():
+        assert set(variables) <= set(found[name]), name
 
 
 def test_adapters_beside_one_that_adapts_are_joined_and_swapped(tmp_path):
