@@ -12,6 +12,7 @@ from accelerate import cpu_offload
 from peft.optimizers import create_lorafa_optimizer
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.intruders import reduce_intruder_dimension
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
 
 import short_runs as runs
@@ -72,6 +73,7 @@ def test_a_tool_that_knows_a_and_b_alone_is_refused_and_changes_nothing(method, 
 def test_the_functions_of_peft_that_are_known_by_name_are_there_with_the_variables_that_are_read():
     functions = (
         LoraModel.add_weighted_adapter,
+        BaseTuner.inject_adapter,
         hotswap_adapter_from_state_dict,
         reduce_intruder_dimension,
         peft.set_peft_model_state_dict,

@@ -25,8 +25,17 @@ from ..plans import Plan, SitePlan, Where
 from ..train.checkpoint import checkpoints, what_is_wrong
 from . import card, judging, loading, model_facts, models, runfolder, stopping, trainer_settings
 from . import recipe as recipes
-from .peft_config import adapter_config, choose_own, choose_without_data, reads_rows
-from .planning import horizon_of, load_rows, model_spec, plan_of_run, plan_recipe, with_initial_ranks, with_layer_ratio
+from .peft_config import adapter_config, choose_own, choose_without_data, layers_to_choose_from, reads_rows
+from .planning import (
+    chosen_among,
+    horizon_of,
+    load_rows,
+    model_spec,
+    plan_of_run,
+    plan_recipe,
+    with_initial_ranks,
+    with_layer_ratio,
+)
 from .progress import progress_on
 from .recipe import Recipe
 from .report.words import byte_size, count, number, some
@@ -197,12 +206,13 @@ def select(job: Job, folder: RunFolder, screen: Screen, *, anew: bool = False) -
         return None
     with screen.stage("select") as stage:
         saved = None if anew else folder.saved_where()
-        where = saved or _choose(job, settings, stage)
+        among = None if saved else _among(job, settings)
+        where = saved or _choose(job, settings, stage, among)
         if not saved:
             folder.write(folder.where, where.to_json())
         stage.result = " · ".join(_where_text(where)) + (" (from where.json)" if saved else "")
-    for warning in (where.scores or {}).get("warnings", ()):
-        screen.note(warning)
+    for note in (*chosen_among(among, where), *(where.scores or {}).get("warnings", ())):
+        screen.note(note)
     return where
 
 
@@ -211,18 +221,22 @@ def selections(job: Job, settings: Mapping[str, recipes.Where], screen: Screen) 
     found = {}
     for name, own in settings.items():
         with screen.stage(name) as stage:
-            found[name] = _choose(job, own, stage)
+            found[name] = _choose(job, own, stage, _among(job, own))
             stage.result = " · ".join(_where_text(found[name]))
     return found
 
 
-def _choose(job: Job, settings: recipes.Where, stage: Stage) -> Where:
+def _among(job: Job, settings: recipes.Where) -> Mapping[str, Sequence[int]] | None:
+    return layers_to_choose_from(job.recipe, settings, job.model, job.task.task_type, job.modules_to_save)
+
+
+def _choose(job: Job, settings: recipes.Where, stage: Stage, among: Mapping[str, Sequence[int]] | None) -> Where:
     import trimtab
 
     from ..where import METHODS
 
     if not reads_rows(settings):
-        return choose_without_data(job.model, settings, job.recipe.seed)
+        return choose_without_data(job.model, settings, job.recipe.seed, among)
     own = METHODS.get(settings.method)
     rows = job.ready["train"] if own and own.needs_labels else job.task.selection_rows(job.ready)
     if settings.seed is not None:
@@ -231,11 +245,17 @@ def _choose(job: Job, settings: recipes.Where, stage: Stage) -> Where:
         rows = rows.select(range(min(settings.samples, len(rows))))
     batches = _batches(rows, job, settings.batch_size)
     if settings.method != "cka":
-        return choose_own(job.model, settings, job.recipe.seed, _on_device(stage.track(batches), job.model))
+        batches = _on_device(stage.track(batches), job.model)
+        return choose_own(job.model, settings, job.recipe.seed, batches, among)
     pool = job.task.pool(job.model.config) if settings.pool == "auto" else settings.pool
     scores = trimtab.layer_similarity(job.model, stage.track(batches), pool=pool, estimator=settings.estimator)
     return trimtab.select_layers(
-        scores, ratio=settings.ratio, count=settings.count, exclude=settings.exclude, degenerate=settings.degenerate
+        scores,
+        ratio=settings.ratio,
+        count=settings.count,
+        exclude=settings.exclude,
+        degenerate=settings.degenerate,
+        among=among,
     )
 
 

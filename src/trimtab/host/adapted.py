@@ -34,6 +34,7 @@ def callers() -> Iterator[FrameType]:
 KNOWN_BY_NAME = {
     "add_weighted_adapter": ("self", "adapters", "adapter_name"),
     "hotswap_adapter_from_state_dict": ("adapter_name",),
+    "inject_adapter": ("model",),
     "reduce_intruder_dimension": ("old_adapter_name",),
     "set_peft_model_state_dict": ("adapter_name",),
 }

@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
+import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +27,7 @@ from ..plans import Budget, Where
 from ..schedule import plain_numbers
 from .adapted import calls_of_peft, peft_model_of
 from .layers import ParamWrapper, TrimLayer, host, hosted_layers, still_adapting
+from .sites import idle_layers, lists_meant
 
 # Initialisations that change the base weight or train only one factor; a rank or freeze method would
 # overwrite what they set up.
@@ -149,6 +151,32 @@ class TrimConfig(LoraConfig):
                 )
         super().save_pretrained(save_directory, **kwargs)
 
+    def check_model(self, model: nn.Module | None = None) -> None:
+        """Hold the selection of layers against the base model, once for each.
+
+        Args:
+            model: None where PEFT is putting the adapter in, module by module; no argument there says of which model.
+        Raises:
+            ConfigError: ``where`` was chosen for another model.
+        """
+        if self.where is None:
+            return
+        if model is None:
+            model = next((its["model"] for name, its in calls_of_peft() if name == "inject_adapter"), None)
+        if model is None or self._live.model() is model:
+            return
+        self._live.model = weakref.ref(model)
+        if told := self.idle_layers(model):
+            warnings.warn(told, stacklevel=2)
+
+    def idle_layers(self, base: nn.Module) -> str | None:
+        """Chosen layers in which nothing would be adapted, in words; None if there are none."""
+        if self.where is None:
+            return None
+        whole = copy.copy(self)
+        whole.exclude_modules = without_where(self.exclude_modules)
+        return idle_layers(self.where, base, whole, lists_meant(self.where, base))
+
     def put_to_work(self) -> None:
         """From now on this is a model's own config, whose adapter adapts."""
         self.__class__ = ConfigAtWork
@@ -253,6 +281,8 @@ class Live:
 
     def __init__(self) -> None:
         self._refs: list[tuple[weakref.ref[TrimLayer], str]] = []
+        self.model: Callable[[], nn.Module | None] = lambda: None
+        """Which model the selection of layers was last held against."""
         self.is_told = False
         """Whether it was said that nobody decides on them."""
 
@@ -272,6 +302,7 @@ class Live:
     def take(self, keys: set[tuple[int, str]]) -> Live:
         """Move some layers, by identity and adapter name, to a registry of their own."""
         taken = Live()
+        taken.model = self.model
         kept: list[tuple[weakref.ref[TrimLayer], str]] = []
         for ref, name in self._refs:
             (taken._refs if (id(ref()), name) in keys else kept).append((ref, name))

@@ -108,6 +108,8 @@ class TrimLayer(_Mixed):
         if adapter_name in self.hosted:  # get_peft_model once more on the same base, as of a notebook's cell run twice
             self.delete_adapter_here(adapter_name)
         self.finished.pop(adapter_name, None)
+        if hasattr(config, "_live"):
+            cast("TrimConfig", config).check_model()
         super().update_layer(adapter_name, r, lora_alpha=cast(int, lora_alpha), config=config, **kwargs)
         if not hasattr(config, "_live"):  # a stock one
             return
@@ -707,6 +709,7 @@ def host(target: nn.Module, adapter_name: str, config: TrimConfig, **kwargs: Any
     Exact types only: `Linear4bit` is an `nn.Linear`, and other quantised linears wrap their weights.
     Raises `ModelError` where a rank or freeze method is asked for on a base that cannot carry it.
     """
+    config.check_model()
     if kwargs.get("parameter_name") is not None and not config.is_adaptive:
         if _is_outside(kwargs["target_name"], config):
             return target  # PEFT puts it back where it was

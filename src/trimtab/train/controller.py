@@ -170,6 +170,8 @@ class Controller:
         self._is_sharded: bool | None = None  # not known yet
         self._gone: list[nn.Parameter] = []  # what `finish` took out of the model
         config = own_config(model, adapter_name)
+        if isinstance(config, TrimConfig):  # PEFT's own layers, where another adapter made them, have not asked for it
+            config.check_model(peft_model_of(model).get_base_model())
         for layer in self.layers.values():
             layer.hosted[adapter_name].is_decided = True
         if isinstance(config, TrimConfig) and config.is_adaptive:
