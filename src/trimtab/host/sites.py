@@ -109,6 +109,7 @@ def find_stacks(model: nn.Module, include_vision: bool = False) -> dict[str, Sta
         found = [
             (s, near) for s, near in found if _is_language(near, base) and not s.name.startswith(towers or "\0")
         ] or found
+        found = [(s, near) for s, near in found if s.owner is _decoder_alone(base)] or found
     if not found:
         raise ModelError(f"model: {type(base).__name__} has no list of repeated blocks (nn.ModuleList) to choose from.")
     return {stack.path: stack for stack, _ in found}
@@ -346,15 +347,28 @@ def _is_language(near: Any, base: Any) -> bool:
     config: Any = getattr(base, "config", None)
     if not hasattr(config, "get_text_config"):
         return True
-    try:
-        text_config = config.get_text_config()
-    except ValueError:  # several text parts: their modality has to tell
-        text_config = None
+    text_config = _text_config_of(config)
     if text_config is config:
         return True
     if not _reads_text(near):
         return False
     return text_config is None or config.is_encoder_decoder or type(near.config) is type(text_config)
+
+
+def _text_config_of(config: Any) -> Any:
+    try:
+        return config.get_text_config()
+    except ValueError:  # several text parts: their modality has to tell
+        return None
+
+
+def _decoder_alone(base: Any) -> nn.Module | None:
+    """What runs the layers of a language model that is a decoder and all of its model's config: what is elsewhere reads
+    something else for it, whatever transformers says of it (Evolla's protein encoder)."""
+    config: Any = getattr(base, "config", None)
+    if not hasattr(config, "get_text_config") or not hasattr(base, "get_decoder"):
+        return None
+    return None if config.is_encoder_decoder or _text_config_of(config) is not config else base.get_decoder()
 
 
 def _reads_text(module: Any) -> bool:
