@@ -168,6 +168,47 @@ def test_sites_that_were_cut_to_nothing_add_nothing_when_loaded_as_what_adapts(m
     assert torch.allclose(tiny.logits(again, "llama"), tiny.logits(model, "llama"), atol=1e-5)
 
 
+def test_a_finished_adapter_with_sites_at_rank_0_is_what_loading_it_gives_to_pefts_tools(tmp_path):
+    model, controller = at_work("salientlora")
+    assert 0 in controller.ranks().values()
+    controller.finish(stopped_early=True)
+    model.save_pretrained(str(tmp_path))
+    loaded = peft.PeftModel.from_pretrained(tiny.build("llama"), str(tmp_path), is_trainable=True)
+    assert model.state_dict().keys() == loaded.state_dict().keys()
+    assert {name for name, _ in model.named_modules()} >= {name for name, _ in loaded.named_modules()}
+    with pytest.warns(UserWarning, match="already a LoRA adapter"):
+        (_, ours), (_, theirs) = (peft.convert_to_lora(one, rank=4, progressbar=False) for one in (model, loaded))
+    assert ours.keys() == theirs.keys()
+    for one in (model, loaded):
+        reduce_intruder_dimension(one, "default", "new", logging_sink=None)
+    assert torch.allclose(tiny.logits(model, "llama"), tiny.logits(loaded, "llama"), atol=1e-5)
+
+
+def test_what_a_finished_model_with_sites_at_rank_0_is_saved_as_goes_into_one_made_anew():
+    model, controller = at_work("salientlora")
+    controller.finish(stopped_early=True)
+    expected, state = tiny.logits(model, "llama"), {key: p.clone() for key, p in model.state_dict().items()}
+    anew = runs.model_for("llama", "salientlora")
+    anew.load_state_dict(state)
+    model.load_state_dict(state)
+    assert torch.equal(tiny.logits(anew, "llama"), expected) and torch.equal(tiny.logits(model, "llama"), expected)
+
+
+def test_tensors_of_a_site_that_is_gone_are_refused_by_its_name():
+    model, controller = at_work("salientlora")
+    controller.finish(stopped_early=True)
+    gone = next(name for name, r in controller.ranks().items() if r == 0)
+    A, B = torch.ones(2, 32), torch.ones(32, 2)
+    for named, give_back in (
+        (".default", model.load_state_dict),
+        ("", lambda state: peft.set_peft_model_state_dict(model, state)),
+    ):
+        ours = model.state_dict() if named else peft.get_peft_model_state_dict(model)
+        theirs = {f"base_model.model.{gone}.lora_{which}{named}.weight": p for which, p in (("A", A), ("B", B))}
+        with pytest.raises(ModelError, match=rf"it has rank 2 for '.*{gone}', which the run left at rank 0"):
+            give_back({**ours, **theirs})
+
+
 def test_an_earlier_checkpoint_is_loaded_whole_where_sites_have_been_cut_to_nothing_since(tmp_path):
     early = moved("salientlora")
     early.save_pretrained(str(tmp_path))
@@ -209,6 +250,7 @@ def test_a_merged_adapter_is_neither_trained_nor_cut(call: Callable[[Controller]
     model.unmerge_adapter()
     controller.finish(stopped_early=True)
     after = dict(model.named_parameters())
+    after |= {name.replace(".weight", ".base_layer.weight"): p for name, p in after.items()}  # of sites at rank 0
     assert all(torch.allclose(after[name], w, atol=1e-6) for name, w in weights.items())
 
 

@@ -17,6 +17,7 @@ import hashlib
 import math
 import re
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -496,6 +497,9 @@ def _emit_plain_lora(layer: TrimLayer, state_dict: dict[str, Any], prefix: str, 
 
 def _accept_plain_lora(layer: TrimLayer, state_dict: dict[str, Any], prefix: str, *_rest: Any) -> None:
     """Take a plain LoRA's tensors, or recognise our own fold coming back and change nothing."""
+    for part in ("weight", "bias"):  # of a finished model, where nothing is around this site any more
+        if f"{prefix}{part}" in state_dict:
+            state_dict.setdefault(f"{prefix}base_layer.{part}", state_dict.pop(f"{prefix}{part}"))
     _name_what_is_nameless(layer, state_dict, prefix)
     for name in layer.finished:
         _refuse_another_rank(layer, name, state_dict, prefix)
@@ -562,12 +566,38 @@ def _refuse_another_rank(layer: TrimLayer, name: str, state_dict: dict[str, Any]
     if A is None or B is None or A.shape[0] == r:
         return
     if r > 0 or B.any():
-        raise ModelError(
-            f"state_dict: it has rank {A.shape[0]} for {layer.site_name!r}, which the run left at rank {r}; give back "
-            "what was kept in mid-run before Controller.finish(), or keep it with save_pretrained(folder) and load it "
-            "with PeftModel.from_pretrained(base, folder)"
-        )
+        raise _another_rank(A.shape[0], layer.site_name, r)
     del state_dict[key_a], state_dict[key_b]  # ranks that were hidden
+
+
+def _another_rank(theirs: int, site: str, ours: int) -> ModelError:
+    return ModelError(
+        f"state_dict: it has rank {theirs} for {site!r}, which the run left at rank {ours}; give back "
+        "what was kept in mid-run before Controller.finish(), or keep it with save_pretrained(folder) and load it "
+        "with PeftModel.from_pretrained(base, folder)"
+    )
+
+
+def unwrap_empty(model: nn.Module, layers: Iterable[TrimLayer]) -> None:
+    """Put the base's own modules back where layers hold no adapter any more: PEFT's tools look into every layer that
+    there is for each adapter, and a loaded model has none there either."""
+    empty = {layer: layer.base_layer for layer in layers if not layer.lora_A}
+    for parent in list(model.modules()) if empty else ():
+        for name, child in parent._modules.items():
+            if child in empty:
+                parent._modules[name] = empty[child]
+    for base in empty.values():
+        base.register_load_state_dict_pre_hook(_accept_without_adapter)
+
+
+def _accept_without_adapter(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_rest: Any) -> None:
+    """Of a base's module that an adapter was around: take what was saved then."""
+    for key in [key for key in state_dict if key.startswith((f"{prefix}base_layer.", f"{prefix}lora_"))]:
+        tensor, own = state_dict.pop(key), key[len(prefix) :]
+        if own.startswith("base_layer."):
+            state_dict[prefix + own.removeprefix("base_layer.")] = tensor
+        elif own.startswith("lora_B") and tensor.any():  # else ranks that were hidden
+            raise _another_rank(tensor.shape[-1], prefix.rstrip("."), 0)
 
 
 def _make_room(layer: TrimLayer, name: str, r: int) -> None:

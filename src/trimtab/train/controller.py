@@ -23,6 +23,7 @@ from ..budget import Choice, solve
 from ..errors import ConfigError, ModelError, StaleAdapterError
 from ..host.adapted import adapter_layers, adapter_parameters, peft_model_of
 from ..host.config import TrimConfig, own_config, settle
+from ..host.layers import unwrap_empty
 from ..host.sharding import is_sharded
 from ..plans import Budget, Site
 from .parallel import (
@@ -488,6 +489,7 @@ class Controller:
             layer.finish(self.adapter_name)
         if self.layers:
             settle(self.model, self.adapter_name)
+            unwrap_empty(self.model, self.layers.values())
         left = adapter_parameters(self.model, self.adapter_name)
         held = {id(p) for p in left}
         self._gone = [p for p in self._tensors.parameters if id(p) not in held]
