@@ -298,6 +298,22 @@ def test_a_scale_that_the_user_has_set_stays_when_ranks_are_cut():
     assert {layer.scaling["default"] for layer in controller.layers.values() if layer.scaling} == {0.5 * 8 / 4}
 
 
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_a_scale_that_the_user_has_set_is_resumed_with(is_finished):
+    model, controller = at_work("salientlora")
+    for layer in hosted_layers(model).values():
+        layer.set_scale("default", 0.5)
+    if is_finished:
+        controller.finish(stopped_early=True)
+    other = runs.model_for("llama", "salientlora")
+    optimizer = torch.optim.AdamW([p for p in other.parameters() if p.requires_grad], lr=1e-2)
+    again = Controller(other, optimizer, total_steps=runs.STEPS)
+    other.load_state_dict(model.state_dict())
+    again.load_state_dict(controller.state_dict())
+    assert torch.equal(tiny.logits(other, "llama"), tiny.logits(model, "llama"))
+    assert again.state_dict()[1]["scales_set"] == controller.state_dict()[1]["scales_set"] != {}
+
+
 @pytest.mark.parametrize("method", ["sora", "aflora", "grades"])
 def test_lora_fa_is_refused_where_a_layer_holds_more_than_a_and_b(method):
     model = runs.model_for("llama", method)

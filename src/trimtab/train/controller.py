@@ -431,6 +431,7 @@ class Controller:
             "fingerprint": self.fingerprint(),
             "ranks": self.ranks(),
             "frozen": sorted(self.frozen()),
+            "scales_set": self._scales_set(),
         }
         for part, owner in (("rank", self.allocator), ("freeze", self.freezer)):
             if owner is not None:
@@ -465,6 +466,8 @@ class Controller:
         self.initial_params, self.initial_ranks = meta["initial_params"], meta["initial_ranks"]
         self.final_params, self.held_params = meta["final_params"], meta["held_params"]
         restore_factors(self._tensors, tensors, meta["ranks"] if meta["is_finished"] else {})
+        for name, scale in meta.get("scales_set", {}).items():
+            self.layers[name].scaling[self.adapter_name] = scale
         for name in meta["frozen"]:
             self._freeze_one(name)
         for part, owner in (("rank", self.allocator), ("freeze", self.freezer)):
@@ -474,6 +477,11 @@ class Controller:
         if meta["is_finished"]:
             self._settle()  # nothing is decided again
             self._finished = meta
+
+    def _scales_set(self) -> dict[str, float]:
+        """Site -> its scale, where the user has set another one than it was made with (PEFT's ``set_scale``)."""
+        now = {name: layer.scaling.get(self.adapter_name) for name, layer in self.layers.items()}
+        return {name: s for name, s in now.items() if s is not None and s != self._sites[name][1]}
 
     def _take_start(self, sites: Mapping[str, tuple[int, float]]) -> None:
         """Where a probe chooses the initial ranks, a resumed run's are those of the run that it resumes."""
