@@ -68,6 +68,8 @@ class Hosted:
     """Whether the tensors that were loaded last had any for it."""
     is_decided: bool = False
     """A controller is at work."""
+    in_charge: object = None
+    """Mark of the controller that took the steps so far."""
     awaits_start: bool = False
     """Ranks and factors are still to be chosen by a probe (`trimtab.initialize_ranks`), or come with a checkpoint."""
     starts_at_ones: bool = False
@@ -179,7 +181,7 @@ class TrimLayer(_Mixed):
         for name, config in self.configs.items():
             config._live.add(self, name)
             if (hosted := self.hosted.get(name)) is not None and hosted.is_decided:
-                hosted.is_decided = False  # the controller works on the original
+                hosted.is_decided, hosted.in_charge = False, None  # the controller works on the original
                 config.put_to_work()
 
     # -- what others read ---------------------------------------------------------------------------
@@ -473,12 +475,8 @@ def _refuse_tools_for_plain_factors(layer: TrimLayer) -> None:
             continue  # A and B are all that there is
         if word == "adapters":  # it has entered the one that it makes already
             its["self"].delete_adapter(its["adapter_name"])
-        raise still_adapting()
-
-
-def still_adapting() -> ConfigError:
-    cure = "PEFT's adapter tools know A and B alone; call Controller.finish() first, or load what the model saved"
-    return ConfigError("adapter", "still adapting", cure)
+        cure = "PEFT's adapter tools know A and B alone; call Controller.finish() first, or load what the model saved"
+        raise ConfigError("adapter", "still adapting", cure)
 
 
 def _emit_plain_lora(layer: TrimLayer, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
