@@ -168,6 +168,22 @@ def test_one_process_in_ddp_equals_one_without(group, method):
     assert found[0].keys() == found[1].keys() and all(torch.equal(found[0][n], found[1][n]) for n in found[0])
 
 
+def test_a_state_dict_of_a_model_that_a_process_group_trains_goes_into_one_made_anew_and_back(group):
+    model, anew = (runs.model_for("llama", "salientlora") for _ in range(2))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    controller = Controller(model, optimizer, runs.STEPS)
+    runs.steps(model, controller, optimizer, 3)
+    assert hasattr(model, "trim_anchor")
+    saved = DistributedDataParallel(model).state_dict()
+    assert {key.removeprefix("module.") for key in saved} == anew.state_dict().keys()
+    anew.load_state_dict({key.removeprefix("module."): value for key, value in saved.items()})
+    assert torch.equal(tiny.logits(anew, "llama"), tiny.logits(model, "llama"))
+    model.load_state_dict(anew.state_dict())
+    runs.steps(model, controller, optimizer, 1)
+    controller.finish(stopped_early=True)
+    model.load_state_dict(model.state_dict())
+
+
 def test_fsdp1_is_refused_in_a_bare_loop(group):
     from torch.distributed.fsdp import FullyShardedDataParallel
 

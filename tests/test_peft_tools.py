@@ -10,14 +10,17 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from peft.optimizers import create_lorafa_optimizer
+from peft.tuners.lora import LoraModel
 from peft.tuners.lora.intruders import reduce_intruder_dimension
-from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
 
 import short_runs as runs
 import tiny
 from marks import slow
 from trimtab import AdaLoRA, Controller, SalientLoRA, TrimConfig
 from trimtab.errors import ConfigError, ModelError, StaleAdapterError
+from trimtab.host.adapted import KNOWN_BY_NAME
 from trimtab.host.layers import _make_room, hosted_layers
 from trimtab.where.controls import first, last
 
@@ -65,6 +68,20 @@ def test_a_tool_that_knows_a_and_b_alone_is_refused_and_changes_nothing(method, 
         tool(model, tmp_path)
     assert "new" not in model.peft_config and not any(".new." in name for name in model.state_dict())
     assert torch.equal(tiny.logits(model, "llama"), expected)
+
+
+def test_the_functions_of_peft_that_are_known_by_name_are_there_with_the_variables_that_are_read():
+    functions = (
+        LoraModel.add_weighted_adapter,
+        BaseTuner.inject_adapter,
+        hotswap_adapter_from_state_dict,
+        reduce_intruder_dimension,
+        peft.set_peft_model_state_dict,
+    )
+    found = {function.__name__: function.__code__.co_varnames for function in functions}
+    assert found.keys() == KNOWN_BY_NAME.keys()
+    for name, variables in KNOWN_BY_NAME.items():
+        assert set(variables) <= set(found[name]), name
 
 
 def test_adapters_beside_one_that_adapts_are_joined_and_swapped(tmp_path):
@@ -151,6 +168,47 @@ def test_sites_that_were_cut_to_nothing_add_nothing_when_loaded_as_what_adapts(m
     assert torch.allclose(tiny.logits(again, "llama"), tiny.logits(model, "llama"), atol=1e-5)
 
 
+def test_a_finished_adapter_with_sites_at_rank_0_is_what_loading_it_gives_to_pefts_tools(tmp_path):
+    model, controller = at_work("salientlora")
+    assert 0 in controller.ranks().values()
+    controller.finish(stopped_early=True)
+    model.save_pretrained(str(tmp_path))
+    loaded = peft.PeftModel.from_pretrained(tiny.build("llama"), str(tmp_path), is_trainable=True)
+    assert model.state_dict().keys() == loaded.state_dict().keys()
+    assert {name for name, _ in model.named_modules()} >= {name for name, _ in loaded.named_modules()}
+    with pytest.warns(UserWarning, match="already a LoRA adapter"):
+        (_, ours), (_, theirs) = (peft.convert_to_lora(one, rank=4, progressbar=False) for one in (model, loaded))
+    assert ours.keys() == theirs.keys()
+    for one in (model, loaded):
+        reduce_intruder_dimension(one, "default", "new", logging_sink=None)
+    assert torch.allclose(tiny.logits(model, "llama"), tiny.logits(loaded, "llama"), atol=1e-5)
+
+
+def test_what_a_finished_model_with_sites_at_rank_0_is_saved_as_goes_into_one_made_anew():
+    model, controller = at_work("salientlora")
+    controller.finish(stopped_early=True)
+    expected, state = tiny.logits(model, "llama"), {key: p.clone() for key, p in model.state_dict().items()}
+    anew = runs.model_for("llama", "salientlora")
+    anew.load_state_dict(state)
+    model.load_state_dict(state)
+    assert torch.equal(tiny.logits(anew, "llama"), expected) and torch.equal(tiny.logits(model, "llama"), expected)
+
+
+def test_tensors_of_a_site_that_is_gone_are_refused_by_its_name():
+    model, controller = at_work("salientlora")
+    controller.finish(stopped_early=True)
+    gone = next(name for name, r in controller.ranks().items() if r == 0)
+    A, B = torch.ones(2, 32), torch.ones(32, 2)
+    for named, give_back in (
+        (".default", model.load_state_dict),
+        ("", lambda state: peft.set_peft_model_state_dict(model, state)),
+    ):
+        ours = model.state_dict() if named else peft.get_peft_model_state_dict(model)
+        theirs = {f"base_model.model.{gone}.lora_{which}{named}.weight": p for which, p in (("A", A), ("B", B))}
+        with pytest.raises(ModelError, match=rf"it has rank 2 for '.*{gone}', which the run left at rank 0"):
+            give_back({**ours, **theirs})
+
+
 def test_an_earlier_checkpoint_is_loaded_whole_where_sites_have_been_cut_to_nothing_since(tmp_path):
     early = moved("salientlora")
     early.save_pretrained(str(tmp_path))
@@ -192,6 +250,7 @@ def test_a_merged_adapter_is_neither_trained_nor_cut(call: Callable[[Controller]
     model.unmerge_adapter()
     controller.finish(stopped_early=True)
     after = dict(model.named_parameters())
+    after |= {name.replace(".weight", ".base_layer.weight"): p for name, p in after.items()}  # of sites at rank 0
     assert all(torch.allclose(after[name], w, atol=1e-6) for name, w in weights.items())
 
 
@@ -237,6 +296,22 @@ def test_a_scale_that_the_user_has_set_stays_when_ranks_are_cut():
     controller.finish(stopped_early=True)
     assert any(0 < r < before[name] for name, r in controller.ranks().items())
     assert {layer.scaling["default"] for layer in controller.layers.values() if layer.scaling} == {0.5 * 8 / 4}
+
+
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_a_scale_that_the_user_has_set_is_resumed_with(is_finished):
+    model, controller = at_work("salientlora")
+    for layer in hosted_layers(model).values():
+        layer.set_scale("default", 0.5)
+    if is_finished:
+        controller.finish(stopped_early=True)
+    other = runs.model_for("llama", "salientlora")
+    optimizer = torch.optim.AdamW([p for p in other.parameters() if p.requires_grad], lr=1e-2)
+    again = Controller(other, optimizer, total_steps=runs.STEPS)
+    other.load_state_dict(model.state_dict())
+    again.load_state_dict(controller.state_dict())
+    assert torch.equal(tiny.logits(other, "llama"), tiny.logits(model, "llama"))
+    assert again.state_dict()[1]["scales_set"] == controller.state_dict()[1]["scales_set"] != {}
 
 
 @pytest.mark.parametrize("method", ["sora", "aflora", "grades"])

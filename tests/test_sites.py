@@ -131,6 +131,26 @@ CASES = {
         {"encoder.encoder.layer": 3, "decoder.bert.encoder.layer": 3},
     ),
     "Phi4MultimodalForCausalLM": ((tf.Phi4MultimodalForCausalLM, phi4_config()), {"model.layers": 3}),
+    "EvollaForProteinText2Text": (
+        (
+            tf.EvollaForProteinText2Text,
+            tf.EvollaConfig(
+                **SMALL,
+                num_key_value_heads=1,
+                bos_token_id=1,
+                eos_token_id=2,
+                protein_encoder_config=dict(
+                    hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+                ),
+                resampler_depth=2,
+                resampler_heads=2,
+                resampler_num_latents=4,
+                resampler_dim_head=8,
+                aligner_num_add_layers=1,
+            ),
+        ),
+        {"model.layers": 3},
+    ),
     "T5Gemma2ForConditionalGeneration": (
         (tf.T5Gemma2ForConditionalGeneration, t5gemma2_config()),
         {"encoder.text_model.layers": 3, "decoder.layers": 3},

@@ -168,8 +168,10 @@ TASKS = {
              is_variant=True),
         Task("sst2-tenth", "SST-2, a tenth of it warm-up", 6000, 1, 0, ("train.warmup_steps=0.1",),
              swapped=STEADY, tuned=False, folder="sst2", is_variant=True),
-        Task("snli-tenth", "SNLI, a tenth of it warm-up", 6000, 2, 0, ("train.warmup_steps=0.1",), swapped=STEADY, tuned=False, folder="snli",
+        Task("snli-tenth", "SNLI, a tenth of it warm-up", 6000, 2, 0, ("train.warmup_steps=0.1",), swapped=("lora-r8",), tuned=False, folder="snli",
              glue="mnli", splits=("validation", "test"), scored=1500, is_variant=True),
+        Task("snli-fifth", "SNLI, a fifth of it warm-up", 6000, 2, 0, ("train.warmup_steps=0.2",), swapped=STEADY,
+             tuned=False, folder="snli", glue="mnli", splits=("validation", "test"), scored=1500, is_variant=True),
         Task("code", "SmolLM2, Code Alpaca", 750, 1, 0, swapped=DECODER, tuned=False, folder="code_alpaca",
              recipe="smollm2.yaml", held_out=0.2, samples=128),
     )

@@ -124,6 +124,28 @@ def test_a_replaced_selection_leaves_nothing_of_the_one_before():
     assert dataclasses.replace(dataclasses.replace(config, where=last(base, count=1)), where=config.where) == config
 
 
+@dataclasses.dataclass
+class Noted(TrimConfig):
+    """A config of the user's own."""
+
+    note: str = ""
+
+    def told(self) -> str:
+        return f"{self.note}: {self.is_adaptive}"
+
+
+def test_a_config_of_the_users_own_class_stays_of_it(tmp_path):
+    model = model_with(Noted(r=4, target_modules=TARGETS, note="mine", **runs.METHODS["salientlora"]))
+    controller, optimizer = begin(model)
+    for config in (model.peft_config["default"], copy.deepcopy(model).peft_config["default"]):
+        assert config.told() == "mine: True"
+    steps(model, controller, optimizer, 20)
+    saves_what_it_computes(model, tmp_path / "at work")
+    controller.finish(stopped_early=True)
+    assert model.peft_config["default"].told() == "mine: False"
+    saves_what_it_computes(model, tmp_path / "finished")
+
+
 def by_pickle(value: Any) -> Any:
     return pickle.loads(pickle.dumps(value))
 

@@ -64,6 +64,15 @@ def test_gradient_and_fisher_are_those_of_plain_autograd(family):
             assert found.information()[path][layer] == pytest.approx(sum(squares) / (3 * size), rel=1e-6)
 
 
+def test_a_model_that_writes_its_cache_in_place_has_gradients_too():
+    sizes = dict(hidden_size=16, num_hidden_layers=4, attention_hidden_size=16, intermediate_size=32, context_length=8)
+    model = tf.RwkvForCausalLM(tf.RwkvConfig(vocab_size=tiny.VOCAB, **sizes)).eval()
+    data = batches("llama")
+    model(**data[0], use_cache=False).loss.backward()
+    squares = [[w.grad.double().pow(2).sum().item() for w in matrices(block)] for block in model.rwkv.blocks]
+    assert layer_gradients(model, data[:1]).norms()["blocks"] == pytest.approx([math.sqrt(sum(s)) for s in squares])
+
+
 def test_the_model_is_left_as_it_was():
     model = tiny.build("bert").train()
     first = next(model.parameters())

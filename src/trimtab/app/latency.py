@@ -23,7 +23,7 @@ from ..errors import ConfigError, ModelError, TrimtabError
 from ..plans import Where
 from . import model_facts, models
 from . import recipe as recipes
-from .peft_config import adapter_config, choose_without_data, reads_rows
+from .peft_config import adapter_config, choose_without_data, layers_to_choose_from, reads_rows
 from .planning import auto_class_of, model_spec
 from .recipe import Adapter, Recipe
 from .report.words import plural
@@ -280,7 +280,7 @@ def _layers(recipe: Recipe, base: nn.Module) -> Where | None:
         return None
     waits = reads_rows(recipe.where)
     settings = recipe.where.model_copy(update={"method": "first"}) if waits else recipe.where
-    return choose_without_data(base, settings, recipe.seed)
+    return choose_without_data(base, settings, recipe.seed, layers_to_choose_from(recipe, recipe.where, base))
 
 
 # -- the time ------------------------------------------------------------------------------------------

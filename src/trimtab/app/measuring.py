@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..plans import Plan
-from .peft_config import adapter_config, choose_without_data, reads_rows
+from .peft_config import adapter_config, choose_without_data, layers_to_choose_from, reads_rows
 from .recipe import Recipe
 from .screen import Screen
 
@@ -43,7 +43,9 @@ def with_time(plan: Plan, recipe: Recipe, screen: Screen) -> Plan:
     where = None
     if recipe.where is not None:
         stand_in = recipe.where.model_copy(update={"method": "first"} if reads_rows(recipe.where) else {})
-        where = choose_without_data(job.model, stand_in, recipe.seed)
+        where = choose_without_data(
+            job.model, stand_in, recipe.seed, layers_to_choose_from(recipe, recipe.where, job.model, job.task.task_type)
+        )
     config = adapter_config(
         chosen, job.model, where=where, task_type=job.task.task_type, modules_to_save=job.modules_to_save
     )

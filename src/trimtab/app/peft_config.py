@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import nn
 
+    from ..where.controls import Among
+
 
 WITHOUT_LORA_FORM = ("bottleneck", "adaption_prompt")
 """Adapter types that nothing but their own layers can compute."""
@@ -78,20 +80,45 @@ def budget_of(recipe: Recipe) -> Budget | None:
     return None if recipe.budget is None else Budget(**recipe.budget.model_dump())
 
 
-def choose_without_data(model: nn.Module, settings: recipes.Where, seed: int) -> Where:
+def layers_to_choose_from(
+    recipe: Recipe,
+    settings: recipes.Where,
+    model: nn.Module,
+    task_type: str | None = None,
+    modules_to_save: tuple[str, ...] = (),
+) -> dict[str, tuple[int, ...]] | None:
+    """Those of each stack that hold a target of the recipe's adapter, of a hybrid not all; None where all do.
+
+    Args:
+        settings: of the selection; a mask is the user's own choice.
+        task_type, modules_to_save: as for `adapter_config`.
+    """
+    from ..where import controls
+
+    if settings.method == "mask" or recipe.adapter.type in WITHOUT_LORA_FORM:
+        return None
+    config = adapter_config(recipe, model, task_type=task_type, modules_to_save=modules_to_save)
+    found, depths = controls.with_targets(model, config), controls.depths_of(model)
+    return None if all(len(layers) == depths[path] for path, layers in found.items()) else found
+
+
+def choose_without_data(model: nn.Module, settings: recipes.Where, seed: int, among: Among | None = None) -> Where:
     """The selection of a method that looks at no data: a control, the user's own mask or function."""
     from ..where import METHODS, controls
 
     if settings.method not in METHODS:
-        return choose_own(model, settings, seed)
+        return choose_own(model, settings, seed, among=among)
     if settings.method == "mask":
         return controls.from_mask(model, settings.mask or "")
+    size = {"ratio": settings.ratio, "count": settings.count, "among": among}
     if settings.method == "random":
-        return controls.random(model, settings.ratio, settings.count, seed if settings.seed is None else settings.seed)
-    return getattr(controls, settings.method)(model, settings.ratio, settings.count)
+        size["seed"] = seed if settings.seed is None else settings.seed
+    return getattr(controls, settings.method)(model, **size)
 
 
-def choose_own(model: nn.Module, settings: recipes.Where, seed: int, batches: Any = None) -> Where:
+def choose_own(
+    model: nn.Module, settings: recipes.Where, seed: int, batches: Any = None, among: Among | None = None
+) -> Where:
     """The selection of a method that is not built in."""
     from .. import where
 
@@ -105,7 +132,7 @@ def choose_own(model: nn.Module, settings: recipes.Where, seed: int, batches: An
             given[key] = value
     if "seed" in takes:
         given.setdefault("seed", seed)
-    return where.choose_own(settings.method, model, given, batches)
+    return where.choose_own(settings.method, model, given, batches, among)
 
 
 def reads_rows(settings: recipes.Where) -> bool:

@@ -17,7 +17,15 @@ from ..errors import BudgetError, ConfigError
 from ..plans import Plan, Site, SitePlan, Where
 from ..train.rates import ROLES, check_roles
 from . import recipe as recipes
-from .peft_config import adapter_config, budget_of, choose_without_data, free_settings, reads_rows, settings_of
+from .peft_config import (
+    adapter_config,
+    budget_of,
+    choose_without_data,
+    free_settings,
+    layers_to_choose_from,
+    reads_rows,
+    settings_of,
+)
 from .recipe import Recipe
 from .report.words import count
 from .rows import load_rows, rows_on_the_hub
@@ -109,7 +117,7 @@ def plan_recipe(
     # A pretrained language model has no head for these tasks: without its weights, all outside the backbone is new.
     head = _outside_backbone(model) if task_type in HEADS else ()
     recipe = with_layer_ratio(recipe, model, horizon, task_type, head)
-    choice = _where_without_data(recipe, model, notes)
+    choice = _where_without_data(recipe, model, notes, task_type, head)
     peft_config = adapter_config(recipe, model, where=choice, task_type=task_type, modules_to_save=head)
     made = plan_of_run(recipe, model, peft_config, horizon, rows)
     if recipe.where is not None and reads_rows(recipe.where):
@@ -235,6 +243,7 @@ def plan_model(model: nn.Module, config: PeftConfig, horizon: Horizon | None = N
     Raises:
         ModelError: the config's targets match nothing in the model.
     """
+    from ..host.sites import base_of
     from ..rank.base import starter_of
 
     where = getattr(config, "where", None)
@@ -265,6 +274,8 @@ def plan_model(model: nn.Module, config: PeftConfig, horizon: Horizon | None = N
         costs = {site.name: initial_params(site, ranks[site.name], **methods) for site in sites}
         params, schedule = _predicted(sites, ranks, sum(costs.values()), horizon, **methods, rank_params=rank_params)
     adapts = getattr(config, "is_adaptive", False)
+    if hasattr(config, "idle_layers") and (idle := config.idle_layers(base_of(model))):
+        notes.append(idle)
     if (starter := starter_of(config)) is not None:
         notes.append(f"{_RANKS_OF} {starter.method} to say, from training rows; counted here: those of adapter.r")
     head = _head_params(model, config)
@@ -415,18 +426,33 @@ def horizon_of(recipe: Recipe, rows: int | None) -> Horizon | None:
     return Horizon(steps if steps > 0 else math.ceil(float(train.get("num_train_epochs", 3)) * per_epoch), per_epoch)
 
 
-def _where_without_data(recipe: Recipe, model: nn.Module, notes: list[str]) -> Where | None:
+def _where_without_data(
+    recipe: Recipe, model: nn.Module, notes: list[str], task_type: str | None, head: tuple[str, ...]
+) -> Where | None:
     """The selection where it needs no data; for CKA one of the right size, and a note that says so."""
     if recipe.where is None:
         return None
     waits = reads_rows(recipe.where)
     stand_in = {"method": "first"} if waits else {}
-    chosen = choose_without_data(model, recipe.where.model_copy(update=stand_in), recipe.seed)
+    among = layers_to_choose_from(recipe, recipe.where, model, task_type, head)
+    chosen = choose_without_data(model, recipe.where.model_copy(update=stand_in), recipe.seed, among)
+    notes.extend(chosen_among(among, chosen))
     if waits:
         counted = ", ".join(f"{m.count('1')} of {len(m)} layers of {path}" for path, m in chosen.stacks.items())
         name = "CKA" if recipe.where.method == "cka" else recipe.where.method
         notes.append(f"which layers is for {name} to say, from data (`trimtab select`); counted here: {counted}")
     return chosen
+
+
+def chosen_among(among: Mapping[str, Sequence[int]] | None, chosen: Where) -> list[str]:
+    """Where not all layers hold a target: from how many the selection is, in words."""
+    depths = {path: len(mask) for path, mask in chosen.stacks.items()}
+    return [
+        f"where: {len(layers)} of {depths[path]} layers of {path} hold one of target_modules "
+        f"({', '.join(map(str, layers)) or 'none'}), and the choice is made among those"
+        for path, layers in (among or {}).items()
+        if len(layers) < depths.get(path, 0)
+    ]
 
 
 def _outside_backbone(model: nn.Module) -> tuple[str, ...]:

@@ -18,8 +18,8 @@ from ..plans import Plan, SitePlan, Where
 from . import card, loading, model_facts, runfolder, scoring, stopping
 from . import recipe as recipes
 from .job import Job, data_of, load, trained_on
-from .peft_config import adapter_config, choose_own, choose_without_data, reads_rows
-from .planning import horizon_of, plan_of_run, with_initial_ranks
+from .peft_config import adapter_config, choose_own, choose_without_data, layers_to_choose_from, reads_rows
+from .planning import chosen_among, horizon_of, plan_of_run, with_initial_ranks
 from .progress import progress_on
 from .recipe import Recipe
 from .report.words import byte_size, count, number, plural
@@ -65,12 +65,13 @@ def select(job: Job, folder: RunFolder, screen: Screen, *, anew: bool = False) -
         return None
     with screen.stage("select") as stage:
         saved = None if anew else folder.saved_where()
-        where = saved or _choose(job, settings, stage)
+        among = None if saved else _among(job, settings)
+        where = saved or _choose(job, settings, stage, among)
         if not saved:
             folder.write(folder.where, where.to_json())
         stage.result = _where_text(where) + (" (from where.json)" if saved else "")
-    for warning in (where.scores or {}).get("warnings", ()):
-        screen.note(warning)
+    for note in (*chosen_among(among, where), *(where.scores or {}).get("warnings", ())):
+        screen.note(note)
     return where
 
 
@@ -79,18 +80,22 @@ def selections(job: Job, settings: Mapping[str, recipes.Where], screen: Screen) 
     found = {}
     for name, own in settings.items():
         with screen.stage("select") as stage:
-            found[name] = _choose(job, own, stage)
+            found[name] = _choose(job, own, stage, _among(job, own))
             stage.result = _where_text(found[name])
     return found
 
 
-def _choose(job: Job, settings: recipes.Where, stage: Stage) -> Where:
+def _among(job: Job, settings: recipes.Where) -> Mapping[str, Sequence[int]] | None:
+    return layers_to_choose_from(job.recipe, settings, job.model, job.task.task_type, job.modules_to_save)
+
+
+def _choose(job: Job, settings: recipes.Where, stage: Stage, among: Mapping[str, Sequence[int]] | None) -> Where:
     import trimtab
 
     from ..where import METHODS
 
     if not reads_rows(settings):
-        return choose_without_data(job.model, settings, job.recipe.seed)
+        return choose_without_data(job.model, settings, job.recipe.seed, among)
     own = METHODS.get(settings.method)
     rows = job.ready["train"] if own and own.needs_labels else job.task.selection_rows(job.ready)
     if settings.seed is not None:
@@ -99,11 +104,17 @@ def _choose(job: Job, settings: recipes.Where, stage: Stage) -> Where:
         rows = rows.select(range(min(settings.samples, len(rows))))
     batches = _batches(rows, job, settings.batch_size)
     if settings.method != "cka":
-        return choose_own(job.model, settings, job.recipe.seed, _on_device(stage.track(batches), job.model))
+        batches = _on_device(stage.track(batches), job.model)
+        return choose_own(job.model, settings, job.recipe.seed, batches, among)
     pool = job.task.pool(job.model.config) if settings.pool == "auto" else settings.pool
     scores = trimtab.layer_similarity(job.model, stage.track(batches), pool=pool, estimator=settings.estimator)
     return trimtab.select_layers(
-        scores, ratio=settings.ratio, count=settings.count, exclude=settings.exclude, degenerate=settings.degenerate
+        scores,
+        ratio=settings.ratio,
+        count=settings.count,
+        exclude=settings.exclude,
+        degenerate=settings.degenerate,
+        among=among,
     )
 
 

@@ -251,7 +251,7 @@ def _training_lines(found: Guess, n: int) -> list[Line]:
     lines += [
         Line("train.learning_rate", 2e-4 if writes else 1e-3, "the first thing to tune (trimtab tune)"),
         Line("train.lr_scheduler_type", "cosine" if writes else "linear", "how it falls to the end"),
-        Line("train.warmup_steps", 0.1, "below 1: a share of the run"),
+        Line("train.warmup_steps", 0.2, "below 1: a share of the run"),
         Line("train.gradient_checkpointing", True, "less memory, a third more time", is_on=False),
         Line("early_stopping", 3, "evaluations (one an epoch) without a better score that end training", is_on=False),
         Line("seed", 0, "of weights, order and dropout; the same seed, the same run"),

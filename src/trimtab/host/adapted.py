@@ -31,11 +31,22 @@ def callers() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
+KNOWN_BY_NAME = {
+    "add_weighted_adapter": ("self", "adapters", "adapter_name"),
+    "hotswap_adapter_from_state_dict": ("adapter_name",),
+    "inject_adapter": ("model",),
+    "reduce_intruder_dimension": ("old_adapter_name",),
+    "set_peft_model_state_dict": ("adapter_name",),
+}
+"""Functions of PEFT by whose name a layer or a config knows who is calling -> their variables that are read."""
+
+
 def calls_of_peft() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and variables of PEFT's functions that are calling, nearest first."""
+    """Name and variables of those functions of PEFT that are calling, nearest first."""
     for frame in callers():
-        if str(frame.f_globals.get("__name__")).startswith("peft."):
-            yield frame.f_code.co_name, frame.f_locals
+        name = frame.f_code.co_name
+        if name in KNOWN_BY_NAME and str(frame.f_globals.get("__name__")).startswith("peft."):
+            yield name, frame.f_locals
 
 
 def peft_model_of(model: nn.Module) -> PeftModel:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
+import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +26,8 @@ from ..errors import ConfigError, ModelError
 from ..plans import Budget, Where
 from ..schedule import plain_numbers
 from .adapted import calls_of_peft, peft_model_of
-from .layers import ParamWrapper, TrimLayer, host, hosted_layers, still_adapting
+from .layers import ParamWrapper, TrimLayer, host, hosted_layers
+from .sites import idle_layers, lists_meant
 
 # Initialisations that change the base weight or train only one factor; a rank or freeze method would
 # overwrite what they set up.
@@ -149,9 +151,35 @@ class TrimConfig(LoraConfig):
                 )
         super().save_pretrained(save_directory, **kwargs)
 
+    def check_model(self, model: nn.Module | None = None) -> None:
+        """Hold the selection of layers against the base model, once for each.
+
+        Args:
+            model: None where PEFT is putting the adapter in, module by module; no argument there says of which model.
+        Raises:
+            ConfigError: ``where`` was chosen for another model.
+        """
+        if self.where is None:
+            return
+        if model is None:
+            model = next((its["model"] for name, its in calls_of_peft() if name == "inject_adapter"), None)
+        if model is None or self._live.model() is model:
+            return
+        self._live.model = weakref.ref(model)
+        if told := self.idle_layers(model):
+            warnings.warn(told, stacklevel=2)
+
+    def idle_layers(self, base: nn.Module) -> str | None:
+        """Chosen layers in which nothing would be adapted, in words; None if there are none."""
+        if self.where is None:
+            return None
+        whole = copy.copy(self)
+        whole.exclude_modules = without_where(self.exclude_modules)
+        return idle_layers(self.where, base, whole, lists_meant(self.where, base))
+
     def put_to_work(self) -> None:
         """From now on this is a model's own config, whose adapter adapts."""
-        self.__class__ = ConfigAtWork
+        self._live.is_at_work = True
 
     @property
     def is_adaptive(self) -> bool:
@@ -233,26 +261,15 @@ def _keys(weights: Path) -> list[str]:
         return list(cast(Any, saved).keys())
 
 
-class ConfigAtWork(TrimConfig):
-    """A model's own config while its adapter adapts. PEFT's tools derive configs from it, and are refused."""
-
-    def __post_init__(self) -> None:
-        raise still_adapting()  # add_weighted_adapter and the like copy it with dataclasses.replace
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """A copy is an ordinary config; the layers that are copied with it put it to work again."""
-        return _bare_config, (), self.__getstate__()
-
-
-def _bare_config() -> TrimConfig:
-    return TrimConfig.__new__(TrimConfig)
-
-
 class Live:
     """The layers that carry a config's adapters, held weakly: what they look like now is what is saved."""
 
     def __init__(self) -> None:
         self._refs: list[tuple[weakref.ref[TrimLayer], str]] = []
+        self.model: Callable[[], nn.Module | None] = lambda: None
+        """Which model the selection of layers was last held against."""
+        self.is_at_work = False
+        """Whether the config is a model's own, whose adapter adapts. A copy of it is an ordinary one."""
         self.is_told = False
         """Whether it was said that nobody decides on them."""
 
@@ -272,6 +289,7 @@ class Live:
     def take(self, keys: set[tuple[int, str]]) -> Live:
         """Move some layers, by identity and adapter name, to a registry of their own."""
         taken = Live()
+        taken.model = self.model
         kept: list[tuple[weakref.ref[TrimLayer], str]] = []
         for ref, name in self._refs:
             (taken._refs if (id(ref()), name) in keys else kept).append((ref, name))
@@ -288,7 +306,7 @@ def own_config(model: nn.Module, adapter_name: str) -> LoraConfig:
     if not isinstance(config, TrimConfig) or not layers:
         return cast(LoraConfig, config)
     mine = {(id(layer), adapter_name) for layer in layers}
-    if isinstance(config, ConfigAtWork) and config._live.keys() == mine:
+    if config._live.is_at_work and config._live.keys() == mine:
         return config
     own = copy.copy(config)
     own._live = config._live.take(mine)
@@ -300,16 +318,23 @@ def own_config(model: nn.Module, adapter_name: str) -> LoraConfig:
 
 
 def settle(model: nn.Module, adapter_name: str) -> None:
-    """The ranks are final and the layers hold plain factors: the model's config becomes the stock one of plain LoRA."""
+    """The ranks are final and the layers hold plain factors: the model's config becomes the stock one of plain LoRA.
+
+    One of a class of the user's own stays of it, with nothing left that decides.
+    """
     config = peft_model_of(model).peft_config[adapter_name]
-    assert isinstance(config, ConfigAtWork)
+    assert isinstance(config, TrimConfig) and config._live.is_at_work
     fields = portable_fields(config.live_ranks())
     for layer, name in config._live.layers():
         del layer.configs[name]
+    config.__dict__.update(fields | {"target_modules": set(fields["target_modules"])})  # as LoraConfig holds them
+    if type(config) is not TrimConfig:
+        config.where = config.rank = config.freeze = config.budget = None
+        config._live = Live()
+        return
     for name in {f.name for f in dataclasses.fields(TrimConfig)} - {f.name for f in dataclasses.fields(LoraConfig)}:
         config.__dict__.pop(name, None)
     del config._live
-    config.__dict__.update(fields | {"target_modules": set(fields["target_modules"])})  # as LoraConfig holds them
     config.__class__ = cast(Any, LoraConfig)
 
 

@@ -17,6 +17,7 @@ import hashlib
 import math
 import re
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -67,6 +68,8 @@ class Hosted:
     """Whether the tensors that were loaded last had any for it."""
     is_decided: bool = False
     """A controller is at work."""
+    in_charge: object = None
+    """Mark of the controller that took the steps so far."""
     awaits_start: bool = False
     """Ranks and factors are still to be chosen by a probe (`trimtab.initialize_ranks`), or come with a checkpoint."""
     starts_at_ones: bool = False
@@ -108,6 +111,8 @@ class TrimLayer(_Mixed):
         if adapter_name in self.hosted:  # get_peft_model once more on the same base, as of a notebook's cell run twice
             self.delete_adapter_here(adapter_name)
         self.finished.pop(adapter_name, None)
+        if hasattr(config, "_live"):
+            cast("TrimConfig", config).check_model()
         super().update_layer(adapter_name, r, lora_alpha=cast(int, lora_alpha), config=config, **kwargs)
         if not hasattr(config, "_live"):  # a stock one
             return
@@ -176,7 +181,7 @@ class TrimLayer(_Mixed):
         for name, config in self.configs.items():
             config._live.add(self, name)
             if (hosted := self.hosted.get(name)) is not None and hosted.is_decided:
-                hosted.is_decided = False  # the controller works on the original
+                hosted.is_decided, hosted.in_charge = False, None  # the controller works on the original
                 config.put_to_work()
 
     # -- what others read ---------------------------------------------------------------------------
@@ -470,12 +475,8 @@ def _refuse_tools_for_plain_factors(layer: TrimLayer) -> None:
             continue  # A and B are all that there is
         if word == "adapters":  # it has entered the one that it makes already
             its["self"].delete_adapter(its["adapter_name"])
-        raise still_adapting()
-
-
-def still_adapting() -> ConfigError:
-    cure = "PEFT's adapter tools know A and B alone; call Controller.finish() first, or load what the model saved"
-    return ConfigError("adapter", "still adapting", cure)
+        cure = "PEFT's adapter tools know A and B alone; call Controller.finish() first, or load what the model saved"
+        raise ConfigError("adapter", "still adapting", cure)
 
 
 def _emit_plain_lora(layer: TrimLayer, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
@@ -494,6 +495,9 @@ def _emit_plain_lora(layer: TrimLayer, state_dict: dict[str, Any], prefix: str, 
 
 def _accept_plain_lora(layer: TrimLayer, state_dict: dict[str, Any], prefix: str, *_rest: Any) -> None:
     """Take a plain LoRA's tensors, or recognise our own fold coming back and change nothing."""
+    for part in ("weight", "bias"):  # of a finished model, where nothing is around this site any more
+        if f"{prefix}{part}" in state_dict:
+            state_dict.setdefault(f"{prefix}base_layer.{part}", state_dict.pop(f"{prefix}{part}"))
     _name_what_is_nameless(layer, state_dict, prefix)
     for name in layer.finished:
         _refuse_another_rank(layer, name, state_dict, prefix)
@@ -560,12 +564,38 @@ def _refuse_another_rank(layer: TrimLayer, name: str, state_dict: dict[str, Any]
     if A is None or B is None or A.shape[0] == r:
         return
     if r > 0 or B.any():
-        raise ModelError(
-            f"state_dict: it has rank {A.shape[0]} for {layer.site_name!r}, which the run left at rank {r}; give back "
-            "what was kept in mid-run before Controller.finish(), or keep it with save_pretrained(folder) and load it "
-            "with PeftModel.from_pretrained(base, folder)"
-        )
+        raise _another_rank(A.shape[0], layer.site_name, r)
     del state_dict[key_a], state_dict[key_b]  # ranks that were hidden
+
+
+def _another_rank(theirs: int, site: str, ours: int) -> ModelError:
+    return ModelError(
+        f"state_dict: it has rank {theirs} for {site!r}, which the run left at rank {ours}; give back "
+        "what was kept in mid-run before Controller.finish(), or keep it with save_pretrained(folder) and load it "
+        "with PeftModel.from_pretrained(base, folder)"
+    )
+
+
+def unwrap_empty(model: nn.Module, layers: Iterable[TrimLayer]) -> None:
+    """Put the base's own modules back where layers hold no adapter any more: PEFT's tools look into every layer that
+    there is for each adapter, and a loaded model has none there either."""
+    empty = {layer: layer.base_layer for layer in layers if not layer.lora_A}
+    for parent in list(model.modules()) if empty else ():
+        for name, child in parent._modules.items():
+            if child in empty:
+                parent._modules[name] = empty[child]
+    for base in empty.values():
+        base.register_load_state_dict_pre_hook(_accept_without_adapter)
+
+
+def _accept_without_adapter(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_rest: Any) -> None:
+    """Of a base's module that an adapter was around: take what was saved then."""
+    for key in [key for key in state_dict if key.startswith((f"{prefix}base_layer.", f"{prefix}lora_"))]:
+        tensor, own = state_dict.pop(key), key[len(prefix) :]
+        if own.startswith("base_layer."):
+            state_dict[prefix + own.removeprefix("base_layer.")] = tensor
+        elif own.startswith("lora_B") and tensor.any():  # else ranks that were hidden
+            raise _another_rank(tensor.shape[-1], prefix.rstrip("."), 0)
 
 
 def _make_room(layer: TrimLayer, name: str, r: int) -> None:
@@ -707,6 +737,7 @@ def host(target: nn.Module, adapter_name: str, config: TrimConfig, **kwargs: Any
     Exact types only: `Linear4bit` is an `nn.Linear`, and other quantised linears wrap their weights.
     Raises `ModelError` where a rank or freeze method is asked for on a base that cannot carry it.
     """
+    config.check_model()
     if kwargs.get("parameter_name") is not None and not config.is_adaptive:
         if _is_outside(kwargs["target_name"], config):
             return target  # PEFT puts it back where it was

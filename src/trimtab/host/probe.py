@@ -5,6 +5,7 @@ What enters each adapted site, or the gradient of each weight, is handed over as
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -240,7 +241,10 @@ def on_device(base: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
 
 def loss_of(base: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """The model's own loss of a batch. Raises `DataError` where it makes none."""
-    loss = getattr(base(**on_device(base, batch)), "loss", None)
+    inputs = on_device(base, batch)
+    if "use_cache" in inspect.signature(base.forward).parameters:  # nothing is generated; RWKV's is written in place
+        inputs.setdefault("use_cache", False)
+    loss = getattr(base(**inputs), "loss", None)
     if not isinstance(loss, Tensor):
         raise DataError(f"batch: the model makes no loss of {', '.join(batch)}; labels are needed")
     return loss

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,18 @@ from ..errors import ConfigError, ModelError
 from ..plans import Where
 from ..where.controls import from_mask
 from .config import excluding, untie_targets
-from .sites import Stack, base_of, check_where, find_stacks, is_chosen, locate, matched_names, prepared
+from .sites import (
+    Stack,
+    base_of,
+    check_where,
+    find_stacks,
+    idle_layers,
+    is_chosen,
+    locate,
+    matched_names,
+    matched_parameters,
+    prepared,
+)
 
 _NO_BLOCKS = {
     "ADAPTION_PROMPT": "it always takes the last layers; set adapter_layers to their number instead",
@@ -58,7 +70,7 @@ def restrict(config: PeftConfig, where: Where | str | Mapping[str, str], model: 
         return path is not None and is_chosen(where, path, block)
 
     chosen = [name for name in matched_names(base, config) if inside(name)]
-    parameters = _expert_parameters(base, config)
+    parameters = matched_parameters(base, config)
     chosen_parameters = [name for name in parameters if inside(name)]
     if not chosen and not chosen_parameters:
         raise ModelError(
@@ -66,6 +78,8 @@ def restrict(config: PeftConfig, where: Where | str | Mapping[str, str], model: 
             f"({', '.join(f'{path} {mask}' for path, mask in where.stacks.items())})"
         )
 
+    if told := idle_layers(where, base, config, {path: stack.name for path, stack in stacks.items()}):
+        warnings.warn(told, stacklevel=2)
     out: Any = copy.deepcopy(config)
     if getattr(out, "layer_replication", None):
         raise ConfigError(
@@ -107,18 +121,6 @@ def _anchored(where: Where, stacks: dict[str, Stack]) -> str:
         if indices:
             chosen.append(rf"{re.escape(stacks[path].name)}\.(?:{indices})(?:\.|$)")
     return rf"(?!{'|'.join(chosen)}).*"
-
-
-def _expert_parameters(base: nn.Module, config: Any) -> list[str]:
-    """Full names of the parameters that LoRA's ``target_parameters`` would match."""
-    if not hasattr(config, "target_parameters"):
-        return []
-    targets = prepared(base, config).target_parameters or ()
-    return [
-        name
-        for name, _ in base.named_parameters()
-        if any(name == target or name.endswith(f".{target}") for target in targets)
-    ]
 
 
 def _shown(config: Any) -> str:

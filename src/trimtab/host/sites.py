@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -109,6 +109,7 @@ def find_stacks(model: nn.Module, include_vision: bool = False) -> dict[str, Sta
         found = [
             (s, near) for s, near in found if _is_language(near, base) and not s.name.startswith(towers or "\0")
         ] or found
+        found = [(s, near) for s, near in found if s.owner is _decoder_alone(base)] or found
     if not found:
         raise ModelError(f"model: {type(base).__name__} has no list of repeated blocks (nn.ModuleList) to choose from.")
     return {stack.path: stack for stack, _ in found}
@@ -129,6 +130,25 @@ def check_where(where: Where, stacks: dict[str, Stack]) -> None:
                 mask,
                 f"{len(mask)} characters, but {path} has {len(stacks[path])} layers; select again for this model",
             )
+
+
+def lists_meant(where: Where, base: nn.Module) -> dict[str, str]:
+    """A selection's stacks -> full names of the lists whose layers PEFT would take for them: it matches by endings.
+
+    Raises:
+        ConfigError: the selection was made for another model.
+    """
+    lists = {name: len(module) for name, module in base.named_modules() if isinstance(module, nn.ModuleList)}
+    meant = {}
+    for path, mask in where.stacks.items():
+        found = [name for name in lists if f".{name}".endswith(f".{path}")]
+        found = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
+        if len(found) != 1 or len(mask) != lists[found[0]]:
+            stacks = find_stacks(base, include_vision=True)
+            check_where(where, stacks)
+            raise ConfigError("where.stacks", path, f"ends the names of {', '.join(found)}; say which, in full")
+        meant[path] = found[0]
+    return meant
 
 
 def find_sites(
@@ -198,6 +218,18 @@ def matched_names(base: nn.Module, config: Any) -> list[str]:
     return [name for name, _ in outside_adapters(base) if tuner._check_target_module_exists(config, name)]
 
 
+def matched_parameters(base: nn.Module, config: Any) -> list[str]:
+    """Full names of the parameters, such as fused experts, that LoRA's ``target_parameters`` would match."""
+    if not hasattr(config, "target_parameters"):
+        return []
+    targets = prepared(base, config).target_parameters or ()
+    return [
+        name
+        for name, _ in base.named_parameters()
+        if any(name == target or name.endswith(f".{target}") for target in targets)
+    ]
+
+
 def prepared(base: nn.Module, config: Any) -> Any:
     """A copy of the config with the model type's defaults filled in and "all-linear" spelt out, by PEFT.
 
@@ -220,6 +252,57 @@ def prepared(base: nn.Module, config: Any) -> Any:
             f"target_modules: PEFT has no default for {kind!r}; name the modules or say 'all-linear'."
         ) from error
     return _maybe_include_all_linear_layers(config, base)
+
+
+def layers_with_targets(base: nn.Module, config: Any, lists: Mapping[str, str]) -> dict[str, list[int]]:
+    """Stack -> its layers in which PEFT would adapt something under a config; of a hybrid not all do.
+
+    Args:
+        lists: stack -> full name of its list.
+    """
+    names = [*matched_names(base, config), *matched_parameters(base, config)]
+    found = {}
+    for path, name in lists.items():
+        inside = (own[len(name) + 1 :].partition(".")[0] for own in names if own.startswith(f"{name}."))
+        found[path] = sorted({int(index) for index in inside})
+    return found
+
+
+def blocks_with_targets(model: nn.Module, target_modules: Any) -> dict[str, tuple[int, ...]]:
+    """See `trimtab.where.with_targets`."""
+    base = base_of(model)
+    config: Any = target_modules
+    if not isinstance(config, PeftConfig):
+        config = LoraConfig(target_modules=target_modules)
+    stacks = find_stacks(base)
+    found = layers_with_targets(base, config, {path: stack.name for path, stack in stacks.items()})
+    if not any(found.values()):
+        linears = {name: module for name, module in outside_adapters(base) if is_linear(module)}
+        _check_targets(config.target_modules, linears)
+        raise ModelError(f"target_modules={_shown(config.target_modules)}: no layer of {', '.join(stacks)} holds any")
+    return {path: tuple(blocks) for path, blocks in found.items()}
+
+
+def idle_layers(where: Where, base: nn.Module, config: Any, lists: Mapping[str, str]) -> str | None:
+    """Chosen layers in which nothing is adapted, in words; None if there are none.
+
+    Args:
+        config: without the selection.
+        lists: as in `layers_with_targets`.
+    """
+    holding = layers_with_targets(base, config, lists)
+    told = []
+    for path, mask in where.stacks.items():
+        chosen = [i for i, c in enumerate(mask) if c == "1"]
+        if idle := [i for i in chosen if i not in holding[path]]:
+            others = f"{', '.join(map(str, holding[path]))} hold some" if holding[path] else "no other holds any"
+            told.append(
+                f"{len(idle)} of the {len(chosen)} chosen layers of {path} ({', '.join(map(str, idle))}; {others})"
+            )
+    if not told:
+        return None
+    cure = "to choose among the others: among=trimtab.where.with_targets(model, target_modules)"
+    return f"where: target_modules={_shown(config.target_modules)} match nothing in {' and '.join(told)}; {cure}"
 
 
 def locate(name: str, stacks: dict[str, Stack]) -> tuple[str | None, int | None, str]:
@@ -264,15 +347,28 @@ def _is_language(near: Any, base: Any) -> bool:
     config: Any = getattr(base, "config", None)
     if not hasattr(config, "get_text_config"):
         return True
-    try:
-        text_config = config.get_text_config()
-    except ValueError:  # several text parts: their modality has to tell
-        text_config = None
+    text_config = _text_config_of(config)
     if text_config is config:
         return True
     if not _reads_text(near):
         return False
     return text_config is None or config.is_encoder_decoder or type(near.config) is type(text_config)
+
+
+def _text_config_of(config: Any) -> Any:
+    try:
+        return config.get_text_config()
+    except ValueError:  # several text parts: their modality has to tell
+        return None
+
+
+def _decoder_alone(base: Any) -> nn.Module | None:
+    """What runs the layers of a language model that is a decoder and all of its model's config: what is elsewhere reads
+    something else for it, whatever transformers says of it (Evolla's protein encoder)."""
+    config: Any = getattr(base, "config", None)
+    if not hasattr(config, "get_text_config") or not hasattr(base, "get_decoder"):
+        return None
+    return None if config.is_encoder_decoder or _text_config_of(config) is not config else base.get_decoder()
 
 
 def _reads_text(module: Any) -> bool:
@@ -357,6 +453,8 @@ def _endings(linears: Iterable[str]) -> list[str]:
 
 
 def _shown(target_modules: Any) -> str:
+    if not isinstance(target_modules, str) and len(target_modules) > 8:  # as of "all-linear", once spelt out
+        return f"{len(target_modules)} names"
     return repr(sorted(target_modules) if isinstance(target_modules, set) else target_modules)
 
 

@@ -359,7 +359,7 @@ class TrimCallback(TrainerCallback, ExportableState):
             )  # fmt: skip
         elif isinstance(config, TrimConfig) and config.budget is None:  # a budget chooses the settings later
             facts, name = read_facts(newest), self._name(model)
-            sites = {n: (la.hosted[name].initial_r, la.scaling[name]) for n, la in self._layers(model).items()}
+            sites = {n: (la.hosted[name].initial_r, la.hosted[name].scale) for n, la in self._layers(model).items()}
             for n in (n for n, la in self._layers(model).items() if la.hosted[name].awaits_start):
                 sites[n] = tuple(facts["sites"].get(n, sites[n]))  # the checkpoint's own
             other = what_differs(facts, {"rank": repr(config.rank), "freeze": repr(config.freeze)}, sites)

@@ -23,6 +23,7 @@ from ..budget import Choice, solve
 from ..errors import ConfigError, ModelError, StaleAdapterError
 from ..host.adapted import adapter_layers, adapter_parameters, peft_model_of
 from ..host.config import TrimConfig, own_config, settle
+from ..host.layers import unwrap_empty
 from ..host.sharding import is_sharded
 from ..plans import Budget, Site
 from .parallel import (
@@ -172,6 +173,8 @@ class Controller:
         self._is_sharded: bool | None = None  # not known yet
         self._gone: list[nn.Parameter] = []  # what `finish` took out of the model
         config = own_config(model, adapter_name)
+        if isinstance(config, TrimConfig):  # PEFT's own layers, where another adapter made them, have not asked for it
+            config.check_model(peft_model_of(model).get_base_model())
         for layer in self.layers.values():
             layer.hosted[adapter_name].is_decided = True
         if isinstance(config, TrimConfig) and config.is_adaptive:
@@ -430,6 +433,7 @@ class Controller:
             "fingerprint": self.fingerprint(),
             "ranks": self.ranks(),
             "frozen": sorted(self.frozen()),
+            "scales_set": self._scales_set(),
         }
         for part, owner in (("rank", self.allocator), ("freeze", self.freezer)):
             if owner is not None:
@@ -464,6 +468,8 @@ class Controller:
         self.initial_params, self.initial_ranks = meta["initial_params"], meta["initial_ranks"]
         self.final_params, self.held_params = meta["final_params"], meta["held_params"]
         restore_factors(self._tensors, tensors, meta["ranks"] if meta["is_finished"] else {})
+        for name, scale in meta.get("scales_set", {}).items():
+            self.layers[name].scaling[self.adapter_name] = scale
         for name in meta["frozen"]:
             self._freeze_one(name)
         for part, owner in (("rank", self.allocator), ("freeze", self.freezer)):
@@ -473,6 +479,11 @@ class Controller:
         if meta["is_finished"]:
             self._settle()  # nothing is decided again
             self._finished = meta
+
+    def _scales_set(self) -> dict[str, float]:
+        """Site -> its scale, where the user has set another one than it was made with (PEFT's ``set_scale``)."""
+        now = {name: layer.scaling.get(self.adapter_name) for name, layer in self.layers.items()}
+        return {name: s for name, s in now.items() if s is not None and s != self._sites[name][1]}
 
     def _take_start(self, sites: Mapping[str, tuple[int, float]]) -> None:
         """Where a probe chooses the initial ranks, a resumed run's are those of the run that it resumes."""
@@ -488,6 +499,7 @@ class Controller:
             layer.finish(self.adapter_name)
         if self.layers:
             settle(self.model, self.adapter_name)
+            unwrap_empty(self.model, self.layers.values())
         left = adapter_parameters(self.model, self.adapter_name)
         held = {id(p) for p in left}
         self._gone = [p for p in self._tensors.parameters if id(p) not in held]

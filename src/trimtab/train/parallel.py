@@ -126,6 +126,18 @@ def leave_out_of_ddp(model: nn.Module, ours: Iterable[nn.Parameter]) -> None:
         # DDP refuses a module in which every trainable parameter is ignored: give it one that nothing uses.
         device = next(peft_model.parameters()).device
         peft_model.register_parameter("trim_anchor", nn.Parameter(torch.zeros(1, device=device)))
+        peft_model.register_state_dict_post_hook(_leave_anchor_out)
+        peft_model.register_load_state_dict_pre_hook(_expect_no_anchor)
+
+
+def _leave_anchor_out(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    """What is saved in mid-run goes into a model that has none."""
+    state_dict.pop(f"{prefix}trim_anchor", None)
+
+
+def _expect_no_anchor(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_rest: Any) -> None:
+    if (anchor := module._parameters.get("trim_anchor")) is not None:
+        state_dict[f"{prefix}trim_anchor"] = anchor.data
 
 
 def give_back_to_ddp(model: nn.Module) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import ConfigError, ModelError, StaleAdapterError
 from ..host.adapted import adapter_layers, peft_model_of
@@ -85,19 +84,15 @@ def refuse_what_is_no_optimizer(given: Any, optimizer: torch.optim.Optimizer | N
     raise ConfigError("optimizer", type(given).__name__, cure)
 
 
-_IN_CHARGE: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""What a layer keeps for an adapter -> the mark of the controller that decides. Nothing of it is saved or copied."""
-
-
 def take_charge(adapter: AdapterTensors, mark: object) -> None:
     """From here on this controller decides: it has taken a step, or the state of a run."""
     if (own := _first_hosted(adapter)) is not None:
-        _IN_CHARGE[own] = mark
+        own.in_charge = mark
 
 
 def refuse_a_second_controller(adapter: AdapterTensors, mark: object) -> None:
     """Raise `StaleAdapterError` where another one took the steps so far: this one knows nothing of them."""
-    if (own := _first_hosted(adapter)) is not None and _IN_CHARGE.get(own, mark) is not mark:
+    if (own := _first_hosted(adapter)) is not None and own.in_charge not in (None, mark):
         raise StaleAdapterError(
             "another Controller has taken steps on this adapter, and this one knows neither its scores nor its place "
             "in the schedule: make one Controller for the whole run, with the total number of steps, or give the new "

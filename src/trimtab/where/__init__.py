@@ -14,9 +14,9 @@ from typing import Any
 from ..errors import ConfigError, did_you_mean
 from ..plans import Where
 from ..registry import announced, imported
-from .controls import first, from_mask, last, random, uniform
+from .controls import Among, first, from_mask, last, random, uniform, with_targets
 
-__all__ = ["METHODS", "Method", "choose_own", "first", "from_mask", "last", "random", "uniform"]
+__all__ = ["METHODS", "Method", "choose_own", "first", "from_mask", "last", "random", "uniform", "with_targets"]
 
 ENTRY_POINTS = "trimtab.where"
 
@@ -135,17 +135,24 @@ def own_settings(method: str) -> dict[str, Any]:
     return {
         p.name: p.default
         for p in _parameters(method)
-        if p.name != "batches" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        if p.name not in ("batches", "among") and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     }
 
 
-def choose_own(method: str, model: Any, settings: Mapping[str, Any], batches: Iterable[Any] | None = None) -> Where:
+def choose_own(
+    method: str,
+    model: Any,
+    settings: Mapping[str, Any],
+    batches: Iterable[Any] | None = None,
+    among: Among | None = None,
+) -> Where:
     """A selection by a method's function, built in or not.
 
     It takes the model and, by name, whatever settings it has: ``ratio``, ``count``, ``seed`` and its own
     keys of the recipe's ``where:``. With a parameter ``batches`` it is given padded batches of training rows, on the
-    model's device; without, the model may be one without weights (a plan). With ``**settings`` it takes any key. It
-    answers with a `Where`, or one 0/1 string, or one for each stack.
+    model's device; without, the model may be one without weights (a plan). With a parameter ``among`` it is given the
+    layers of each stack that hold a target, or None where all do. With ``**settings`` it takes any key. It answers
+    with a `Where`, or one 0/1 string, or one for each stack.
 
     Raises:
         ConfigError: settings that it does not take or lacks, or an answer that does not fit the model.
@@ -160,6 +167,8 @@ def choose_own(method: str, model: Any, settings: Mapping[str, Any], batches: It
         if default is inspect.Parameter.empty and key not in settings:
             raise ConfigError(f"where.{key}", None, f"needed by {method}")
     given = dict(settings) if batches is None else {**settings, "batches": batches}
+    if any(p.name == "among" for p in _parameters(method)):
+        given["among"] = among
     chosen = load_own(method)(model, **given)
     if isinstance(chosen, Where):
         from_mask(model, chosen.stacks)  # refuses masks of another model

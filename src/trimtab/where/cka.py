@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, DataError, SelectionError, did_you_mean
 from ..host.sites import base_with_weights, find_stacks
 from ..plans import Where
-from .controls import mask_of, wanted
+from .controls import Among, candidates, mask_of, wanted
 from .moments import StreamingCKA, centred, covariance_hsic, gram, gram_hsic
 from .moments import ratio as cka_ratio
 from .pooling import POOLS, StackPooler, is_other, observed, run_backbone
@@ -212,6 +212,7 @@ def select_layers(
     count: int | None = None,
     exclude: str | Iterable[int] | Mapping[str, Iterable[int]] = "auto",
     degenerate: str = "exclude",
+    among: Among | None = None,
 ) -> Where:
     """The blocks with the lowest CKA, N = floor(ratio · M) or ``count`` of each stack; ties to the lower index.
 
@@ -222,6 +223,7 @@ def select_layers(
             when the scores were pooled at the first token, whose input is one and the same vector; of bare
             values it leaves out those that are exactly 0, which only a constant input gives.
         degenerate: ``exclude`` leaves undefined blocks out, ``include`` ranks them like any other.
+        among: per stack the only blocks to choose from, of which M is the number; see `trimtab.where.with_targets`.
 
     Raises:
         ConfigError: a ratio or count that chooses nothing, or more than there are candidates.
@@ -242,19 +244,21 @@ def select_layers(
     chosen = {}
     for path, stack in scores.stacks.items():
         depth = len(stack.cka)
-        n = wanted(depth, ratio, count, path if len(scores.stacks) > 1 else "")
+        own = candidates(among, path, depth)
+        n = wanted(len(own), ratio, count, path if len(scores.stacks) > 1 else "") if own else 0
         out = _excluded(exclude, path, stack, scores.pool, bare)
         if degenerate == "exclude":
             out |= {i for i, u in enumerate(stack.undefined) if u}
         for i, value in enumerate(stack.cka):
             if i not in out and not math.isfinite(value):
                 raise SelectionError(f"{path}: CKA of layer {i} is {value}; layers cannot be ranked")
-        ranked = sorted((i for i in range(depth) if i not in out), key=lambda i: stack.cka[i])  # stable
+        ranked = sorted((i for i in own if i not in out), key=lambda i: stack.cka[i])  # stable
         if n > len(ranked):
+            left_out = _list(sorted(out.intersection(own)))
             raise ConfigError(
                 "where.ratio" if count is None else "where.count",
                 count or ratio or 0.5,
-                f"asks for {n} of {depth} layers of {path}, but {_list(sorted(out))} excluded, so at most "
+                f"asks for {n} of {len(own)} layers of {path}, but {left_out} excluded, so at most "
                 f"{len(ranked)} can be chosen; lower it, or set exclude=() and degenerate='include'",
             )
         chosen[path] = mask_of(depth, ranked[:n])

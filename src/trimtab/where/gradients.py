@@ -24,6 +24,7 @@ from ..host.probe import gradients_of, loss_of
 from ..host.sharding import is_sharded
 from ..host.sites import base_with_weights, find_stacks
 from ..plans import Where
+from .controls import Among
 from .importance import most_important
 
 
@@ -33,15 +34,16 @@ def gradient(
     ratio: float | None = None,
     count: int | None = None,
     exclude: str | Iterable[int] = (),
+    among: Among | None = None,
 ) -> Where:
     """The layers whose weights the loss asks to move most.
 
     Args:
         batches: labelled, as for `layer_gradients`, which also says what is raised.
-        ratio, count, exclude: as for `most_important`.
+        ratio, count, exclude, among: as for `most_important`.
     """
     found = layer_gradients(model, batches)
-    return most_important("gradient", found.norms(), ratio, count, exclude, n=found.rows)
+    return most_important("gradient", found.norms(), ratio, count, exclude, among, n=found.rows)
 
 
 def fisher(
@@ -50,10 +52,11 @@ def fisher(
     ratio: float | None = None,
     count: int | None = None,
     exclude: str | Iterable[int] = (),
+    among: Among | None = None,
 ) -> Where:
     """The layers of the highest Fisher information per weight; arguments and errors as of `gradient`."""
     found = layer_gradients(model, batches)
-    return most_important("fisher", found.information(), ratio, count, exclude, n=found.rows)
+    return most_important("fisher", found.information(), ratio, count, exclude, among, n=found.rows)
 
 
 @dataclass(frozen=True)

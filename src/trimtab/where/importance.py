@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import ConfigError, SelectionError
 from ..plans import Where
-from .controls import mask_of, wanted
+from .controls import Among, candidates, mask_of, wanted
 
 
 def most_important(
@@ -18,6 +18,7 @@ def most_important(
     ratio: float | None = None,
     count: int | None = None,
     exclude: str | Iterable[int] = (),
+    among: Among | None = None,
     **facts: Any,
 ) -> Where:
     """The layers of the highest importance, ``count`` or floor(ratio · M) of each stack.
@@ -25,6 +26,7 @@ def most_important(
     Args:
         importance: a number per layer, for each stack.
         exclude: layers never chosen; ``auto``, the recipe's default, excludes none.
+        among: the only layers to choose from, of which M is the number; see `trimtab.where.with_targets`.
         facts: what else belongs into the selection's scores, such as the number of rows.
 
     Raises:
@@ -47,11 +49,12 @@ def most_important(
                     f"{path}: {method} of layer {layer} is {value}; layers cannot be ranked. Load the model in float32 "
                     "or bfloat16, and check its weights"
                 )
-        n = wanted(depth, ratio, count, path if len(importance) > 1 else "")
-        ranked = sorted((i for i in range(depth) if i not in out), key=lambda i: -values[i])  # stable
+        own = candidates(among, path, depth)
+        n = wanted(len(own), ratio, count, path if len(importance) > 1 else "") if own else 0
+        ranked = sorted((i for i in own if i not in out), key=lambda i: -values[i])  # stable
         if n > len(ranked):
             key = "where.ratio" if count is None else "where.count"
-            raise ConfigError(key, count or ratio or 0.5, f"asks for {n} of {depth} layers, {len(out)} are excluded")
+            raise ConfigError(key, count or ratio or 0.5, f"asks for {n} of {len(own)} layers, {len(out)} are excluded")
         chosen[path] = mask_of(depth, ranked[:n])
     stacks = {path: {"importance": [float(v) for v in values]} for path, values in importance.items()}
     return Where(method, chosen, {**facts, "stacks": stacks})

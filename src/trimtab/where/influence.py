@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import DataError, ModelError
 from ..host.sites import base_with_weights, find_stacks
 from ..plans import Where
+from .controls import Among
 from .importance import most_important
 from .pooling import StackPooler, observed, run_backbone
 
@@ -25,6 +26,7 @@ def influence(
     ratio: float | None = None,
     count: int | None = None,
     exclude: str | Iterable[int] = (),
+    among: Among | None = None,
 ) -> Where:
     """The layers of the highest block influence.
 
@@ -54,7 +56,7 @@ def influence(
     if not tokens or not tokens[0]:
         raise DataError("batches: there are none")
     values = {pooler.stack.path: (s / n).tolist() for pooler, s, n in zip(poolers, sums, tokens)}
-    return most_important("influence", values, ratio, count, exclude, tokens=tokens[0])
+    return most_important("influence", values, ratio, count, exclude, among, tokens=tokens[0])
 
 
 def _shape(rows: Tensor) -> str:
