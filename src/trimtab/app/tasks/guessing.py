@@ -208,7 +208,9 @@ def _written(columns: Mapping[str, _Column], wanted: str | None) -> Guess | None
     ]
     chats = [name for name in CHATS if name in columns and (name in held or not columns[name].is_plain)]
     others = [name for name in held if name not in BESIDE]
-    if wanted == "vqa" or (wanted is None and {"image", "png_base64", "image_id"} & columns.keys()):
+    if wanted == "vqa" or (
+        wanted is None and {"image", "images", "image_path", "png_base64", "image_id"} & columns.keys()
+    ):
         return Guess("vqa", {}, "questions about images")
     known = [*(kind.columns for kind in KINDS.values()), *((name, "summary") for name in _DOCUMENTS)]
     kinds = [(small[one], small[other]) for one, other in known if {one, other} <= small.keys()]
