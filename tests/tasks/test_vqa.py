@@ -253,8 +253,10 @@ def test_what_cannot_work_is_refused_by_name(tmp_path, monkeypatch):
     task, raw = load(tmp_path, ROWS)
     with pytest.raises(ModelError, match="reads no images; task vqa needs a model with a processor"):
         task.prepare(raw, byte_tokenizer(), byte_model())
-    with pytest.raises(DataError, match="train row 1: its image cannot be read"):
-        task.prepare(load(tmp_path, [{**ROWS[0], "png_base64": b64(b"no image")}])[1], llava_processor(), llava_model())
+    with pytest.raises(DataError, match=r"row 1: its image cannot be read: .* begins with b'no image'"):
+        load(tmp_path, [{**ROWS[0], "png_base64": b64(b"no image")}])
+    with pytest.raises(DataError, match="train row 1: its image cannot be read: image file is truncated"):
+        task.prepare(load(tmp_path, [{**ROWS[0], "png_base64": b64(RED[:-30])}])[1], llava_processor(), llava_model())
     monkeypatch.setattr("trimtab.app.tasks.vqa.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"pip install 'trimtab\[vqa\]'"):
         get_task({"name": "vqa"})

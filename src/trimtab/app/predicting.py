@@ -54,7 +54,8 @@ def predict(recipe: Recipe, folder: RunFolder, file: Path, screen: Screen) -> li
         model = with_adapter(loaded.model, folder, screen)
         stage.result = f"{recipe.model.name_or_path} · {plural(n, 'row')}"
     key = "answer" if hasattr(task, "answers") else "prediction"
-    out: list[dict[str, Any]] = [{"row": i + 1, key: None, "reason": "no text"} for i in range(n)]
+    reason = getattr(task, "unasked", "no text")
+    out: list[dict[str, Any]] = [{"row": i + 1, key: None, "reason": reason} for i in range(n)]
     with screen.stage("predict") as stage:
         raw = DatasetDict({"test": rows})
         if hasattr(task, "answers"):

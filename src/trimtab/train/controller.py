@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..budget import Choice, solve
 from ..errors import ConfigError, ModelError, StaleAdapterError
-from ..host.adapted import adapter_layers, adapter_parameters, peft_model_of
+from ..host.adapted import adapter_layers, adapter_parameters, peft_model_of, running_averages
 from ..host.config import TrimConfig, own_config, settle
 from ..host.layers import unwrap_empty
 from ..host.sharding import is_sharded
@@ -153,6 +153,13 @@ class Controller:
                 warnings.warn(
                     "adapters in half precision are brought to float32: smaller steps would be lost in it", stacklevel=2
                 )
+        if moving := running_averages(model):
+            warnings.warn(
+                f"{moving[0]} and {len(moving) - 1} more modules keep running averages, which training changes and no "
+                "adapter or checkpoint holds: what is saved would compute something else; name them in "
+                "modules_to_save, or keep them in evaluation mode",
+                stacklevel=2,
+            )
         self.param_steps = 0  # sum over steps of what was trainable in them: the time-average's numerator
         self.initial_params = self.trainable_params()
         self.last_penalty: Tensor | None = None

@@ -301,7 +301,10 @@ def _add_decoder_inputs(base: Any, inputs: dict[str, Tensor], mask: Mask) -> Ten
         assert isinstance(mask, Tensor)  # of text
         targets, valid = inputs["input_ids"], mask
     else:
-        raise DataError("batch: an encoder-decoder needs labels or decoder_input_ids beside its input")
+        raise DataError(
+            "batch: an encoder-decoder needs labels (b, t) or decoder_input_ids beside its input; of one whose decoder "
+            f"reads no tokens (object queries, several codebooks): {_WITHOUT}"
+        )
     shift = getattr(base, "prepare_decoder_input_ids_from_labels", None)
     if shift is None and getattr(config, "decoder_start_token_id", None) is None and targets is inputs.get("input_ids"):
         return valid  # mBART and PLBart start from a row's own last token, and their backbone does it

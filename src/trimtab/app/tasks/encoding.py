@@ -296,13 +296,23 @@ class Padder:
                 if self.images is not None:
                     out |= self.images([value for value in values if value is not None])
                 continue
-            fill = {"input_ids": self.pad_token_id, "labels": -100}.get(name, 0)
+            if any(value is None for value in values):
+                raise DataError(
+                    f"batch: a row without an image has no {name}, which this model needs of every row "
+                    "(task.text_rows: false)"
+                )
+            fill = {"input_ids": self.pad_token_id, "labels": -100}.get(name, _blank(values[0][0]))
             longest = max(len(value) for value in values)
             gaps = [[fill] * (longest - len(value)) for value in values]
             out[name] = torch.tensor(
                 [gap + list(value) if side == "left" else list(value) + gap for value, gap in zip(values, gaps)]
             )
         return out
+
+
+def _blank(value: Any) -> Any:
+    """What is put where a row has no token: 0, or zeros in the shape of a token's values."""
+    return [_blank(one) for one in value] if isinstance(value, list) else 0
 
 
 def context_length(tokenizer: Any, model: Any) -> int | None:

@@ -361,5 +361,7 @@ def from_dataset(part: Any) -> Table:
     for column, feature in part.features.items():
         if isinstance(feature, Image):
             part = part.cast_column(column, Image(decode=False))
+        elif isinstance(getattr(feature, "feature", None), Image):  # a list of them
+            part = part.cast_column(column, type(feature)(Image(decode=False)))
     named = _named_classes({name: part[name][:] for name in part.column_names}, dict(part.features))
     return Table(_as_written(named))

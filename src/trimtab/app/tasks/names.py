@@ -30,7 +30,7 @@ LEARNED = (
 )  # fmt: skip
 """What is learned from another text, where it stands beside one."""
 DOCUMENTS = ("document", "article", "dialogue", "text", "content", "body", "passage", "transcript")
-IMAGES = frozenset(("image", "png_base64", "image_id"))
+IMAGES = frozenset(("image", "images", "image_path", "png_base64", "image_id"))
 _OF_ROWS = re.compile(r"(.*[_ ])?(id|idx|index|guid|uid|uuid|key|row|date|time|timestamp|url|hash)|unnamed.*|", re.I)
 
 

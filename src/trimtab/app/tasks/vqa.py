@@ -1,9 +1,8 @@
 """Questions about images, for models that read images and write text (LLaVA and its kin).
 
 Rows of ScienceQA (question, choices, answer, hint, image; Lu et al. 2022) ask for an option's letter; other
-rows (question, answer) for a word or two; NLVR's (sentence, label) for true or false. An image is PNG or JPEG
-data in the row (``png_base64``, or the hub's ``image``), a file (``image``), or shared by several rows
-(``image_id``), and then in a file of its own beside the rows (``train.jsonl``, ``train_images.jsonl``).
+rows (question, answer; VQA's ten answers) for a word or two; NLVR's (sentence, label) for true or false; chats
+(LLaVA-Instruct's ``<image>``, lists of parts) for whatever they say. `images.py` says how an image may be given.
 
 Images stay encoded until a batch is made: the column ``pixel_values`` of prepared rows holds PNG or JPEG
 data, which the collator turns into pixels. Only the processor of the model's own checkpoint touches them.
@@ -11,13 +10,10 @@ data, which the collator turns into pixels. Only the processor of the model's ow
 
 from __future__ import annotations
 
-import base64
-import binascii
-import io
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -25,9 +21,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ...errors import ConfigError, DataError, ModelError
 from ..model_facts import forward_names
 from .answering import Answering, check_choice, mean_of
-from .chats import Message
-from .data import Columns, DataSpec, column, existing_file, read_file, texts
+from .cells import loads
+from .chats import NO_ANSWER, NO_PROMPT, Conversation, Reader
+from .data import Columns, DataSpec, is_missing, text_of
 from .encoding import Padder
+from .forms import BESIDE, CHATS, CHOICES, FORMS, PAIRS
+from .images import ENCODED, PICTURES, SHARED, image_of, pixels_of, read_images
+from .messages import Message
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -66,6 +66,8 @@ class Vqa(Answering):
     metric = "accuracy"
     greater_is_better = True
     decoding_defaults: ClassVar[Mapping[str, Any]] = {"max_new_tokens": 16}
+    unasked: ClassVar[str] = "no image, or no question"
+    """Why a row of a file that is to be predicted has no answer."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,13 +80,25 @@ class Vqa(Answering):
         self._dtype: Any = None
         self._takes: set[str] | None = None
         self._files: dict[str, list[Path]] = {}
+        self._made: set[str] | None = None
+        self._type = 0
+        """Token type of an answer."""
 
     @property
     def hub_sources(self) -> Mapping[str, tuple[str, str | None, str]]:
         return {split: ("derek-thomas/ScienceQA", None, split) for split in ("train", "validation", "test")}
 
     def adjust_to(self, config: Any) -> None:
-        """One class for all; what an image token looks like comes from the processor."""
+        """One class for all; what an image token looks like comes from the processor.
+
+        Raises:
+            ConfigError: the model's encoder would read the answer that its decoder is to learn.
+        """
+        parts = (config, getattr(config, "text_config", None))
+        if any(getattr(part, "is_encoder_decoder", False) for part in parts):
+            raise ConfigError(
+                "task.name", self.name, f"needs a decoder that reads images; {config.model_type} is an encoder-decoder"
+            )
 
     def load_data(self, data: Mapping[str, Any] | None = None) -> DatasetDict:
         self._files = DataSpec.read(data, ("train", "validation", "test")).files
@@ -93,77 +107,73 @@ class Vqa(Answering):
     # Rows.
 
     def conversations(self, split: str, table: Columns, source: str) -> Columns:
-        if {"question", "choices", "answer"} <= set(table):
-            asked, answers, options = _options(table, source)
-        elif {"sentence", "label"} <= set(table):
-            asked, answers, options = _true_or_false(table, source)
-        elif {"question", "answer"} <= set(table):
-            asked = [f"{text}\n{SHORT_WORDS}" for text in texts(table["question"], "question", source)]
-            answers, options = texts(table["answer"], "answer", source), [[] for _ in asked]
-        else:
-            raise DataError(
-                f"{source}: its columns {', '.join(table)} are in none of the forms known (question, "
-                "choices and answer; question and answer; sentence and label)"
-            )
-        images = self._images(split, table, source)
-        n = len(asked)
+        table, found, column = self._read(split, table, source, asking=False)
+        images = found["image"]
+        n = len(images)
         kept = [i for i in range(n) if images[i] is not None or self.text_rows]
         if not kept:
-            raise DataError(f"{source}: no row has an image; give it in png_base64, image, or image_id and task.images")
+            raise DataError(
+                f"{source}: no row has an image; give it in a column {', '.join((*ENCODED, *PICTURES))}, or {SHARED} "
+                f"and task.images. It has {', '.join(table)}"
+            )
         if len(kept) < n:
             self.notes.append(f"{split}: {n - len(kept)} of {n} rows have no image and were left out (task.text_rows)")
-        # A message's `input` only says that there is an image.
-        return {
-            "messages": [
-                [
-                    {"role": "user", "content": asked[i], "input": "image" if images[i] is not None else ""},
-                    {"role": "assistant", "content": answers[i]},
-                ]
-                for i in kept
-            ],
-            "gold": [answers[i] for i in kept],
-            "options": [options[i] for i in kept],
-            "image": [images[i] for i in kept],
-        }
+        if any(found["accepted"]):
+            self.notes.append(f"{split}: of several answers the most frequent is learned; any is right, as in VQA")
+        self.say_unread(split, table, {*self._reader.read, column or ""})
+        return {name: [values[i] for i in kept] for name, values in found.items()}
 
-    def _images(self, split: str, table: Columns, source: str) -> list[bytes | None]:
-        """Each row's image as PNG or JPEG data."""
-        n = len(next(iter(table.values())))
-        for name in ("png_base64", "image_base64"):
-            if name in table:
-                return [
-                    None if value is None else _decoded(value, f"{source}: row {i}")
-                    for i, value in enumerate(table[name], 1)
-                ]
+    def questions(self, table: Columns, source: str) -> Columns:
+        _, found, _ = self._read("test", table, source, asking=True)
+        lacks = [image is None and not self.text_rows for image in found["image"]]
+        return {**found, "messages": ["no image" if lack else m for lack, m in zip(lacks, found["messages"])]}
+
+    def _read(self, split: str, table: Columns, source: str, asking: bool) -> tuple[Columns, Columns, str | None]:
+        """The table with our names, conversations with what scoring needs, and the column of images."""
+        self._reader = reader = Reader(missing=self.missing, asking=asking)
+        table = reader.renamed(table, source, _KNOWN)
         place = self.images.get(split) if isinstance(self.images, dict) else self.images
-        if "image_id" in table:
-            shared = self._shared(split, place, source)
-            missing = next(
-                (i for i, key in enumerate(table["image_id"]) if key is not None and str(key) not in shared), None
-            )
-            if missing is not None:
+        files = self._files.get(split, [])
+        column, images = read_images(table, split, source, place, files)
+        wheres = [f"{source}: row {i}" for i in range(1, len(images) + 1)]
+        rows = _questions(table, reader, wheres)
+        if rows is None:
+            needs = 1 if asking else 2
+            form = next((form for form, names in FORMS.items() if set(names[:needs]) <= set(table)), None)
+            if form is None or form == "instances":
                 raise DataError(
-                    f"{source}: row {missing + 1} names image {table['image_id'][missing]!r}, which the "
-                    "file of images does not have"
+                    f"{source}: its columns {', '.join(table)} are in none of the forms known (question, choices and "
+                    f"answer; question and answer or answers; sentence and label; {', '.join(CHATS)}; a prompt and "
+                    "its answer)"
                 )
-            return [None if key is None else shared[str(key)] for key in table["image_id"]]
-        if "image" not in table:
-            return [None] * n
-        folder = Path(place).expanduser() if place else self._files[split][0].parent if split in self._files else Path()
-        return [_image(value, folder, f"{source}: row {i}") for i, value in enumerate(table["image"], 1)]
+            if form in CHATS:
+                inside: list[Any]
+                table[form], inside = zip(*map(_with_marks, table[form]))  # type: ignore[assignment]
+                table[form] = list(table[form])
+                if column is None and any(inside):
+                    folders = list(dict.fromkeys(file.parent for file in files)) if place is None else [Path(place)]
+                    images = [
+                        image_of(values, [f.expanduser() for f in folders] or [Path()], where)
+                        for values, where in zip(inside, wheres)
+                    ]
+            found = reader.conversations(table, source, form)
+            rows = [_Row(conversation) for conversation in found]
+        placed = [_placed(row.said, image is not None, w) for row, image, w in zip(rows, images, wheres)]
+        return (
+            table,
+            {
+                "messages": placed,
+                "gold": [said[-1]["content"] if isinstance(said, list) else "" for said in placed],
+                "options": [row.options for row in rows],
+                "accepted": [row.accepted for row in rows],
+                "image": images,
+            },
+            column,
+        )
 
-    def _shared(self, split: str, place: str | None, source: str) -> dict[str, bytes]:
-        """Images by their id."""
-        if place is None:
-            if split not in self._files:
-                raise DataError(f"{source}: has image_id; name the file of images in task.images")
-            rows = self._files[split][0]
-            place = str(rows.with_name(f"{rows.stem}_images{rows.suffix}"))
-        file = existing_file("task.images", place)
-        where = f"task.images={str(place)!r}"
-        table = read_file("task.images", file)
-        keys, values = (column(table, name, where, where) for name in ("image_id", "png_base64"))
-        return {str(key): _decoded(value, f"{where}: row {i}") for i, (key, value) in enumerate(zip(keys, values), 1)}
+    def ask(self, spec: DataSpec) -> Any:
+        self._files = spec.files
+        return super().ask(spec)
 
     # Prompts.
 
@@ -178,46 +188,89 @@ class Vqa(Answering):
         self._dtype = getattr(model, "dtype", None)
 
     def template_text(self, tokenizer: Any) -> str:
-        return LLAVA.replace("IMAGE", tokenizer.image_token)
+        image = getattr(tokenizer, "image_token", None)
+        if image is None:
+            raise ConfigError(
+                "task.template",
+                self.template,
+                f"{type(tokenizer).__name__} has no chat template and no token for images; name a *.jinja file",
+            )
+        # BLIP-2's is no text: its processor puts the image's tokens before the text itself.
+        return LLAVA.replace("IMAGE\n", f"{image}\n" if isinstance(image, str) else "")
 
     def shown(self, message: Message, template: str) -> dict[str, Any]:
         parts = [{"type": "image"}] if message.get("input") else []
         return {"role": message["role"], "content": [*parts, {"type": "text", "text": message["content"]}]}
 
     def example_columns(self, row: Mapping[str, Any], tokenizer: Any, where: str) -> dict[str, Any]:
-        *_, (prompt, _), (answer, _) = self.segments(row["messages"], tokenizer, where)
-        columns = self._processed(prompt, row["image"], tokenizer, where)
+        (done, _), *others = self.segments(row["messages"], tokenizer, where)  # the image is in the first question
+        columns = self._processed(done, row["image"], tokenizer, where)
+        labels = [-100] * len(columns["input_ids"])
         text = tokenizer.tokenizer
-        asked, both = (text(part, add_special_tokens=False)["input_ids"] for part in (prompt, prompt + answer))
-        new = both[len(asked) :] if both[: len(asked)] == asked else text(answer, add_special_tokens=False)["input_ids"]
-        n = len(columns["input_ids"])
-        fill = {"input_ids": new, "attention_mask": [1] * len(new)}
-        columns = {name: value + fill.get(name, [0] * len(new)) for name, value in columns.items()}
-        return {**columns, "labels": [-100] * n + new, "pixel_values": row["image"]}
+        known = text(done, add_special_tokens=False)["input_ids"]
+        for piece, is_answer in others:
+            done += piece
+            together = text(done, add_special_tokens=False)["input_ids"]
+            is_whole = together[: len(known)] == known
+            new = together[len(known) :] if is_whole else text(piece, add_special_tokens=False)["input_ids"]
+            known = known + new
+            labels += new if is_answer else [-100] * len(new)
+        new = known[len(known) - len(labels) + len(columns["input_ids"]) :]
+        if (image := _image_id(tokenizer)) in new:
+            raise DataError(f"{where}: its text holds {text.convert_ids_to_tokens(image)}, which stands for an image")
+        fills = {"input_ids": new, "attention_mask": [1] * len(new), "token_type_ids": [self._type] * len(new)}
+        for name, values in columns.items():
+            blank = values[-1] if isinstance(values[-1], list) else 0  # the answer looks at what its question does
+            columns[name] = values + fills.get(name, [blank] * len(new))
+        return {**columns, "labels": labels, "pixel_values": row["image"]}
 
     def question_columns(self, row: Mapping[str, Any], tokenizer: Any, where: str) -> dict[str, Any]:
         text = self.question_text(row, tokenizer, where)
         return {**self._processed(text, row["image"], tokenizer, where), "pixel_values": row["image"]}
 
-    def _processed(self, text: str, image: bytes | None, tokenizer: Any, where: str) -> dict[str, list[int]]:
+    def _processed(self, text: str, image: bytes | None, tokenizer: Any, where: str) -> dict[str, list[Any]]:
         """What the model takes for each token of the text, each image's token written out as often as it needs."""
         begins = tokenizer.tokenizer.bos_token
-        out = tokenizer(
-            text=[text],
-            return_tensors="pt",
-            add_special_tokens=not (begins and text.startswith(begins)),
-            **({} if image is None else {"images": [_pixels(image, where)]}),
-        )
+        pixels = None if image is None else pixels_of(image, where)
+        try:
+            out = tokenizer(
+                text=[text],
+                return_tensors="pt",
+                add_special_tokens=not (begins and text.startswith(begins)),
+                **({} if pixels is None else {"images": [pixels]}),
+            )
+        except (ValueError, TypeError, RuntimeError, IndexError) as error:
+            told = " ".join(str(error).split())[:300]
+            raise DataError(f"{where}: the model's processor refuses it: {told}") from error
         size = out["input_ids"].shape
+        taken = {
+            name: value
+            for name, value in out.items()
+            if hasattr(value, "shape") and (self._takes is None or name in self._takes)
+        }
+        # A processor that tells what is learned by token types gives the answer, which the prompt may not see, a 1.
+        self._type = int("labels" in out and "token_type_ids" in out)
         columns = {
             name: value[0].tolist()
-            for name, value in out.items()
-            if getattr(value, "shape", None) == size and (self._takes is None or name in self._takes)
+            for name, value in taken.items()
+            if value.shape[:2] == size and name not in ("labels", *self._of_images(pixels, tokenizer))
         }
+        left = set(taken) - set(columns) - {"labels"} - self._of_images(pixels, tokenizer)
+        if left and self._takes is not None:
+            raise ModelError(
+                f"model: {type(tokenizer).__name__} makes {', '.join(sorted(left))}, which task vqa does not hand on; "
+                "take a model that reads its question once, such as LLaVA or Qwen2-VL"
+            )
         end = tokenizer.tokenizer.eos_token
         if columns["input_ids"][-1] == tokenizer.tokenizer.eos_token_id and not text.endswith(end):
             columns = {name: value[:-1] for name, value in columns.items()}  # some tokenizers end every text
         return columns
+
+    def _of_images(self, pixels: Any, tokenizer: Any) -> set[str]:
+        """Names of what the processor makes of images alone."""
+        if self._made is None and pixels is not None:
+            self._made = set(tokenizer.image_processor([pixels], return_tensors="pt"))
+        return self._made or set()
 
     def collator(self, tokenizer: Any) -> Callable[..., dict[str, Any]]:
         takes, dtype = self._takes, self._dtype
@@ -225,7 +278,7 @@ class Vqa(Answering):
         def pixels(images: list[bytes]) -> dict[str, Any]:
             if not images:
                 return {}
-            made = tokenizer.image_processor([_pixels(image, "image") for image in images], return_tensors="pt")
+            made = tokenizer.image_processor([pixels_of(image, "image") for image in images], return_tensors="pt")
             return {
                 name: value.to(dtype) if dtype is not None and value.is_floating_point() else value
                 for name, value in made.items()
@@ -241,9 +294,13 @@ class Vqa(Answering):
 
     def score(self, rows: Dataset, answers: list[list[str]]) -> tuple[dict[str, float], list[dict[str, Any]]]:
         scored = []
-        for i, (gold, options, samples) in enumerate(zip(rows["gold"], rows["options"], answers)):
+        columns = (rows[name] for name in ("gold", "options", "accepted"))
+        for i, (gold, options, accepted, samples) in enumerate(zip(*columns, answers)):
             given = [option_of(text, options) if options else short_answer(text) for text in samples]
-            right = [one == (gold if options else short_answer(gold)) for one in given]
+            right = [
+                one == gold if options else agreement(one, accepted) if accepted else one == short_answer(gold)
+                for one in given
+            ]
             scored.append({"row": i, "gold": gold, "given": given, "right": right})
         most = Counter(row["gold"] for row in scored).most_common(1)[0][1]
         return {
@@ -281,65 +338,160 @@ def short_answer(text: str) -> str:
     return " ".join(word for word in re.sub(r"[^\w\s]", " ", line).split() if word not in ("a", "an", "the"))
 
 
-def _options(table: Columns, source: str) -> tuple[list[str], list[str], list[list[str]]]:
-    asked, answers, options = [], [], []
-    questions = texts(table["question"], "question", source)
-    hints = table.get("hint", [None] * len(questions))
-    for i, (question, hint, choices, answer) in enumerate(zip(questions, hints, table["choices"], table["answer"]), 1):
-        if not isinstance(choices, list) or not 1 < len(choices) <= len(LETTERS):
-            raise DataError(f"{source}: row {i} has no list of 2 to {len(LETTERS)} choices")
-        if not isinstance(answer, int) or isinstance(answer, bool) or answer not in range(len(choices)):
-            raise DataError(f"{source}: row {i} has answer {answer!r}, not the number of one of its choices, from 0")
-        listed = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices)]
-        asked.append("\n".join([*([hint] if hint else []), question, *listed, OPTION_WORDS]))
-        answers.append(LETTERS[answer])
-        options.append([str(choice) for choice in choices])
-    return asked, answers, options
+def agreement(given: str | None, accepted: Sequence[str]) -> float:
+    """How far an answer agrees with those that people gave, in [0, 1].
+
+    Of ten or more: 1 where three gave it, in the mean over leaving one of them out (VQA, Antol et al. 2015). Of fewer:
+    1 where one did.
+
+    >>> agreement("red", ["red"] * 2 + ["blue"] * 8), agreement("red", ["Red.", "blue"])
+    (0.6, 1.0)
+    """
+    same = [short_answer(one) == given for one in accepted]
+    if len(same) < 10:
+        return float(any(same))
+    return round(mean_of(min(1.0, (sum(same) - one) / 3) for one in same), 10)
 
 
-def _true_or_false(table: Columns, source: str) -> tuple[list[str], list[str], list[list[str]]]:
-    known = {0: "false", 1: "true", "0": "false", "1": "true", "false": "false", "true": "true"}
-    answers = []
-    for i, label in enumerate(table["label"], 1):
-        key = label.lower() if isinstance(label, str) else label
-        if key not in known:
-            raise DataError(f"{source}: row {i} has label {label!r}, not 0, 1, true or false")
-        answers.append(known[key])
-    asked = [f"{text}\n{TRUE_WORDS}" for text in texts(table["sentence"], "sentence", source)]
-    return asked, answers, [[] for _ in asked]
+@dataclass
+class _Row:
+    said: Conversation
+    options: list[str] = field(default_factory=list)
+    accepted: list[str] = field(default_factory=list)
 
 
-def _image(value: Any, folder: Path, where: str) -> bytes | None:
-    """Image data from the hub's ``{bytes, path}``, from data (base64, too), or from a file's name."""
-    if isinstance(value, Mapping):
-        value = value.get("bytes") or value.get("path")
-    if value is None or isinstance(value, bytes):
+MARK = "<image>"
+"""Stands for the image in a text (LLaVA-Instruct)."""
+_KNOWN = (*ENCODED, *PICTURES, SHARED, *CHATS, *BESIDE, *CHOICES, "question", "answer", "sentence", "label", "hint",
+          *(name for pair in PAIRS.values() for name in pair[:2]))  # fmt: skip
+_ANSWERS = ("answer", "multiple_choice_answer", "answers")
+
+
+def _questions(table: Columns, reader: Reader, wheres: Sequence[str]) -> list[_Row] | None:
+    """Questions with options, with short answers, or true of the image or not; None of rows of another form."""
+    if {"sentence", "label"} <= set(table):
+        asked, words = "sentence", TRUE_WORDS
+    else:
+        asked, words = "question", SHORT_WORDS
+    held = next((name for name in CHOICES if any(_listed(v) is not None for v in table.get(name, ()))), None)
+    answers = ["label"] if asked == "sentence" else [name for name in _ANSWERS if name in table]
+    if asked not in table or (not answers and not reader.asking):
+        return None
+    reader.read |= {asked, *answers, *([held, "hint"] if held else [])}
+    rows = []
+    for i, where in enumerate(wheres):
+        if is_missing(table[asked][i], reader.missing):
+            rows.append(_Row(NO_PROMPT))
+            continue
+        text, said = text_of(table[asked][i], asked, where), "?"
+        options: list[str] = []
+        accepted: list[str] = []
+        if held:
+            choices = _listed(table[held][i])
+            if choices is None or not 1 < len(choices) <= len(LETTERS):
+                raise DataError(f"{where} has no list of 2 to {len(LETTERS)} choices")
+            options = [str(choice) for choice in choices]
+            hint = table["hint"][i] if "hint" in table else None
+            listed = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, options)]
+            text = "\n".join([*([hint] if hint else []), text, *listed, OPTION_WORDS])
+        else:
+            text = f"{text}\n{words}"
+        if not reader.asking:
+            value = next((v for name in answers if not is_missing(v := table[name][i], reader.missing)), None)
+            if value is None or value == []:
+                rows.append(_Row(NO_ANSWER))
+                continue
+            if asked == "sentence":
+                said = _true_or_false(value, where)
+            elif held:
+                said = _letter(value, options, where)
+            else:
+                several = table["answers"][i] if "answers" in table else value
+                if isinstance(several, list) and several:
+                    accepted = [_answer(one, where) for one in several]
+                    said = Counter(accepted).most_common(1)[0][0]
+                if not isinstance(value, list):
+                    said = text_of(value, "answer", where)
+        turns = [{"role": "user", "content": text}, {"role": "assistant", "content": said}]
+        rows.append(_Row(turns, options, accepted))
+    return rows
+
+
+def _listed(value: Any) -> list[Any] | None:
+    found = loads(value) if isinstance(value, str) else value
+    return found if isinstance(found, list) else None
+
+
+def _letter(value: Any, options: Sequence[str], where: str) -> str:
+    """The letter of the right option, which a row gives by its place, its letter or its words."""
+    if isinstance(value, int) and not isinstance(value, bool) and value in range(len(options)):
+        return LETTERS[value]
+    if isinstance(value, str) and options.count(value) == 1:
+        return LETTERS[options.index(value)]
+    if isinstance(value, str) and len(value) == 1 and value in LETTERS[: len(options)]:
         return value
-    if not isinstance(value, str):
-        raise DataError(f"{where} has a {type(value).__name__} for an image, where a file's name is needed")
-    file = folder / value
-    try:
-        is_there = file.is_file()
-    except (OSError, ValueError):  # too long for a name
-        is_there = False
-    if not is_there and re.fullmatch(r"data:[^,]*,.*|[A-Za-z0-9+/\s]{64,}=*\s*", value, re.DOTALL):
-        return _decoded(re.sub(r"^data:[^,]*,", "", value), where)
-    if not is_there:
-        raise DataError(f"{where} names the image {str(file)!r}, which is not there; task.images names the folder")
-    return file.read_bytes()
+    raise DataError(
+        f"{where} has answer {value!r}, not the number of one of its choices, from 0, nor its letter or words"
+    )
 
 
-def _decoded(value: Any, where: str) -> bytes:
-    try:
-        return base64.b64decode(re.sub(r"\s", "", value), validate=True)
-    except (binascii.Error, TypeError, ValueError) as error:
-        raise DataError(f"{where}: its image is not base64: {error}") from error
+def _answer(value: Any, where: str) -> str:
+    """One of several answers; VQA's are objects."""
+    return text_of(value.get("answer") if isinstance(value, Mapping) else value, "answers", where)
 
 
-def _pixels(image: bytes, where: str) -> Any:
-    from PIL import Image, UnidentifiedImageError
+def _true_or_false(label: Any, where: str) -> str:
+    known = {0: "false", 1: "true", "0": "false", "1": "true", "false": "false", "true": "true"}
+    key = label.lower() if isinstance(label, str) else label
+    if key not in known:
+        raise DataError(f"{where} has label {label!r}, not 0, 1, true or false")
+    return known[key]
 
-    try:
-        return Image.open(io.BytesIO(image)).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise DataError(f"{where}: its image cannot be read: {error}") from error
+
+def _with_marks(turns: Any) -> tuple[Any, list[Any]]:
+    """A chat with a mark for each image among the parts of its messages, and what those parts hold."""
+    held: list[Any] = []
+
+    def of_part(part: Any) -> Any:
+        if not isinstance(part, Mapping) or "image" not in str(part.get("type", "image" if "image" in part else "")):
+            return part
+        value = next((part[key] for key in ("image", "image_url", "path", "url", "base64") if part.get(key)), None)
+        held.extend([] if value is None else [value])
+        return {"type": "text", "text": MARK}
+
+    def of_turn(turn: Any) -> Any:
+        if not isinstance(turn, Mapping):
+            return turn
+        return {k: [of_part(part) for part in v] if isinstance(v, list) else v for k, v in turn.items()}
+
+    read = loads(turns) if isinstance(turns, str) else turns
+    return ([of_turn(turn) for turn in read], held) if isinstance(read, list) else (turns, held)
+
+
+def _placed(said: Conversation, has_image: bool, where: str) -> Conversation:
+    """The conversation with its image, if it has one, at the first question, before the words, as LLaVA puts it.
+
+    A message's `input` only says that the image is there.
+    """
+    if not isinstance(said, list):
+        return said
+    first = next((i for i, m in enumerate(said) if m["role"] == "user"), None)
+    marks = [(i, m["content"].count(MARK)) for i, m in enumerate(said)]
+    n = sum(count for _, count in marks)
+    if n > has_image:
+        raise DataError(f"{where} has {n} {MARK} in its text, and {'one image' if has_image else 'no image'}")
+    if first is None or any(count for i, count in marks if i != first):
+        raise DataError(f"{where} has {MARK} elsewhere than in the first question, where its image is read")
+    out = []
+    for i, message in enumerate(said):
+        about = message.get("input")
+        content = "\n\n".join(text for text in (message["content"], about) if text)
+        content = content.replace(MARK, "").strip() if n and i == first else content
+        out.append({**message, "content": content, "input": "image" if has_image and i == first else ""})
+    return out
+
+
+def _image_id(tokenizer: Any) -> int | None:
+    """Id of the token that stands for an image; None where the processor does not say."""
+    token = getattr(tokenizer, "image_token", None)
+    return None if token is None else tokenizer.tokenizer.convert_tokens_to_ids(str(token))
