@@ -377,7 +377,7 @@ def test_a_batch_that_is_no_mapping_is_refused():
 
 
 def test_an_encoder_decoder_without_labels_is_refused():
-    with pytest.raises(DataError, match="labels or decoder_input_ids"):
+    with pytest.raises(DataError, match=r"labels \(b, t\) or decoder_input_ids"):
         layer_similarity(tiny.build("t5"), [text()])
 
 

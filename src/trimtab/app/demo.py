@@ -46,7 +46,7 @@ RECIPE: dict[str, Any] = {
         "per_device_train_batch_size": 16,
         "per_device_eval_batch_size": 64,
         "learning_rate": 2e-3,
-        "warmup_steps": 0.2,
+        "warmup_steps": 0.06,
         "train_sampling_strategy": "group_by_length",
         "save_strategy": "no",
     },
