@@ -184,6 +184,13 @@ def test_a_state_dict_of_a_model_that_a_process_group_trains_goes_into_one_made_
     model.load_state_dict(model.state_dict())
 
 
+def test_a_ddp_that_refused_its_module_is_no_matter(group):
+    with pytest.raises(RuntimeError, match="is not needed") as kept:  # as a notebook keeps it
+        DistributedDataParallel(torch.nn.Linear(1, 1).requires_grad_(False))
+    Controller(made(), None, 4)
+    assert kept.tb
+
+
 def test_fsdp1_is_refused_in_a_bare_loop(group):
     from torch.distributed.fsdp import FullyShardedDataParallel
 

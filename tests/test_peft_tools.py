@@ -194,6 +194,15 @@ def test_what_a_finished_model_with_sites_at_rank_0_is_saved_as_goes_into_one_ma
     assert torch.equal(tiny.logits(anew, "llama"), expected) and torch.equal(tiny.logits(model, "llama"), expected)
 
 
+def test_a_base_s_own_tensors_leave_the_adapter_as_it_is():
+    model, controller = at_work("salientlora")
+    before, named = tiny.logits(model, "llama"), tiny.build("llama").state_dict()
+    left = model.get_base_model().load_state_dict(named, strict=False).unexpected_keys  # as in PEFT's own layers
+    assert left == [key for key in named if key.removesuffix(".weight") in controller.layers]
+    assert torch.equal(tiny.logits(model, "llama"), before)
+    assert not any(layer.hosted["default"].is_stale for layer in controller.layers.values())
+
+
 def test_tensors_of_a_site_that_is_gone_are_refused_by_its_name():
     model, controller = at_work("salientlora")
     controller.finish(stopped_early=True)
@@ -312,6 +321,18 @@ def test_a_scale_that_the_user_has_set_is_resumed_with(is_finished):
     again.load_state_dict(controller.state_dict())
     assert torch.equal(tiny.logits(other, "llama"), tiny.logits(model, "llama"))
     assert again.state_dict()[1]["scales_set"] == controller.state_dict()[1]["scales_set"] != {}
+
+
+def test_a_finished_run_s_set_scale_is_no_matter_to_the_plain_lora_that_it_left(tmp_path):
+    model, controller = at_work("salientlora")
+    for layer in hosted_layers(model).values():
+        layer.set_scale("default", 0.5)
+    controller.finish(stopped_early=True)
+    model.save_pretrained(str(tmp_path))
+    plain = peft.PeftModel.from_pretrained(tiny.build("llama"), str(tmp_path), is_trainable=True)
+    again = Controller(plain, torch.optim.AdamW(plain.parameters()), total_steps=runs.STEPS)
+    again.load_state_dict(controller.state_dict())
+    assert torch.allclose(tiny.logits(plain, "llama"), tiny.logits(model, "llama"), atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["sora", "aflora", "grades"])

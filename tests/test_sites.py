@@ -151,6 +151,13 @@ CASES = {
         ),
         {"model.layers": 3},
     ),
+    "FunnelModel": (
+        (
+            tf.FunnelModel,
+            tf.FunnelConfig(vocab_size=64, d_model=16, n_head=2, d_head=8, d_inner=32, block_sizes=[1, 2]),
+        ),
+        {"encoder.blocks.0": 1, "encoder.blocks.1": 2, "decoder.layers": 2},
+    ),
     "T5Gemma2ForConditionalGeneration": (
         (tf.T5Gemma2ForConditionalGeneration, t5gemma2_config()),
         {"encoder.text_model.layers": 3, "decoder.layers": 3},

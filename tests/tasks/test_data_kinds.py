@@ -15,6 +15,7 @@ from decimal import Decimal
 import pytest
 
 from trimtab.app.tasks import get_task, labels, names
+from trimtab.app.tasks.columns import Table
 from trimtab.app.tasks.files import read_file
 from trimtab.app.tasks.guessing import guess
 from trimtab.errors import TrimtabError
@@ -616,3 +617,10 @@ def test_saved_datasets_and_the_hubs_own_are_read_with_the_names_of_their_classe
 def test_rows_that_are_trained_on_and_scored_are_counted(tmp_path):
     task, _, _ = load(tmp_path, "x.csv", separated(), data={"validation": "v.csv"}, v__csv=separated(rows=PAIRS[:3]))
     assert "validation: 3 of 3 rows are among the training rows, too" in task.notes
+
+
+def test_labels_that_are_named_are_classes_whatever_they_look_like():
+    for values in (["5%", "5"], ["1,2", "3"]):
+        rows = Table({"text": [f"the {i}th text" for i in range(12)], "label": values * 6})
+        found = guess(rows, "x.csv", {"labels": values})
+        assert found.task == "text_classification" and "regression" not in found.settings

@@ -329,6 +329,12 @@ def test_a_row_that_lacks_what_the_others_have_is_told():
         Padder(0)([{"cross_attention_mask": [[0]]}, {"cross_attention_mask": None}])
 
 
+def test_a_row_without_tokens_is_filled_wherever_it_stands():
+    for side, filled in (("right", [[7, 7], [1, 2]]), ("left", [[7, 7], [1, 2]])):
+        assert Padder(7)([{"input_ids": []}, {"input_ids": [1, 2]}], side)["input_ids"].tolist() == filled
+    assert Padder(0)([{"mask": []}, {"mask": [[1, 1]]}])["mask"].tolist() == [[[0, 0]], [[1, 1]]]
+
+
 def test_init_splits_nothing_off_where_a_test_file_is_scored(folder):
     llava_model().save_pretrained(folder / "model")
     llava_processor().save_pretrained(folder / "model")

@@ -39,7 +39,7 @@ class Commands(click.Group):
         return super().resolve_command(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)  # in the order of a run, as written below
+        return list(self.commands)  # in the order of a run, as they are written
 
     def main(self, *args: Any, **extra: Any) -> Any:
         # PEFT imports it wherever it is installed, and it warns of kernels that only quantised models use.

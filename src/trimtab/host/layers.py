@@ -34,7 +34,7 @@ from ..adapters import fused
 from ..adapters.gated import gated
 from ..adapters.lowrank import delta_weight, fold, lowrank_delta
 from ..errors import ConfigError, ModelError
-from .adapted import calls_of_peft, peft_model_of
+from .adapted import callers, calls_of_peft, peft_model_of
 from .sharding import is_dtensor
 
 if TYPE_CHECKING:
@@ -495,9 +495,9 @@ def _emit_plain_lora(layer: TrimLayer, state_dict: dict[str, Any], prefix: str, 
 
 def _accept_plain_lora(layer: TrimLayer, state_dict: dict[str, Any], prefix: str, *_rest: Any) -> None:
     """Take a plain LoRA's tensors, or recognise our own fold coming back and change nothing."""
-    for part in ("weight", "bias"):  # of a finished model, where nothing is around this site any more
-        if f"{prefix}{part}" in state_dict:
-            state_dict.setdefault(f"{prefix}base_layer.{part}", state_dict.pop(f"{prefix}{part}"))
+    bare = [part for part in ("weight", "bias") if f"{prefix}{part}" in state_dict]
+    for part in bare if bare and _is_of_an_adapted_model() else ():  # a finished one, nothing is around this site in it
+        state_dict.setdefault(f"{prefix}base_layer.{part}", state_dict.pop(f"{prefix}{part}"))
     _name_what_is_nameless(layer, state_dict, prefix)
     for name in layer.finished:
         _refuse_another_rank(layer, name, state_dict, prefix)
@@ -536,6 +536,15 @@ def _accept_plain_lora(layer: TrimLayer, state_dict: dict[str, Any], prefix: str
         for key, parameter in own.items():
             device = new_a.device if parameter.device.type == "meta" else parameter.device
             state_dict[key] = torch.ones(parameter.shape, dtype=parameter.dtype, device=device)
+
+
+def _is_of_an_adapted_model() -> bool:
+    """Whether what is being loaded holds an adapter. A base's own tensors, for which PEFT has no place either, do not
+    say that a site was cut to nothing; and a layer is shown those of its own name alone."""
+    for frame in callers():
+        if frame.f_code is nn.Module.load_state_dict.__code__:
+            return any(".lora_" in key for key in frame.f_locals["state_dict"])
+    return False
 
 
 def _name_what_is_nameless(layer: TrimLayer, state_dict: dict[str, Any], prefix: str) -> None:

@@ -364,11 +364,19 @@ def _text_config_of(config: Any) -> Any:
 
 def _decoder_alone(base: Any) -> nn.Module | None:
     """What runs the layers of a language model that is a decoder and all of its model's config: what is elsewhere reads
-    something else for it, whatever transformers says of it (Evolla's protein encoder)."""
+    something else for it, whatever transformers says of it (Evolla's protein encoder). It embeds the tokens itself:
+    Funnel's and LW-DETR's decoders go on from an encoder that is part of the model."""
     config: Any = getattr(base, "config", None)
     if not hasattr(config, "get_text_config") or not hasattr(base, "get_decoder"):
         return None
-    return None if config.is_encoder_decoder or _text_config_of(config) is not config else base.get_decoder()
+    if config.is_encoder_decoder or _text_config_of(config) is not config:
+        return None
+    decoder = base.get_decoder()
+    try:
+        embeds = base.get_input_embeddings()
+    except NotImplementedError:  # it reads no tokens
+        return None
+    return decoder if any(module is embeds for module in decoder.modules()) else None
 
 
 def _reads_text(module: Any) -> bool:

@@ -475,7 +475,7 @@ class Controller:
         self.initial_params, self.initial_ranks = meta["initial_params"], meta["initial_ranks"]
         self.final_params, self.held_params = meta["final_params"], meta["held_params"]
         restore_factors(self._tensors, tensors, meta["ranks"] if meta["is_finished"] else {})
-        for name, scale in meta.get("scales_set", {}).items():
+        for name, scale in meta.get("scales_set", {}).items() if self.layers else ():  # a plain LoRA's has it
             self.layers[name].scaling[self.adapter_name] = scale
         for name in meta["frozen"]:
             self._freeze_one(name)

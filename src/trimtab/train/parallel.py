@@ -190,6 +190,7 @@ def refuse_if_in_ddp(ours: Iterable[nn.Parameter]) -> None:
     held = [
         name
         for ddp in [one for one in gc.get_objects() if issubclass(type(one), DistributedDataParallel)]
+        if "module" in ddp._modules  # else it refused its module when it was made
         for name, p in ddp.module.named_parameters()
         if id(p) in ids and name not in ddp.parameters_to_ignore
     ]

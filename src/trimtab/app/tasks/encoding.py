@@ -301,7 +301,8 @@ class Padder:
                     f"batch: a row without an image has no {name}, which this model needs of every row "
                     "(task.text_rows: false)"
                 )
-            fill = {"input_ids": self.pad_token_id, "labels": -100}.get(name, _blank(values[0][0]))
+            blank = _blank(next((value[0] for value in values if len(value)), 0))
+            fill = {"input_ids": self.pad_token_id, "labels": -100}.get(name, blank)
             longest = max(len(value) for value in values)
             gaps = [[fill] * (longest - len(value)) for value in values]
             out[name] = torch.tensor(

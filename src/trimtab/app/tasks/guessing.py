@@ -238,7 +238,7 @@ def _classified(file: _File) -> Guess | None:
             missing = f"task.label={given['label']!r}: no such" if "label" in given else "which is the label's"
             raise DataError(f"{source}: {missing} column? It has {file.seen}; say task.label=…")
         return None
-    if "regression" not in given:
+    if not {"regression", "labels"} & given.keys():
         _refuse_unclear_numbers(label, source)
     texts = _texts(file, {name: column for name, column in columns.items() if name != label.name})
     if not texts:
