@@ -119,7 +119,7 @@ class Run:
 # At LoRA's own rate: the first ones answer whether a method can be swapped in, the others what its parts do.
 FIRST = ("lora-r8", "salientlora-late", "adalora", "cka-salientlora-late", "composition-latest")
 EARLIER = ("salientlora", "cka-salientlora", "composition-late")  # by default until it was seen to cost
-# Where fewer layers take larger steps.
+# Where fewer layers take larger steps; the rate is what they are about, so that it is not tuned.
 FASTER = (*(f"{name}-{step}" for name in ("cka-lora", "cka-salientlora", "composition") for step in ("root", "twice")),
           "composition-root-vectors")  # fmt: skip
 PRUNING_EARLY = ("lora-r8", *EARLIER, "adalora")
@@ -276,7 +276,7 @@ def plan(
         yield from (Run(task, ROWS[name], task.rate, seed) for name in swapped for seed in seeds)
     for core in (True, False):
         for task in (task for task in chosen_tasks if task.tuned):
-            for row in (ROWS[name] for name in rows if ROWS[name].core == core):
+            for row in (ROWS[name] for name in rows if ROWS[name].core == core and name not in FASTER):
                 yield from tuning_of(task, row)
                 if rate := chosen.get((task.name, row.name)):
                     yield from (Run(task, row, rate, seed) for seed in seeds)
