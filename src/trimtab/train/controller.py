@@ -154,10 +154,11 @@ class Controller:
                     "adapters in half precision are brought to float32: smaller steps would be lost in it", stacklevel=2
                 )
         if moving := running_averages(model):
+            others = f" and {len(moving) - 1} more" if moving[1:] else ""
             warnings.warn(
-                f"{moving[0]} and {len(moving) - 1} more modules keep running averages, which training changes and no "
-                "adapter or checkpoint holds: what is saved would compute something else; name them in "
-                "modules_to_save, or keep them in evaluation mode",
+                f"running averages of {moving[0]}{others}: training changes them, and no adapter or checkpoint holds "
+                "them: what is saved would compute something else; name them in modules_to_save, or keep them in "
+                "evaluation mode",
                 stacklevel=2,
             )
         self.param_steps = 0  # sum over steps of what was trainable in them: the time-average's numerator
