@@ -10,8 +10,8 @@ import yaml
 
 from trimtab.app.report.words import byte_size, count, listing, number
 
-from .matrix import ROWS, TASKS, UNTUNED
-from .page import filled_with, interval, spread, swapped, table
+from .matrix import ROWS, TASKS
+from .page import filled_with, interval, measured, spread, table
 from .results import BASELINE, Cell, Results
 
 ROOT = Path(__file__).parents[2]
@@ -33,16 +33,16 @@ def filled(page: str, results: Results) -> str:
 
 def short(results: Results) -> str:
     """What the records say of plain LoRA and of the plainest ways to have less of it."""
-    tasks = swapped(results)
-    apart = {(task, row): results.apart(task, row, BASELINE, UNTUNED) for task in tasks for row in ROWS}
+    tasks = measured(results)
+    apart = {(task, row): results.apart(task, row, BASELINE) for task in tasks for row in TASKS[task].tuned}
     above = [f"{ROWS[row].title} on {TASKS[task].title}" for (task, row), d in apart.items() if d and (d.low or 0) > 0]
     lines = [
         f"- {listing(above)} scored above LoRA r 8 by more than chance."
         if above
         else "- No row scored above LoRA r 8 by more than chance."
     ]
-    for row in ("lora-r4", "lora-r2", "uniform-lora", "budget"):
-        found = [f"{interval(d)} on {TASKS[task].title}" for task in tasks if (d := apart[task, row])]
+    for row in ("lora-r4", "lora-r2", "cka-lora", "uniform-lora", "budget-late"):
+        found = [f"{interval(d)} on {TASKS[task].title}" for task in tasks if (d := apart.get((task, row)))]
         lines.append(f"- {ROWS[row].title}: {listing(found) if found else 'not run yet'}.")
     return "Points to LoRA r 8, with 95 % intervals:\n\n" + "\n".join(lines)
 
@@ -98,7 +98,7 @@ def hours(results: Results) -> str:
     """The same by CPU time of training, as a multiple of LoRA's."""
 
     def time(cell: Cell) -> float:
-        lora = results.cell(cell.task, BASELINE, UNTUNED)
+        lora = results.cell(cell.task, BASELINE)
         assert lora
         return cell.of("cpu_seconds", "training") / lora.of("cpu_seconds", "training")
 
@@ -107,20 +107,21 @@ def hours(results: Results) -> str:
 
 def _by_task(results: Results, title: str, size: Callable[[Cell], float], shown: Callable[[float], str]) -> str:
     parts = []
-    for task in swapped(results):
-        cells = [cell for row in ROWS if (cell := results.cell(task, row, UNTUNED))]
+    for task in measured(results):
+        cells = [cell for row in TASKS[task].tuned if (cell := results.cell(task, row))]
         best: list[Cell] = []
         for cell in sorted(cells, key=lambda cell: (size(cell), -cell.mean)):
             if not best or cell.mean > best[-1].mean:
                 best.append(cell)
         rows = [
             [
-                shown(size(cell)), ROWS[cell.row].title, f"`{_recipe(cell)}`", f"{spread(cell)} ({len(cell.records)})",
-                "–" if cell.row == BASELINE else interval(results.apart(task, cell.row, BASELINE, UNTUNED)),
+                shown(size(cell)), ROWS[cell.row].title, f"`{_recipe(cell)}`", cell.learning_rate,
+                f"{spread(cell)} ({len(cell.records)})",
+                "–" if cell.row == BASELINE else interval(results.apart(task, cell.row, BASELINE)),
             ]
             for cell in best
         ]  # fmt: skip
-        columns = [title, "best of what has no more", "recipe", "score (seeds)", "points to LoRA r 8"]
+        columns = [title, "best of what has no more", "recipe", "rate", "score (seeds)", "points to LoRA r 8"]
         parts.append(f"**{TASKS[task].title}**, {len(cells)} rows compared\n\n{table(columns, rows)}")
     return "\n\n".join(parts) or "Nothing is measured yet."
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ RATES = ("5e-4", "1e-3", "2e-3")
 """Learning rates that are tried for every row of every task."""
 TUNING_SEEDS = (0, 1)
 """A rate is chosen by its mean over these: one short run alone chose a rate at which a full run learned nothing."""
+BASES = Path(__file__).parents[2] / "build" / "evidence"
+"""Models that tasks begin with, where it is not the encoder as it comes; made when the first run needs one."""
 UNTUNED = "untuned"
 """Stands for a task's own rate, at which a user swaps one method for another without tuning anything."""
 
@@ -25,7 +28,7 @@ class Task:
     """Training rows of a run: the same ones for every row and seed, drawn from the file."""
     epochs: int
     tuning_rows: int
-    """Rows of a tuning run, drawn from the file; a fifth of them is held out and scored."""
+    """Rows of a short tuning run, drawn from the file; a fifth of them is held out and scored."""
     settings: tuple[str, ...] = ()
     """Overrides of the recipe."""
     rate: str = "1e-3"
@@ -33,8 +36,13 @@ class Task:
     1e-3 with some seeds."""
     swapped: tuple[str, ...] = ()
     """Rows that are also run at `rate`, over all seeds, whatever tuning says."""
-    tuned: bool = True
-    """Whether all rows are tuned and compared here."""
+    tuned: tuple[str, ...] = ()
+    """Rows that are tuned and compared here."""
+    held_back: int = 0
+    """Training rows beyond `rows` that nothing learns, scored after whole runs: these choose the rate then. Short ones
+    choose rates that whole runs do not bear, and the other way round."""
+    base: str = ""
+    """Data set on which all of the encoder is tuned first, as LoRA's paper does for pairs of sentences."""
     folder: str = ""
     """Of the data and of the task in GLUE, where the name is another."""
     glue: str = ""
@@ -60,7 +68,8 @@ class Task:
         if self.is_decoder:
             return [*files, *self.settings]
         name, epochs = f"task.name=glue/{self.glue or folder}", f"train.num_train_epochs={self.epochs}"
-        return [name, *files, epochs, *self.settings]
+        base = [f"model={BASES / self.base}"] if self.base else []
+        return [*base, name, *files, epochs, *self.settings]
 
     @property
     def is_decoder(self) -> bool:
@@ -104,15 +113,20 @@ class Run:
         """Below the folder of results."""
         return Path(self.task.name, self.row.name, f"{self.name}.json")
 
-    def overrides(self, data: Path) -> list[str]:
-        limits = f"train: {self.task.tuning_rows if self.tuning else self.task.rows}"
+    def overrides(self, data: Path, held_back: bool = False) -> list[str]:
+        """Of the recipe. With ``held_back`` what is scored is those rows."""
+        limits = f"train: {self.task.tuning_rows if self.tuning else self.task.rows + self.task.held_back}"
         if self.task.scored:
             limits += f", validation: {self.task.scored}"
         rows = [f"data.max_samples={{{limits}}}"]
         held_out = ["data.held_out=0.2"] if self.tuning else []
+        if held_back:
+            held_out = [f"data.held_out={self.task.held_back}"]
         rate = float(self.rate) * self.row.rate_factor
         ends = [f"train.learning_rate={rate:g}", f"seed={self.seed}"]
-        row = [text.replace("SAMPLES", str(self.task.samples)) for text in self.row.overrides]
+        steps = (0.8 * self.task.tuning_rows if self.tuning else self.task.rows) * self.task.epochs / 16
+        known = {"SAMPLES": str(self.task.samples), "GONE": f"{1.5 / steps:.1e}"}
+        row = [re.sub("|".join(known), lambda found: known[found[0]], text) for text in self.row.overrides]
         return [*self.task.overrides(data), *rows, *held_out, *row, *ends]
 
 
@@ -128,52 +142,63 @@ SWAPPED = (*FIRST, *EARLIER, "cka-lora", "random-lora", "lora-r4", "budget", "un
            "composition", "peft-adalora", "sora", "gradient-lora", "fisher-lora", "influence-lora",
            "grades", "influence-salientlora", "influence-composition", "aflora-vectors",
            "aflora-late-vectors", "influence-composition-vectors", "eva", "gora", *FASTER)  # fmt: skip
-# On the other tasks: whether what SST-2 says of layers and of freezing holds there, too.
-PARTS = (*FIRST, *EARLIER, "composition", "cka-lora", "random-lora", "uniform-lora", "influence-lora",
-         "aflora", "aflora-late",
-         "lora-r4", "lora-r2", "influence-composition", "influence-salientlora", "aflora-vectors",
-         "aflora-late-vectors", "influence-composition-vectors")  # fmt: skip
 STEADY = (*FIRST, "cka-lora", "uniform-lora", "lora-r4", "lora-r2")  # with a longer warm-up
+# What is tuned on every task: what a user chooses between, each part of the composition, and each paper's rivals.
+TUNED = (*FIRST, "cka-lora", "lora-r4", "lora-r2", "aflora-late", "uniform-lora", "random-lora", "full", "dora",
+         "pissa", "vera", "houlsby", "peft-adalora", "peft-adalora-scaled", "salientlora-svd", "salientlora-released",
+         "cka-aflora", "budget-late", "sora-gone")  # fmt: skip
+# Tuned, too, when these were the defaults or a question.
+TUNED_BEFORE = (*EARLIER, "composition", "grades", "eva", "gora", "gradient-lora", "fisher-lora", "influence-lora")
 # On a decoder, at equal steps, by what each part of the composition brings.
 DECODER = ("lora-r8", "cka-lora", "salientlora-late", "composition-latest", "salientlora", "composition",
            "composition-late", "influence-lora",
            "influence-composition-vectors", "aflora", "aflora-late", "aflora-late-vectors",
            "lora-r2", "uniform-lora")  # fmt: skip
 
+AFTER = ("train.warmup_steps=0.2",)
 TASKS = {
     task.name: task
     for task in (
-        Task("sst2", "SST-2", 6000, 1, 2400, swapped=SWAPPED),
-        Task("stsb", "STS-B", 3000, 2, 1800, rate="5e-4", swapped=PARTS),
-        Task("stsb-long", "STS-B, three epochs", 5749, 3, 0, rate="5e-4", swapped=("lora-r8",), tuned=False,
-             folder="stsb", is_variant=True),
-        Task("mrpc", "MRPC", 3668, 2, 1800, rate="5e-4", swapped=PARTS),
-        Task("cola", "CoLA", 6000, 3, 3600, swapped=PARTS),
-        Task("rte", "RTE", 2490, 3, 1500, rate="5e-4", swapped=PARTS),
+        Task("sst2", "SST-2", 6000, 1, 2400, swapped=SWAPPED, tuned=(*TUNED, *TUNED_BEFORE)),
+        Task("stsb-after", "STS-B after SNLI", 2000, 1, 0, AFTER, tuned=TUNED, held_back=500, base="snli",
+             folder="stsb"),
+        Task("mrpc-after", "MRPC after SNLI", 1800, 1, 0, AFTER, tuned=TUNED, held_back=500, base="snli",
+             folder="mrpc"),
+        Task("rte-after", "RTE after SNLI", 1500, 1, 0, AFTER, tuned=TUNED, held_back=500, base="snli",
+             folder="rte"),
+        Task("stsb", "STS-B", 3000, 2, 0, rate="5e-4",
+             swapped=("lora-r8", "salientlora", "composition", "aflora", "aflora-late",
+                      "influence-composition-vectors")),
+        Task("stsb-long", "STS-B, three epochs", 5749, 3, 0, rate="5e-4", swapped=("lora-r8",), folder="stsb",
+             is_variant=True),
+        Task("mrpc", "MRPC", 3668, 2, 0, rate="5e-4", swapped=("lora-r8", "adalora", "salientlora")),
+        Task("cola", "CoLA", 6000, 3, 0, swapped=("lora-r8",)),
         Task("snli-two", "SNLI", 6000, 2, 3600, rate="5e-4", folder="snli", glue="mnli",
-             swapped=(*PARTS, "cka-lora-root", "cka-salientlora-root", "composition-root", "cka-lora-twice"),
+             tuned=("lora-r8", "salientlora-late", "composition-latest", "adalora", "lora-r4", "cka-lora"),
+             swapped=(*FIRST, *EARLIER, "cka-lora", "uniform-lora", "lora-r4", "lora-r2", "cka-lora-root",
+                      "cka-salientlora-root", "composition-root", "cka-lora-twice"),
              splits=("validation", "test"), scored=1500),
-        Task("qnli", "QNLI", 5463, 3, 0, rate="5e-4", tuned=False, splits=("validation", ""), held_out=0.2,
+        Task("qnli", "QNLI", 5463, 3, 0, rate="5e-4", splits=("validation", ""), held_out=0.2,
              swapped=(*FIRST, *EARLIER, "cka-lora", "uniform-lora", "lora-r4", "lora-r2")),
-        Task("snli", "SNLI, one epoch", 6000, 1, 0, swapped=(*FIRST, *EARLIER, "lora-r4"), tuned=False,
+        Task("snli", "SNLI, one epoch", 6000, 1, 0, swapped=(*FIRST, *EARLIER, "lora-r4"),
              glue="mnli", splits=("validation", "test"), scored=1500, is_variant=True),
-        Task("snli-long", "SNLI, three epochs", 6000, 3, 0, swapped=PRUNING_EARLY, tuned=False, folder="snli",
+        Task("snli-long", "SNLI, three epochs", 6000, 3, 0, swapped=PRUNING_EARLY, folder="snli",
              glue="mnli", splits=("validation", "test"), scored=1500, is_variant=True),
         Task("sst2-first", "SST-2, the file's first rows", 6000, 1, 0, ("data.sample_seed=first",),
-             swapped=(*PRUNING_EARLY, "composition"), tuned=False, folder="sst2", is_variant=True),
+             swapped=(*PRUNING_EARLY, "composition"), folder="sst2", is_variant=True),
         Task("sst2-double", "SST-2, twice the scale", 6000, 1, 0, ("adapter.alpha=32",),
-             swapped=("lora-r8", "cka-lora", "uniform-lora", "cka-salientlora", "composition-late"), tuned=False,
+             swapped=("lora-r8", "cka-lora", "uniform-lora", "cka-salientlora", "composition-late"),
              folder="sst2", is_variant=True),
         Task("sst2-fifth", "SST-2, a fifth of it warm-up", 6000, 1, 0, ("train.warmup_steps=0.2",), swapped=FIRST,
-             tuned=False, folder="sst2", is_variant=True),
+             folder="sst2", is_variant=True),
         Task("sst2-tenth", "SST-2, a tenth of it warm-up", 6000, 1, 0, ("train.warmup_steps=0.1",),
-             swapped=STEADY, tuned=False, folder="sst2", is_variant=True),
+             swapped=STEADY, folder="sst2", is_variant=True),
         Task("snli-tenth", "SNLI, a tenth of it warm-up", 6000, 2, 0, ("train.warmup_steps=0.1",),
-             swapped=("lora-r8",), tuned=False, folder="snli", glue="mnli", splits=("validation", "test"), scored=1500,
+             swapped=("lora-r8",), folder="snli", glue="mnli", splits=("validation", "test"), scored=1500,
              is_variant=True),
         Task("snli-fifth", "SNLI, a fifth of it warm-up", 6000, 2, 0, ("train.warmup_steps=0.2",), swapped=STEADY,
-             tuned=False, folder="snli", glue="mnli", splits=("validation", "test"), scored=1500, is_variant=True),
-        Task("code", "SmolLM2, Code Alpaca", 750, 1, 0, swapped=DECODER, tuned=False, folder="code_alpaca",
+             folder="snli", glue="mnli", splits=("validation", "test"), scored=1500, is_variant=True),
+        Task("code", "SmolLM2, Code Alpaca", 750, 1, 0, swapped=DECODER, folder="code_alpaca",
              recipe="smollm2.yaml", held_out=0.2, samples=128),
     )
 }  # fmt: skip
@@ -218,16 +243,22 @@ ROWS = {
             (INFLUENCE, SALIENT, LATE, VECTORS),
             note="the one above, with vectors at ten times the rate"),
         Row("grades", "GradES r 8", ("freeze=grades",)),
-        Row("budget", "the composition under one budget",
+        Row("budget", "the composition under one budget, pruning and freezing early",
             ("where={method: cka, samples: SAMPLES}", "rank={method: salientlora, warmup: 0.1}",
              "freeze={method: aflora, warmup: 0.3, final: 0.3, rule: tensor_rank}",
              f"budget={{average_params: {QUARTER}}}"),
             note="on average a quarter of LoRA r 8's parameters; layers, ranks and freezing follow; pruning and "
                  "freezing early"),
+        Row("budget-late", "the composition under one budget",
+            ("where={method: cka, samples: SAMPLES}", "rank=salientlora", "freeze={method: aflora, rule: tensor_rank}",
+             f"budget={{average_params: {QUARTER}}}"),
+            note="on average a quarter of LoRA r 8's parameters; layers, ranks and freezing follow"),
         Row("peft-adalora", "PEFT's AdaLoRA at its defaults", kind="peft_adalora",
             note="r 12 → 8, alpha 8, its own start; rates as for the rest"),
         Row("sora", "SoRA from r 8", ("rank={method: sora, prox_threshold: 2e-3}",),
             note="its threshold decides the size; on SST-2, with 375 steps, this one brings no gate to zero"),
+        Row("sora-gone", "SoRA from r 8, gates gone early", ("rank={method: sora, prox_threshold: GONE}",),
+            note="a threshold that brings a useless gate to zero in two thirds of the run"),
         Row("eva", "EVA, LoRA r 8 in total", ("rank=eva",), note="ranks and A from 1,024 training rows"),
         Row("gora", "GoRA at the cost of LoRA r 8", ("rank=gora",), note="ranks and B from 1,024 training rows"),
         *(Row(f"{name}-lora", f"{name} half × LoRA r 8", (f"where={{method: {name}, ratio: 0.5, samples: SAMPLES}}",))
@@ -275,13 +306,14 @@ def plan(
         yield from (Run(task, ROWS[name], task.rate, seed) for seed in seeds for name in swapped if name in FIRST)
         yield from (Run(task, ROWS[name], task.rate, seed) for name in swapped for seed in seeds)
     for core in (True, False):
-        for task in (task for task in chosen_tasks if task.tuned):
-            for row in (ROWS[name] for name in rows if ROWS[name].core == core and name not in FASTER):
+        for task in chosen_tasks:
+            for row in (ROWS[name] for name in task.tuned if name in rows and ROWS[name].core == core):
                 yield from tuning_of(task, row)
                 if rate := chosen.get((task.name, row.name)):
                     yield from (Run(task, row, rate, seed) for seed in seeds)
 
 
 def tuning_of(task: Task, row: Row) -> list[Run]:
-    """The short runs that choose a row's rate on a task."""
-    return [Run(task, row, rate, seed, tuning=True) for rate in RATES for seed in TUNING_SEEDS]
+    """The runs that choose a row's rate on a task: short ones, or, where rows are held back for it, whole ones."""
+    seeds = (0,) if task.held_back else TUNING_SEEDS
+    return [Run(task, row, rate, seed, tuning=not task.held_back) for rate in RATES for seed in seeds]

@@ -14,7 +14,7 @@ from trimtab.app.report.pairing import Difference
 from trimtab.app.report.words import byte_size, count, duration, listing, number, plural
 
 from .figures import dots, pareto
-from .matrix import FASTER, RATES, ROWS, SEEDS, TASKS, UNTUNED, Row, Task
+from .matrix import RATES, ROWS, SEEDS, TASKS, UNTUNED, Row, Task
 from .results import BASELINE, Cell, Results, learned_nothing
 
 PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
@@ -132,21 +132,20 @@ QUESTIONS = (
 
 
 def questions(results: Results) -> str:
-    """Each question, answered on every task that was run at the one rate, over those tasks, and over the tuned ones."""
-    untuned, rows = swapped(results), []
+    """Each question, answered on every tuned task, over those, and over the tasks that were run at the one rate."""
+    known, rows = measured(results), []
     for one in QUESTIONS:
-        each = [results.apart(task, one.ours, one.theirs, UNTUNED) for task in untuned]
-        over_all = _over(results, untuned, one, UNTUNED)
-        tuned = _over(results, measured(results), one)
-        known = tuned or over_all
-        verdict = one.verdict(known)
-        if one.theirs == "last-lora" and known is None and (alike := results.cka_takes_the_last_half):
+        tuned = _over(results, known, one)
+        untuned = _over(results, swapped(results), one, UNTUNED)
+        verdict = one.verdict(tuned or untuned)
+        if one.theirs == "last-lora" and not (tuned or untuned) and (alike := results.cka_takes_the_last_half):
             verdict = f"the same layers {alike}"
-        elif known is not None and not tuned:
+        elif untuned and not tuned:
             verdict += ", untuned"
-        rows.append([one.text, *map(interval, each), interval(over_all), interval(tuned), f"**{verdict}**"])
-    titles = [f"{TASKS[name].title} at {TASKS[name].rate}" for name in untuned]
-    return table(["", *titles, "untuned, pooled", "tuned, pooled", "holds here?"], rows)
+        each = (results.apart(task, one.ours, one.theirs) for task in known)
+        rows.append([one.text, *map(interval, (*each, tuned, untuned)), f"**{verdict}**"])
+    titles = [TASKS[name].title for name in known]
+    return table(["", *titles, "tuned, pooled", "untuned, pooled", "holds here?"], rows)
 
 
 def _over(results: Results, names: list[str], one: Question, rate: str | None = None) -> Difference | None:
@@ -169,7 +168,7 @@ def swapped(results: Results) -> list[str]:
 
 def measured(results: Results) -> list[str]:
     """Tasks with a tuned row."""
-    return [name for name, task in TASKS.items() if task.tuned and any(results.cell(name, row) for row in ROWS)]
+    return [name for name, task in TASKS.items() if any(results.cell(name, row) for row in task.tuned)]
 
 
 def untuned(results: Results) -> str:
@@ -262,7 +261,7 @@ def tasks(results: Results) -> str:
     """A table a task."""
     parts = []
     for task in measured(results):
-        rows = [_of_task(results, task, row) for row in ROWS.values() if results.cell(task, row.name)]
+        rows = [_of_task(results, task, ROWS[name]) for name in TASKS[task].tuned if results.cell(task, name)]
         setting, metric = TASKS[task], next(one["metric"] for one in results.records if one["task"] == task)
         length = f"{count(setting.rows)} training rows, {plural(setting.epochs, 'epoch')}, batch 16"
         tuning = f"rates chosen with {count(setting.tuning_rows)} of them, a fifth held out"
@@ -287,10 +286,9 @@ def _lowered(results: Results, task: str) -> str:
 def _of_task(results: Results, task: str, row: Row) -> list[str]:
     cell = results.cell(task, row.name)
     assert cell
-    rate = f"{float(cell.rate) * row.rate_factor:g}"
     edge = " (the lowest tried)" if cell.rate == RATES[0] else " (the highest tried)" if cell.rate == RATES[-1] else ""
     apart = None if row.name == BASELINE else results.apart(task, row.name, BASELINE)
-    return [row.title, spread(cell), interval(apart), number(cell.of("loss"), 3), rate + edge, str(len(cell.records)),
+    return [row.title, spread(cell), interval(apart), number(cell.of("loss"), 3), cell.learning_rate + edge, str(len(cell.records)),
             *(count(cell.of("params", key)) for key in ("initial", "final", "average")),
             duration(cell.of("cpu_seconds", "training")),
             byte_size(max(one["peak_memory_bytes"] for one in cell.records))]  # fmt: skip
@@ -308,7 +306,7 @@ def missing(results: Results) -> str:
     """What of the matrix there is no run of."""
     lines = []
     for task in (task for task in TASKS.values() if task.tuned):
-        tuned = [row for row in ROWS.values() if row.name not in FASTER]
+        tuned = [ROWS[name] for name in task.tuned]
         rows = [row for row in tuned if _seeds(results.cell(task.name, row.name)) < len(SEEDS)]
         some = [f"{row.title} ({_seeds(results.cell(task.name, row.name))} of {len(SEEDS)} seeds)"
                 if results.cell(task.name, row.name) else row.title for row in rows]  # fmt: skip

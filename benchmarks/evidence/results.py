@@ -38,7 +38,7 @@ def rates_in_turn(results: Path) -> dict[tuple[str, str], list[str | None]]:
         for row in ROWS.values():
             files = [results / run.file for run in tuning_of(task, row)]
             if all(file.is_file() for file in files):
-                tried = [json.loads(file.read_text()) for file in files]
+                tried = [one | one.get("chooses", {}) for one in (json.loads(file.read_text()) for file in files)]
                 turn = found[task.name, row.name] = [best_rate(tried)]
                 while (rate := turn[-1]) is not None and _fails(results / task.name / row.name, rate):
                     tried = [one for one in tried if float(one["rate"]) < float(rate)]
@@ -93,6 +93,10 @@ class Cell:
     @property
     def scored(self) -> list[Scored]:
         return [Scored(one["seed"], one["score"], one["rows"]) for one in self.records]
+
+    @property
+    def learning_rate(self) -> str:
+        return f"{float(self.rate) * ROWS[self.row].rate_factor:g}"
 
     @property
     def mean(self) -> float:

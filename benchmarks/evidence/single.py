@@ -13,11 +13,12 @@ import resource
 import subprocess
 import tempfile
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .matrix import Run
+from .matrix import BASES, Run
 
 PRELOAD = ["trimtab.app.run", "transformers", "peft", "datasets", "sklearn.metrics", "scipy.stats"]
 """What every run imports: seconds, if each did."""
@@ -26,6 +27,9 @@ PRELOAD = ["trimtab.app.run", "transformers", "peft", "datasets", "sklearn.metri
 def record(run: Run, data: Path, target: Path) -> None:
     """Trains, scores, and writes ``target``, whole or not at all."""
     import torch
+
+    if run.task.base and not (BASES / run.task.base).is_dir():
+        make_base(run.task.base, data)
 
     from trimtab.app import recipe as recipes
     from trimtab.app import run as stages
@@ -38,7 +42,8 @@ def record(run: Run, data: Path, target: Path) -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
     screen = Screen(quiet=True)
-    recipe = recipes.load(Path(__file__).with_name(run.task.recipe), run.overrides(data))
+    source = Path(__file__).with_name(run.task.recipe)
+    recipe = recipes.load(source, run.overrides(data, held_back=bool(run.task.held_back)))
     with tempfile.TemporaryDirectory() as place:
         folder = RunFolder(Path(place))
         job = load(recipe, screen)
@@ -53,8 +58,16 @@ def record(run: Run, data: Path, target: Path) -> None:
         training = time.process_time() - began
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of Linux
         metrics = scoring.score(job, model, folder, screen, folder.answers, folder.predictions)
+        choosing = {}
+        if run.task.held_back:
+            choosing = {"chooses": {"score": metrics[job.task.metric], "loss": metrics["loss"]}}
+            others = load(recipes.load(source, run.overrides(data)), screen)
+            others = replace(job, task=others.task, rows=others.rows, ready=others.ready)
+            metrics = scoring.score(others, model, folder, screen, folder.answers, folder.predictions)
         kept = next(iter(folder.read(folder.predictions).values()))
     settings = json.loads(recipe.model_dump_json(exclude_none=True, exclude={"output_dir", "data", "export"}))
+    if run.task.base:
+        settings["model"]["name_or_path"] = f"MiniLM, all of it tuned on {run.task.base}"
     found = {
         "task": run.task.name,
         "row": run.row.name,
@@ -68,6 +81,7 @@ def record(run: Run, data: Path, target: Path) -> None:
         "metric": job.task.metric,
         "score": metrics[job.task.metric],
         "loss": metrics.get("loss"),
+        **choosing,
         "metrics": metrics,
         "curve": [[one["step"], round(one["loss"], 4)] for one in curve if "loss" in one],
         "held_out": [
@@ -85,6 +99,36 @@ def record(run: Run, data: Path, target: Path) -> None:
         "rows": {key: _short(value) for key, value in kept.items()},
     }
     write_text(target, json.dumps(found) + "\n")
+
+
+def make_base(name: str, data: Path) -> None:
+    """All of the encoder is tuned on a data set of sentence pairs; what is kept is the encoder, without its head.
+
+    Two epochs over every row at hand; two processes that make it at the same time make the same one.
+    """
+    import torch
+
+    from trimtab.app import recipe as recipes
+    from trimtab.app.job import load
+    from trimtab.app.runfolder import RunFolder, write_text
+    from trimtab.app.screen import Screen
+
+    torch.set_num_threads(1)
+    files = ", ".join(str(data / name / f"{file}.jsonl") for file in ("validation", "test"))
+    settings = ["task.name=glue/mnli", f"data.train=[{files}]", "train.num_train_epochs=2", "train.learning_rate=1e-4",
+                "train.warmup_steps=0.1"]  # fmt: skip
+    with tempfile.TemporaryDirectory() as place:
+        folder = RunFolder(Path(place))
+        job = load(recipes.load(Path(__file__).with_name("minilm.yaml"), settings), Screen(quiet=True))
+        model, _, curve = _stock("full", job, folder)
+        BASES.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=BASES) as made:
+            whole = Path(made) / name
+            model.base_model.save_pretrained(whole)
+            job.tokenizer.save_pretrained(whole)
+            write_text(whole / "curve.json", json.dumps(curve))
+            with contextlib.suppress(OSError):  # another process was faster
+                whole.rename(BASES / name)
 
 
 def _short(value: Any) -> Any:

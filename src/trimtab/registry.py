@@ -88,7 +88,8 @@ class Registry(Generic[Settings]):
                 )
         for key, field in allowed.items():
             if key not in options and field.default is MISSING and field.default_factory is MISSING:
-                raise ConfigError(f"{self.axis}.{key}", None, f"needed by {name}")
+                like = f"{self.axis}={{method: {name}, {key}: …}}"
+                raise ConfigError(f"{self.axis}.{key}", None, f"needed by {name}: {like}")
         return cls(**options)
 
 

@@ -165,7 +165,7 @@ def choose_own(
             raise ConfigError(f"where.{key}", value, f"{method} has {has}.{did_you_mean(key, takes)}")
     for key, default in takes.items():
         if default is inspect.Parameter.empty and key not in settings:
-            raise ConfigError(f"where.{key}", None, f"needed by {method}")
+            raise ConfigError(f"where.{key}", None, f"needed by {method}: where={{method: {method}, {key}: …}}")
     given = dict(settings) if batches is None else {**settings, "batches": batches}
     if any(p.name == "among" for p in _parameters(method)):
         given["among"] = among
