@@ -265,6 +265,8 @@ def tasks(results: Results) -> str:
         setting, metric = TASKS[task], next(one["metric"] for one in results.records if one["task"] == task)
         length = f"{count(setting.rows)} training rows, {plural(setting.epochs, 'epoch')}, batch 16"
         tuning = f"rates chosen with {count(setting.tuning_rows)} of them, a fifth held out"
+        if setting.held_back:
+            tuning = f"rates chosen by seed 0 on {setting.held_back} other training rows"
         columns = ["", metric.replace("_", " "), "points to LoRA r 8", "loss", "rate", "seeds",
                    "parameters, initial", "final", "average", "CPU time", "peak memory"]  # fmt: skip
         said = _stuck(results.cell(task, row) for row in ROWS) + _lowered(results, task)
@@ -288,8 +290,8 @@ def _of_task(results: Results, task: str, row: Row) -> list[str]:
     assert cell
     edge = " (the lowest tried)" if cell.rate == RATES[0] else " (the highest tried)" if cell.rate == RATES[-1] else ""
     apart = None if row.name == BASELINE else results.apart(task, row.name, BASELINE)
-    return [row.title, spread(cell), interval(apart), number(cell.of("loss"), 3), cell.learning_rate + edge, str(len(cell.records)),
-            *(count(cell.of("params", key)) for key in ("initial", "final", "average")),
+    return [row.title, spread(cell), interval(apart), number(cell.of("loss"), 3), cell.learning_rate + edge,
+            str(len(cell.records)), *(count(cell.of("params", key)) for key in ("initial", "final", "average")),
             duration(cell.of("cpu_seconds", "training")),
             byte_size(max(one["peak_memory_bytes"] for one in cell.records))]  # fmt: skip
 
