@@ -164,7 +164,7 @@ TASKS = {
              folder="stsb"),
         Task("mrpc-after", "MRPC after SNLI", 1800, 1, 0, AFTER, tuned=TUNED, held_back=500, base="snli",
              folder="mrpc"),
-        Task("rte-after", "RTE after SNLI", 1500, 1, 0, AFTER, tuned=TUNED, held_back=500, base="snli",
+        Task("rte-after", "RTE after SNLI", 1200, 1, 0, AFTER, tuned=TUNED, held_back=300, base="snli",
              folder="rte"),
         Task("stsb", "STS-B", 3000, 2, 0, rate="5e-4",
              swapped=("lora-r8", "salientlora", "composition", "aflora", "aflora-late",

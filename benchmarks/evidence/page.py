@@ -225,7 +225,7 @@ def _stuck(cells: Iterable[Cell | None]) -> str:
     """Names the runs that answer every row alike: a mean over seeds hides them."""
     found = [f"{ROWS[one['row']].title} with seed {one['seed']}" for cell in cells if cell for one in cell.records
              if learned_nothing(one)]  # fmt: skip
-    return f" {listing(found)} learned nothing: the same answer for every row." if found else ""
+    return f" {listing(found)} learned nothing: one answer for every row, or a correlation below 10." if found else ""
 
 
 def decoder(results: Results) -> str:

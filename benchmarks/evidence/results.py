@@ -51,7 +51,9 @@ def _fails(folder: Path, rate: str) -> bool:
 
 
 def learned_nothing(record: dict[str, Any]) -> bool:
-    """Whether a run gives the same answer for every row."""
+    """Whether a run gives the same answer for every row, or numbers with hardly a correlation to the labels."""
+    if record.get("metric") in ("pearson", "matthews_correlation"):
+        return bool(record["score"] < 0.1)
     return len(set(record.get("rows", {}).get("predicted", ()))) == 1
 
 

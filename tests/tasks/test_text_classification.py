@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from tasks.stand_ins import data_pack, encoder_tokenizer, write_jsonl
 from trimtab.app.tasks import get_task
@@ -77,6 +79,24 @@ def test_regression_takes_numbers(tmp_path):
     # Σdxdy = 3, Σdx² = 14/3, Σdy² = 2.
     assert scores == pytest.approx({"pearson": 3 / math.sqrt(14 / 3 * 2), "spearmanr": 1.0, "mse": 1 / 3})
     assert not get_task({"name": "text_classification", "regression": True, "metric": "mse"}).greater_is_better
+
+
+def test_a_new_head_for_numbers_begins_at_their_mean_in_units_of_their_spread(tmp_path):
+    task, rows = load(tmp_path, labelled([100_000, 300_000]), {"regression": True})
+    model = nn.ModuleDict({"classifier": nn.Linear(4, 1), "score": nn.Linear(4, 1)})
+    drawn = {name: head.weight.clone() for name, head in model.items()}
+    task.start_head(model, ["classifier"], task.prepare(rows, encoder_tokenizer()))
+    assert model["classifier"].bias.item() == 200_000
+    torch.testing.assert_close(model["classifier"].weight, 100_000 * drawn["classifier"])
+    assert torch.equal(model["score"].weight, drawn["score"])  # the checkpoint's own
+
+
+def test_a_head_for_classes_is_left_as_it_is_drawn(tmp_path):
+    task, rows = load(tmp_path, labelled(["a", "b"]))
+    model = nn.ModuleDict({"classifier": nn.Linear(4, 1)})
+    drawn = model["classifier"].weight.clone()
+    task.start_head(model, ["classifier"], task.prepare(rows, encoder_tokenizer()))
+    assert torch.equal(model["classifier"].weight, drawn)
 
 
 def test_class_scores_agree_with_hand_worked_numbers():

@@ -81,6 +81,8 @@ def load(recipe: Recipe, screen: Screen, task: Task | None = None, *, with_rows:
         loaded = models.load_model(spec, task, tokenizer)
         bar.say("tokens")
         ready = task.prepare(rows, tokenizer, loaded.model)
+        if start_head := getattr(task, "start_head", None):  # a task of one's own need not have it
+            start_head(loaded.model, loaded.modules_to_save, ready)
         counted = ", ".join(f"{count(len(split))} {name}" for name, split in ready.items())
         if "train" in rows:
             horizon = horizon_of(recipe, len(ready["train"]))
