@@ -65,8 +65,8 @@ def make_trainer(
         raise ConfigError("rates", dict(rates), "does not go together with FSDP; drop one of them")
     trainer.remove_callback(PrinterCallback)
     _log_beside_checkpoints(trainer, folder)
-    if job.task.task_type == "SEQ_CLS":
-        # BERT, RoBERTa and DeBERTa heads take **kwargs but not num_items_in_batch from them: their loss is a mean.
+    if job.task.task_type in ("SEQ_CLS", "SEQ_2_SEQ_LM"):
+        # BERT's heads, T5, BART and their kin take **kwargs but not num_items_in_batch from them: their loss is a mean.
         # Trainer would believe it normalised, and leave it (and the gradient) too large by the number of
         # accumulated batches times the number of processes.
         trainer.model_accepts_loss_kwargs = False
