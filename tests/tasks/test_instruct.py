@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from tasks.stand_ins import byte_model, byte_tokenizer, data_pack, decoder_tokenizer, tiny_config, write_jsonl
+from trimtab.app import judging
 from trimtab.app.models import ModelSpec, load_config, load_model
 from trimtab.app.tasks import get_task
 from trimtab.app.tasks.answer_loss import answer_scores, answer_sums
@@ -214,6 +215,18 @@ def test_long_rows_are_cut_and_rows_without_room_for_an_answer_left_out(tmp_path
     assert "train: 1 of 2 rows cut to 20 tokens (task.max_length)" in task.notes
     with pytest.raises(DataError, match=r"data\.train: no row's answer begins within task\.max_length=20"):
         prepared(tmp_path, rows[2:] * 2, {"max_length": 20})
+
+
+def test_the_worst_rows_are_told_by_their_own_words_where_others_were_left_out(tmp_path):
+    rows = [{"instruction": "x" * 80 if i == 1 else f"Question {i}", "output": f"answer {i}"} for i in range(4)]
+    task, raw = load(tmp_path, rows, {"template": "plain"})
+    ready = task.prepare(raw, byte_tokenizer(), byte_model("gpt2"))["validation"]
+    assert len(ready) == 3
+    kept = {"answer_loss": [1.0, 9.0, 2.0], "tokens": [1, 1, 1]}
+    worst = judging.worst(task, kept, raw["validation"], task.places["validation"])
+    assert [(one["row"], one["text"], one["loss"]) for one in worst] == [
+        (3, "Question 2", 9.0), (4, "Question 3", 2.0), (1, "Question 0", 1.0),
+    ]  # fmt: skip
 
 
 def test_layers_are_selected_on_rows_without_their_end_token(tmp_path):

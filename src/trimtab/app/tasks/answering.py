@@ -75,6 +75,8 @@ class Answering(Encoding):
     generations: str | None = None
     """Folder that keeps generated answers, so that an interrupted evaluation goes on where it stopped."""
     notes: list[str] = field(default_factory=list, init=False)
+    places: dict[str, list[int]] = field(default_factory=dict, init=False)
+    """Of a split's prepared rows among its raw ones."""
 
     auto_class = "AutoModelForCausalLM"
     task_type = "CAUSAL_LM"
@@ -219,6 +221,7 @@ class Answering(Encoding):
                 cut = cut.select(kept)
             if n := sum(cut["was_cut"][:]):
                 self.notes.append(f"{split}: {n} of {len(cut)} rows cut to {limit} tokens (task.max_length)")
+            self.places[split] = kept.tolist()
             ready[split] = cut.remove_columns(["has_answer", "was_cut"])
         return DatasetDict(ready)
 

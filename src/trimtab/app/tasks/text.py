@@ -111,6 +111,7 @@ class PlainText(Answering):
                     self.notes.append(f"{split}: {n} of {len(ids)} rows cut to {limit} tokens (task.max_length)")
             if max(map(len, cut)) < 2:
                 raise DataError(f"data.{split}: no text has two tokens or more")
+            self.places[split] = [] if self.pack else list(range(len(cut)))
             ready[split] = Dataset.from_dict(
                 {"input_ids": cut, "attention_mask": [[1] * len(row) for row in cut], "labels": cut}
             )
