@@ -189,6 +189,13 @@ def test_layers_get_their_mode_back_and_progress_is_told():
         ({"samples": True}, r"task\.generation\.samples=True: a whole number"),
         ({"stop": 3}, r"task\.generation\.stop=3: a text, or a list"),
         ({"num_beam": 4}, r"task\.generation\.num_beam=4: no such setting\. Did you mean 'num_beams'\?"),
+        ({"num_return_sequences": 2}, r"num_return_sequences=2: samples says how many"),
+        ({"max_length": 20}, r"max_length=20: max_new_tokens says how long"),
+        ({"eos_token_id": 5}, r"eos_token_id=5: tokenizer and model say which it is"),
+        ({"use_cache": False}, r"use_cache=False: changes no answer"),
+        ({"num_beams": 0}, r"num_beams=0: a whole number, at least 1"),
+        ({"samples": 2, "temperature": 0}, r"task\.generation\.temperature=0: a number above 0"),
+        ({"temperature": "hot"}, r"task\.generation\.temperature='hot': a number above 0"),
         ([1], r"task\.generation=\[1\]: a mapping"),
     ],
 )

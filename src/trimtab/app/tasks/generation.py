@@ -22,6 +22,16 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+_TAKEN = {
+    "num_return_sequences": "samples says how many answers there are",
+    "max_length": "max_new_tokens says how long an answer may be",
+    "stop_strings": "stop names the texts that end an answer",
+    **dict.fromkeys(("eos_token_id", "pad_token_id"), "tokenizer and model say which it is; stop ends an answer, too"),
+    **dict.fromkeys(("use_cache", "return_dict_in_generate"), "changes no answer; leave it out"),
+}
+"""Fields of `GenerationConfig` that are settled here, with what to set instead."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
     """How answers are decoded: the recipe's ``task.generation``, checked."""
@@ -63,6 +73,8 @@ class Decoding:
 
             known = [*own, "stop", *(key for key in GenerationConfig().to_dict() if not key.startswith("_"))]
             for key in others:
+                if key in _TAKEN:
+                    raise ConfigError(f"task.generation.{key}", others[key], _TAKEN[key])
                 if key not in known:
                     raise ConfigError(
                         f"task.generation.{key}",
@@ -70,6 +82,13 @@ class Decoding:
                         f"no such setting.{did_you_mean(key, known)} There is {', '.join(own)}, stop, "
                         "and every field of transformers' GenerationConfig",
                     )
+        beams, heat = others.get("num_beams", 1), others.get("temperature", 1.0)
+        if not isinstance(beams, int) or isinstance(beams, bool) or beams < 1:
+            raise ConfigError("task.generation.num_beams", beams, "a whole number, at least 1")
+        draws = others.get("do_sample", values.get("samples", 1) > 1)
+        if not isinstance(heat, (int, float)) or heat < 0 or (draws and heat == 0):
+            cure = "a number above 0; answers that are not drawn (samples: 1, do_sample: false) have none"
+            raise ConfigError("task.generation.temperature", heat, cure)
         return cls(**values, stop=tuple(stop), others=others)
 
     def config(self, ends: Sequence[int], pad: int) -> Any:
