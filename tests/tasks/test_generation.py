@@ -171,6 +171,21 @@ def test_a_checkpoints_own_sampling_settings_do_not_leak_into_greedy_answers():
     assert answers(model) == greedy
 
 
+@pytest.mark.parametrize("kind", ["llama", "bart"])
+def test_a_checkpoints_own_lengths_and_bans_do_not_count_either(kind):
+    """facebook/bart-large-cnn writes 56 tokens at least, and no three twice."""
+    model = byte_model(kind)
+    plain = [answers(model, decoding) for decoding in DECODINGS]
+    model.generation_config.update(
+        min_length=40, min_new_tokens=12, no_repeat_ngram_size=1, encoder_no_repeat_ngram_size=1,
+        length_penalty=-3.0, early_stopping=True, encoder_repetition_penalty=3.0, num_beams=4,
+    )  # fmt: skip
+    assert [answers(model, decoding) for decoding in DECODINGS] == plain
+
+
+DECODINGS = (Decoding(max_new_tokens=12), Decoding(max_new_tokens=12, others={"num_beams": 3}))
+
+
 def test_layers_get_their_mode_back_and_progress_is_told():
     model = byte_model().train()
     model.model.layers[0].eval()

@@ -92,8 +92,8 @@ class Decoding:
         return cls(**values, stop=tuple(stop), others=others)
 
     def config(self, ends: Sequence[int], pad: int) -> Any:
-        """As `GenerationConfig`. What a checkpoint brings along of its own (a temperature, say) does not count,
-        but the tokens that a model needs to begin with do.
+        """As `GenerationConfig`. What a checkpoint brings along of its own (a temperature, the 56 tokens that
+        BART's for CNN writes at least) does not count, but the tokens that a model needs to begin with do.
 
         Args:
             ends: ids of the tokens that end an answer.
@@ -107,7 +107,16 @@ class Decoding:
             "temperature": 1.0,
             "top_p": 1.0,
             "top_k": 0 if draws or self.others.get("do_sample") else 50,
+            "min_p": 0.0,
+            "typical_p": 1.0,
             "repetition_penalty": 1.0,
+            "encoder_repetition_penalty": 1.0,
+            "no_repeat_ngram_size": 0,
+            "encoder_no_repeat_ngram_size": 0,
+            "min_length": 0,
+            "min_new_tokens": 0,
+            "length_penalty": 1.0,
+            "early_stopping": False,
         }
         return GenerationConfig(
             **{**neutral, **self.others},
