@@ -37,7 +37,7 @@ def answers(model, decoding=None, asked=None, **more):
     )
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "bart"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "bart", "rwkv"])
 def test_a_batch_of_padded_prompts_is_answered_as_each_prompt_alone(kind):
     model = byte_model(kind)
     together = answers(model)

@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+_READ_PADDING = ("rwkv", "xlstm")
+"""Kinds of models that take no mask, and so are given prompts of one length together."""
 _TAKEN = {
     "num_return_sequences": "samples says how many answers there are",
     "max_length": "max_new_tokens says how long an answer may be",
@@ -173,8 +176,13 @@ def generate(
     keys = [_hash([key, question.id, _digestible(question.columns)]) for question in questions]
     found = _finished(file)
     units = [(i, sample) for i in range(len(questions)) for sample in range(decoding.samples)]
-    units.sort(key=lambda unit: -len(questions[unit[0]].columns["input_ids"]))  # what may not fit in memory comes first
-    batches = [units[i : i + decoding.batch_size] for i in range(0, len(units), decoding.batch_size)]
+    lengths = [-len(question.columns["input_ids"]) for question in questions]
+    units.sort(key=lambda unit: lengths[unit[0]])  # what may not fit in memory comes first
+    parts = [units]
+    if getattr(model.config, "model_type", None) in _READ_PADDING:
+        parts = [list(part) for _, part in groupby(units, key=lambda unit: lengths[unit[0]])]
+    size = decoding.batch_size
+    batches = [part[i : i + size] for part in parts for i in range(0, len(part), size)]
     texts: dict[tuple[int, int], str] = {
         (i, sample): found[questions[i].id, sample, keys[i]]
         for i, sample in units
