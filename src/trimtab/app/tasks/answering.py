@@ -130,6 +130,10 @@ class Answering(Encoding):
         """
         raise NotImplementedError
 
+    def gathered(self, split: str, table: Table, source: str) -> Table:
+        """The file's rows, those that are scored as one put together; before some are chosen (``data.max_samples``)."""
+        return table
+
     def needs_generation(self, rows: Dataset) -> bool:
         """Whether `score` has anything to say about these rows."""
         return False
@@ -184,7 +188,7 @@ class Answering(Encoding):
         rows: dict[str, Dataset] = {}
         for split, source, table in spec.tables() if spec.is_given else self._hub_tables():
             self.notes += [f"{split}: {note}" for note in table.notes]
-            table = _kept(table, spec, split, self.notes)
+            table = _kept(self.gathered(split, table, source), spec, split, self.notes)
             made = self.conversations(split, table, source)
             if split == "train" and isinstance(spec.stratify, str):
                 strata = column(table, spec.stratify, f"data.stratify={spec.stratify!r}", source)
