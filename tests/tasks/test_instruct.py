@@ -14,6 +14,7 @@ from trimtab.app.models import ModelSpec, load_config, load_model
 from trimtab.app.tasks import get_task
 from trimtab.app.tasks.answer_loss import answer_scores, answer_sums
 from trimtab.app.tasks.chats import Reader
+from trimtab.app.tasks.data import DataSpec
 from trimtab.errors import ConfigError, DataError
 
 ROWS = [
@@ -92,6 +93,16 @@ def test_a_template_that_rewrites_earlier_turns_leaves_the_last_answer(tmp_path)
     )
     _, ready, _ = prepared(tmp_path, [{"messages": CHAT}] * 2, tokenizer=tokenizer)
     assert learned(ready["train"][0], tokenizer) == ["[user]Hi[user]Bye[assistant]", "Ciao</s>"]
+
+
+def test_rows_to_be_answered_need_no_column_of_answers_whatever_its_name(tmp_path):
+    file = write_jsonl(tmp_path / "t.jsonl", [{"ask": "Name a colour."}])
+    task = get_task({"name": "instruct", "columns": {"instruction": "ask", "output": "reply"}})
+    _, raw, _ = task.ask(DataSpec.read({"test": file}, ("test",)))
+    assert raw["messages"][0][0]["content"] == "Name a colour."
+    task = get_task({"name": "instruct", "columns": {"instruction": "asked", "output": "reply"}})
+    with pytest.raises(DataError, match=r"task\.columns\.instruction='asked': no such column"):
+        task.ask(DataSpec.read({"test": file}, ("test",)))
 
 
 def test_a_prompt_is_tokenised_in_training_as_when_an_answer_is_generated(tmp_path):
