@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tokenizers import processors
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from tasks.stand_ins import byte_model, byte_tokenizer, data_pack, decoder_tokenizer, tiny_config, write_jsonl
@@ -297,6 +298,46 @@ def test_an_encoder_decoder_reads_the_question_and_learns_the_answer(tmp_path):
     assert tokenizer.decode(row["input_ids"]) == "Add.\n\n1 and 2"
     assert tokenizer.decode(row["labels"]) == "3"
     assert task.selection_rows(ready).column_names == ready["train"].column_names  # its decoder needs the labels
+
+
+def ending_tokenizer():
+    """Ends every text, as T5's and BART's do."""
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 2)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize(("settings", "limit"), [({}, 64), ({"max_length": 20}, 20)])
+def test_an_encoder_is_asked_what_it_was_trained_on_where_the_question_is_too_long(tmp_path, settings, limit):
+    rows = [{"instruction": "".join(map(chr, range(40, 120))), "output": "a"}] * 2
+    tokenizer, model = ending_tokenizer(), byte_model("bart", max_position_embeddings=64)
+    settings = {"generation": {"max_new_tokens": 4}, **settings}
+    task, ready, _ = prepared(tmp_path, rows, settings, tokenizer, model)
+    read = []
+    model.model.encoder.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["input_ids"][0].tolist()), with_kwargs=True
+    )
+    _, raw = load(tmp_path, rows, settings)
+    task.answers(model, tokenizer, raw["validation"], "validation")
+    assert read == [ready["train"][0]["input_ids"]]
+    assert len(read[0]) == limit and tokenizer.decode(read[0][:3] + read[0][-1:]) == "()*</s>"
+    assert task.notes[-1] == f"validation: 2 of 2 prompts cut to {limit} tokens"
+
+
+def test_a_decoder_with_few_positions_is_given_no_more_of_an_answer_and_asked_for_no_more(tmp_path):
+    rows = [{"instruction": "q" * 100, "output": "a" * n} for n in (3, 80)]
+    tokenizer = ending_tokenizer()
+    model = byte_model("led", max_position_embeddings=None, max_encoder_position_embeddings=128, max_decoder_position_embeddings=32,
+                       d_model=16, encoder_layers=1, decoder_layers=1, attention_window=16)  # fmt: skip
+    task, ready, _ = prepared(tmp_path, rows, None, tokenizer, model)
+    assert [len(ids) for ids in ready["train"]["input_ids"]] == [101, 101]
+    assert [(len(ids), ids[-1]) for ids in ready["train"]["labels"]] == [(4, 2), (32, 2)]
+    assert "train: 1 of 2 answers cut to 32 tokens, the positions that the decoder has" in task.notes
+    assert model(**task.collator(tokenizer)([ready["train"][1]])).loss > 0
+    with pytest.raises(ConfigError, match=r"max_new_tokens=256: at most 32, the positions that this model's decoder"):
+        task.answers(model, tokenizer, load(tmp_path, rows)[1]["train"], "train")
 
 
 def test_the_kind_of_model_is_settled_by_its_config():

@@ -99,6 +99,7 @@ class Answering(Encoding):
         self.decoding = Decoding.read(self.generation, **self.decoding_defaults)
         self.is_encoder_decoder = False
         self._special: tuple[Any, tuple[str, ...]] | None = None
+        self._answer_room: int | None = None
         self.missing = frozenset(MISSING)
         self.train_rows = self._rows_on_the_hub()
 
@@ -205,6 +206,9 @@ class Answering(Encoding):
         self.meet(tokenizer, model)
         self._ends = self.ends(tokenizer, model)
         limit = self.length_limit(tokenizer, model)
+        for split in self.eval_splits(rows):
+            if self.needs_generation(rows[split]):
+                self._room(tokenizer, model)  # now, not after hours of training
         ready = {}
         for split, part in rows.items():
             cut = part.map(
@@ -225,8 +229,11 @@ class Answering(Encoding):
                 cut = cut.select(kept)
             if n := sum(cut["was_cut"][:]):
                 self.notes.append(f"{split}: {n} of {len(cut)} rows cut to {limit} tokens (task.max_length)")
+            if n := sum(cut["answer_was_cut"][:]):
+                room = f"{self._answer_room} tokens, the positions that the decoder has"
+                self.notes.append(f"{split}: {n} of {len(cut)} answers cut to {room}")
             self.places[split] = kept.tolist()
-            ready[split] = cut.remove_columns(["has_answer", "was_cut"])
+            ready[split] = cut.remove_columns(["has_answer", "was_cut", "answer_was_cut"])
         return DatasetDict(ready)
 
     def ask(self, spec: DataSpec) -> tuple[int, Dataset, list[int]]:
@@ -331,11 +338,15 @@ class Answering(Encoding):
                         f"{split} row {i + 1}: its prompt has {len(ids)} tokens with the image's; at most "
                         f"{room} leave room for task.generation.max_new_tokens"
                     )
-                cut += 1  # the end of a prompt says what is asked
-                columns = {key: value[-room:] if _is_per_token(value, ids) else value for key, value in columns.items()}
+                cut += 1
+                if self.is_encoder_decoder:  # as in training
+                    columns = self.cut_source(columns, room)
+                else:  # the end of a prompt says what is asked
+                    columns = {k: value[-room:] if _is_per_token(value, ids) else value for k, value in columns.items()}
             questions.append(Question(f"{split}/{i}", columns))
         if cut:
-            self.notes.append(f"{split}: {cut} of {len(rows)} prompts cut on the left to {room} tokens")
+            where = "" if self.is_encoder_decoder else "on the left "
+            self.notes.append(f"{split}: {cut} of {len(rows)} prompts cut {where}to {room} tokens")
         side = "right" if self.is_encoder_decoder else "left"
         collate = self.collator(tokenizer)
         return generate(
