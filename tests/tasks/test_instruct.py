@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import processors
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
-from tasks.stand_ins import byte_model, byte_tokenizer, data_pack, decoder_tokenizer, tiny_config, write_jsonl
+from tasks.stand_ins import Reciter, byte_model, byte_tokenizer, data_pack, decoder_tokenizer, tiny_config, write_jsonl
 from trimtab.app import judging
 from trimtab.app.models import ModelSpec, load_config, load_model
 from trimtab.app.tasks import get_task
@@ -94,6 +94,25 @@ def test_a_template_that_rewrites_earlier_turns_leaves_the_last_answer(tmp_path)
     )
     _, ready, _ = prepared(tmp_path, [{"messages": CHAT}] * 2, tokenizer=tokenizer)
     assert learned(ready["train"][0], tokenizer) == ["[user]Hi[user]Bye[assistant]", "Ciao</s>"]
+
+
+THINKING = (
+    "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+"""As Qwen3's, which writes an empty reasoning before the last answer, but not into the prompt."""
+
+
+def test_what_a_template_writes_before_an_answer_is_learned_and_is_none_of_the_answers_words(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = THINKING
+    task, ready, _ = prepared(tmp_path, ROWS, tokenizer=tokenizer)
+    prompt, answer = learned(ready["train"][0], tokenizer)
+    assert (prompt, answer) == ("[user]Name a colour.<|end|>[assistant]", "<think>\n\n</think>\n\nRed.<|end|>")
+    _, raw = load(tmp_path, ROWS)
+    for said in ("<think>\n\n</think>\n\nRed.", "Red."):
+        model = Reciter(tokenizer, lambda prompt, said=said: said)
+        assert task.answers(model, tokenizer, raw["validation"], "validation") == [["Red."], ["Red."]]
 
 
 def test_rows_to_be_answered_need_no_column_of_answers_whatever_its_name(tmp_path):

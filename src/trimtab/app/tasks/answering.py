@@ -27,9 +27,9 @@ from .answer_loss import answer_scores, answer_sums, kept_sums
 from .chats import NO_ANSWER
 from .columns import Table
 from .data import MISSING, Columns, DataSpec, column, duplicates, is_missing
-from .encoding import TEMPLATES, Encoding, Padder
+from .encoding import TEMPLATES, Encoding, Padder, ids_of
 from .files import from_dataset
-from .generation import Decoding, MakeBar, Question, generate
+from .generation import Decoding, MakeBar, Question, generate, text_of
 from .messages import Message
 
 if TYPE_CHECKING:
@@ -349,7 +349,7 @@ class Answering(Encoding):
             self.notes.append(f"{split}: {cut} of {len(rows)} prompts cut {where}to {room} tokens")
         side = "right" if self.is_encoder_decoder else "left"
         collate = self.collator(tokenizer)
-        return generate(
+        written = generate(
             model,
             tokenizer,
             questions,
@@ -359,6 +359,15 @@ class Answering(Encoding):
             file=file,
             make_bar=make_bar,
         )
+        leads = [self._lead_as_written(row, tokenizer, f"{split} row {i + 1}") for i, row in enumerate(rows)]
+        return [[text.removeprefix(lead) for text in samples] for lead, samples in zip(leads, written)]
+
+    def _lead_as_written(self, row: Mapping[str, Any], tokenizer: Any, where: str) -> str:
+        """What a generated answer begins with that is none of its words."""
+        if self.is_encoder_decoder:
+            return ""
+        text, lead = self._text_tokenizer(tokenizer), self.lead(row["messages"], tokenizer, where)
+        return text_of(ids_of(text, lead), text) if lead else ""
 
     # Rows.
 

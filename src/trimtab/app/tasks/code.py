@@ -123,7 +123,11 @@ class Code(Instruct):
             text = self._text_tokenizer(tokenizer)
             begins = text.bos_token if text("a")["input_ids"][:1] == [text.bos_token_id] else ""
             return begins + row["bare_prompt"].rstrip("\n")
-        return super().question_text(row, tokenizer, where) + (OPEN + row["head"]).rstrip("\n")
+        asked = super().question_text(row, tokenizer, where) + self.lead(row["messages"], tokenizer, where)
+        return asked + (OPEN + row["head"]).rstrip("\n")
+
+    def _lead_as_written(self, row: Mapping[str, Any], tokenizer: Any, where: str) -> str:
+        return "" if "benchmark" in row else super()._lead_as_written(row, tokenizer, where)
 
     def score(self, rows: Dataset, answers: list[list[str]]) -> tuple[dict[str, float], list[dict[str, Any]]]:
         programs = [self.program(row, answer) for row, samples in zip(rows, answers) for answer in samples]

@@ -46,6 +46,8 @@ PLAIN = (
 """Prompt and answer one after the other, with nothing between them."""
 
 TEMPLATES = {"alpaca": ALPACA, "plain": PLAIN}
+_WORDS = "\N{PILCROW SIGN}"
+"""Stands for an answer's words."""
 
 
 class Encoding(Task):
@@ -137,6 +139,15 @@ class Encoding(Task):
         except (jinja2.TemplateError, TypeError) as error:
             raise DataError(f"{where}: the chat template refuses it: {error}") from error
 
+    def lead(self, messages: Sequence[Message], tokenizer: Any, where: str = "row") -> str:
+        """What the template writes between its prompt and the words of the last answer (Qwen3: an empty ``<think>``).
+
+        It is learned with the answer, and so is written before one.
+        """
+        prompt = self.render(messages[:-1], tokenizer, True, where)
+        whole = self.render([*messages[:-1], {"role": "assistant", "content": _WORDS}], tokenizer, False, where)
+        return whole[len(prompt) :].partition(_WORDS)[0] if whole.startswith(prompt) else ""
+
     def segments(self, messages: Sequence[Message], tokenizer: Any, where: str = "row") -> list[tuple[str, bool]]:
         """The conversation's text in pieces, each with whether the assistant says it.
 
@@ -173,9 +184,9 @@ class Encoding(Task):
         done = ""
         for piece, is_answer in self.segments(messages, tokenizer, where):
             done += piece
-            together = _ids(text, done)
+            together = ids_of(text, done)
             # As one text, if that leaves the prompt's tokens as they will be when an answer is generated.
-            new = together[len(ids) :] if together[: len(ids)] == ids else _ids(text, piece)
+            new = together[len(ids) :] if together[: len(ids)] == ids else ids_of(text, piece)
             ids += new
             labels += new if is_answer else [-100] * len(new)
         return ids, labels
@@ -191,7 +202,7 @@ class Encoding(Task):
         if self.is_encoder_decoder:
             ids = text(self.source_text(row["messages"]))["input_ids"]
         else:
-            ids = _ids(text, self.question_text(row, tokenizer, where))
+            ids = ids_of(text, self.question_text(row, tokenizer, where))
         return {"input_ids": ids, "attention_mask": [1] * len(ids)}
 
     def example_columns(self, row: Mapping[str, Any], tokenizer: Any, where: str) -> dict[str, Any]:
@@ -343,7 +354,7 @@ def context_length(tokenizer: Any, model: Any, side: str | None = None) -> int |
     return min((n for n in known if n and n < 10**9), default=None)  # "unlimited" is 1e30
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
+def ids_of(tokenizer: Any, text: str) -> list[int]:
     # The template has written every special token already.
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 

@@ -230,21 +230,26 @@ def _answer(
         for name, value in collate([dict(q.columns) for q in questions]).items()
     }
     skip = 0 if getattr(model.config, "is_encoder_decoder", False) else inputs["input_ids"].shape[1]
-    text_of = getattr(tokenizer, "tokenizer", tokenizer)
-    config = decoding.config(ends, text_of.pad_token_id)
-    stops = [StopStringCriteria(text_of, list(decoding.stop))] if decoding.stop else []
+    inner = getattr(tokenizer, "tokenizer", tokenizer)
+    config = decoding.config(ends, inner.pad_token_id)
+    stops = [StopStringCriteria(inner, list(decoding.stop))] if decoding.stop else []
     with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(seed, 16) % 2**63)
         out = model.generate(**inputs, generation_config=config, stopping_criteria=StoppingCriteriaList(stops))
-    return [_text(row, text_of, set(ends), decoding.stop) for row in out[:, skip:].tolist()]
+    return [_text(row, inner, set(ends), decoding.stop) for row in out[:, skip:].tolist()]
 
 
 def _text(ids: list[int], tokenizer: Any, ends: set[int], stop: Sequence[str]) -> str:
     # An encoder-decoder's first token is often also its end token (BART): one is passed over at the start.
     begin = 1 if ids and ids[0] in ends and len(ids) > 1 and ids[1] not in {*ends, tokenizer.pad_token_id} else 0
     last = next((i for i in range(begin, len(ids)) if ids[i] in ends), len(ids))
-    text = tokenizer.decode(ids[begin:last], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text = text_of(ids[begin:last], tokenizer)
     return text[: min((text.index(end) for end in stop if end in text), default=len(text))]
+
+
+def text_of(ids: list[int], tokenizer: Any) -> str:
+    """Generated tokens as text."""
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 # -- what was finished before --------------------------------------------------------------------------

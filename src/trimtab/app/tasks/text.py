@@ -81,6 +81,9 @@ class PlainText(Answering):
         begins = text.bos_token if text.bos_token and text("a")["input_ids"][:1] == [text.bos_token_id] else ""
         return begins + row["messages"][0]["content"]
 
+    def lead(self, messages: Any, tokenizer: Any, where: str = "row") -> str:
+        return ""
+
     # Rows.
 
     def set_template(self, tokenizer: Any) -> None:
