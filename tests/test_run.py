@@ -429,12 +429,13 @@ def test_accumulated_batches_train_like_one_of_their_size(tmp_path):
     assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-6
 
 
-def test_accumulated_batches_of_an_encoder_decoder_train_like_one_of_their_size(tmp_path):
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_accumulated_batches_of_an_encoder_decoder_train_like_one_of_their_size(tmp_path, smoothing):
     byte_model("t5", dropout_rate=0.0).save_pretrained(tmp_path / "t5")
     byte_tokenizer().save_pretrained(tmp_path / "t5")
     rows = [{"question": f"What is {i}?", "answer": f"It is {i}."} for i in range(10, 26)]
     plain = {"max_steps": 2, "per_device_train_batch_size": 8, "learning_rate": 0.1, "optim": "sgd", "use_cpu": True,
-             "logging_steps": 1, "eval_strategy": "no"}  # fmt: skip
+             "eval_strategy": "epoch", "label_smoothing_factor": smoothing}  # fmt: skip
     recipe = write_recipe(
         tmp_path, model={"name_or_path": str(tmp_path / "t5")}, task={"name": "instruct"}, where=None, train=plain,
         adapter={"r": 2, "target_modules": ["q", "v"]}, data={"train": write_jsonl(tmp_path / "t.jsonl", rows)},

@@ -55,7 +55,7 @@ def make_trainer(
         model=model,
         train_dataset=job.ready.get("train"),
         eval_dataset=job.ready[watched] if watched else None,
-        data_collator=job.task.collator(job.tokenizer),
+        data_collator=_collator(job, model, args),
         compute_metrics=job.task.compute_metrics,
         preprocess_logits_for_metrics=job.task.preprocess_logits_for_metrics,
         callbacks=callbacks,
@@ -71,6 +71,19 @@ def make_trainer(
         # accumulated batches times the number of processes.
         trainer.model_accepts_loss_kwargs = False
     return trainer
+
+
+def _collator(job: Job, model: Any, args: TrainingArguments) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    """The task's. Where labels are smoothed Trainer keeps them to itself, and the decoder is given what it reads."""
+    collate = job.task.collator(job.tokenizer)
+    if not args.label_smoothing_factor or job.task.task_type != "SEQ_2_SEQ_LM":
+        return collate
+
+    def collated(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = collate(rows)
+        return {**batch, "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])}
+
+    return collated
 
 
 def _answer_trainer() -> type[Trainer]:
