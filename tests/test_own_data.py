@@ -189,6 +189,9 @@ def test_a_run_answers_the_rows_of_a_file_in_its_order(classified, answered, tmp
     chats = write_jsonl(tmp_path / "chats.jsonl", [{"messages": [{"role": "user", "content": "What is 7 + 1?"}]}])
     again = json.loads(trimtab("predict", answered[0] / "run", chats, "--json").stdout)
     assert again == [found[0]]  # the same question, however it is written
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "What is 7 + 1?"}])  # learned whole, such are plain
+    again = json.loads(trimtab("predict", answered[0] / "run", prompts, "--json").stdout)
+    assert again == [found[0]]
 
 
 def test_plain_text_trains_plans_shows_and_is_continued(answered, tmp_path):

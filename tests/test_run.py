@@ -16,7 +16,7 @@ from transformers import AutoModel, Trainer
 
 import fresh
 from marks import slow
-from tasks.stand_ins import WORDS, encoder_tokenizer, tiny_config, write_jsonl
+from tasks.stand_ins import WORDS, byte_model, byte_tokenizer, encoder_tokenizer, tiny_config, write_jsonl
 from trimtab.app import scoring
 from trimtab.app.cli import cli
 from trimtab.plans import Plan
@@ -427,6 +427,25 @@ def test_accumulated_batches_train_like_one_of_their_size(tmp_path):
         trimtab("train", recipe, still, f"output_dir={tmp_path / name}", f"train={json.dumps(train)}")
     one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
     assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-6
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_accumulated_batches_of_an_encoder_decoder_train_like_one_of_their_size(tmp_path, smoothing):
+    byte_model("t5", dropout_rate=0.0).save_pretrained(tmp_path / "t5")
+    byte_tokenizer().save_pretrained(tmp_path / "t5")
+    rows = [{"question": f"What is {i}?", "answer": f"It is {i}."} for i in range(10, 26)]
+    plain = {"max_steps": 2, "per_device_train_batch_size": 8, "learning_rate": 0.1, "optim": "sgd", "use_cpu": True,
+             "eval_strategy": "epoch", "label_smoothing_factor": smoothing}  # fmt: skip
+    recipe = write_recipe(
+        tmp_path, model={"name_or_path": str(tmp_path / "t5")}, task={"name": "instruct"}, where=None, train=plain,
+        adapter={"r": 2, "target_modules": ["q", "v"]}, data={"train": write_jsonl(tmp_path / "t.jsonl", rows)},
+    )  # fmt: skip
+    for name, size in (("one", 8), ("four", 2)):
+        more = (f"train.per_device_train_batch_size={size}", f"train.gradient_accumulation_steps={8 // size}")
+        trimtab("train", recipe, f"output_dir={tmp_path / name}", "data.validation_share=2", *more)
+    one, four = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "four"))
+    assert max((one[key] - four[key]).abs().max().item() for key in one) < 1e-6
+    assert any(value.any() for key, value in one.items() if "lora_B" in key)
 
 
 def test_two_runs_of_one_seed_are_the_same_and_of_two_seeds_are_not(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from tasks.stand_ins import Reciter, byte_model, byte_tokenizer, data_pack, write_jsonl
 from trimtab.app.tasks import get_task, sandbox
 from trimtab.app.tasks.code import pass_at_k
+from trimtab.app.tasks.data import DataSpec
 from trimtab.errors import ConfigError, DataError
 
 isolated = pytest.mark.skipif(bool(sandbox.isolation().lacks), reason=f"no isolation: {sandbox.isolation().missing}")
@@ -229,6 +230,39 @@ def test_a_model_that_knows_the_reference_solutions_passes(tmp_path, name, conti
 
     tokenizer = byte_tokenizer()
     assert task.evaluate(Reciter(tokenizer, reply), tokenizer, raw, "test") == {"pass@1": 1.0}
+
+
+def test_a_program_is_asked_for_behind_what_the_template_writes_before_an_answer(tmp_path):
+    task = get_task({"name": "code"})
+    raw = task.load_data({"test": write_jsonl(tmp_path / "t.jsonl", HUMANEVAL)})
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ '(none)' if m.role == 'assistant' }}{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    ids = task.prepare(raw, tokenizer, byte_model())["test"][0]["input_ids"]
+    learned = tokenizer.decode(ids)
+    assert learned.startswith(task.question_text(raw["test"][0], tokenizer, "row"))
+
+
+@pytest.mark.parametrize("continues", [False, True])
+def test_rows_to_be_predicted_are_asked_as_their_kind_is_trained_and_scored(tmp_path, continues):
+    task = get_task({"name": "code", "template": "plain", "continues_prompt": continues})
+    tokenizer, asked = byte_tokenizer(), []
+
+    def reply(prompt):
+        asked.append(prompt)
+        return "So:\n```python\n1\n```"
+
+    def answers(rows):
+        n, raw, places = task.ask(DataSpec.read({"test": write_jsonl(tmp_path / "f.jsonl", rows)}, ("test",)))
+        assert (n, places) == (len(rows), list(range(len(rows))))
+        return task.answers(Reciter(tokenizer, reply), tokenizer, raw, "test")
+
+    assert answers([{"instruction": "Print 1."}]) == [["So:\n```python\n1\n```"]]
+    assert asked.pop() == "Print 1."
+    assert answers(HUMANEVAL[:1]) == [["So:"]]
+    assert asked.pop().endswith('def double(x):\n    """Twice x."""')
 
 
 @isolated

@@ -37,7 +37,7 @@ def answers(model, decoding=None, asked=None, **more):
     )
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "bart"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "bart", "rwkv"])
 def test_a_batch_of_padded_prompts_is_answered_as_each_prompt_alone(kind):
     model = byte_model(kind)
     together = answers(model)
@@ -171,6 +171,21 @@ def test_a_checkpoints_own_sampling_settings_do_not_leak_into_greedy_answers():
     assert answers(model) == greedy
 
 
+@pytest.mark.parametrize("kind", ["llama", "bart"])
+def test_a_checkpoints_own_lengths_and_bans_do_not_count_either(kind):
+    """facebook/bart-large-cnn writes 56 tokens at least, and no three twice."""
+    model = byte_model(kind)
+    plain = [answers(model, decoding) for decoding in DECODINGS]
+    model.generation_config.update(
+        min_length=40, min_new_tokens=12, no_repeat_ngram_size=1, encoder_no_repeat_ngram_size=1,
+        length_penalty=-3.0, early_stopping=True, encoder_repetition_penalty=3.0, num_beams=4,
+    )  # fmt: skip
+    assert [answers(model, decoding) for decoding in DECODINGS] == plain
+
+
+DECODINGS = (Decoding(max_new_tokens=12), Decoding(max_new_tokens=12, others={"num_beams": 3}))
+
+
 def test_layers_get_their_mode_back_and_progress_is_told():
     model = byte_model().train()
     model.model.layers[0].eval()
@@ -189,6 +204,13 @@ def test_layers_get_their_mode_back_and_progress_is_told():
         ({"samples": True}, r"task\.generation\.samples=True: a whole number"),
         ({"stop": 3}, r"task\.generation\.stop=3: a text, or a list"),
         ({"num_beam": 4}, r"task\.generation\.num_beam=4: no such setting\. Did you mean 'num_beams'\?"),
+        ({"num_return_sequences": 2}, r"num_return_sequences=2: samples says how many"),
+        ({"max_length": 20}, r"max_length=20: max_new_tokens says how long"),
+        ({"eos_token_id": 5}, r"eos_token_id=5: tokenizer and model say which it is"),
+        ({"use_cache": False}, r"use_cache=False: changes no answer"),
+        ({"num_beams": 0}, r"num_beams=0: a whole number, at least 1"),
+        ({"samples": 2, "temperature": 0}, r"task\.generation\.temperature=0: a number above 0"),
+        ({"temperature": "hot"}, r"task\.generation\.temperature='hot': a number above 0"),
         ([1], r"task\.generation=\[1\]: a mapping"),
     ],
 )

@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tokenizers import processors
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
-from tasks.stand_ins import byte_model, byte_tokenizer, data_pack, decoder_tokenizer, tiny_config, write_jsonl
+from tasks.stand_ins import Reciter, byte_model, byte_tokenizer, data_pack, decoder_tokenizer, tiny_config, write_jsonl
+from trimtab.app import judging
 from trimtab.app.models import ModelSpec, load_config, load_model
 from trimtab.app.tasks import get_task
 from trimtab.app.tasks.answer_loss import answer_scores, answer_sums
 from trimtab.app.tasks.chats import Reader
+from trimtab.app.tasks.data import DataSpec
 from trimtab.errors import ConfigError, DataError
 
 ROWS = [
@@ -91,6 +94,35 @@ def test_a_template_that_rewrites_earlier_turns_leaves_the_last_answer(tmp_path)
     )
     _, ready, _ = prepared(tmp_path, [{"messages": CHAT}] * 2, tokenizer=tokenizer)
     assert learned(ready["train"][0], tokenizer) == ["[user]Hi[user]Bye[assistant]", "Ciao</s>"]
+
+
+THINKING = (
+    "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+"""As Qwen3's, which writes an empty reasoning before the last answer, but not into the prompt."""
+
+
+def test_what_a_template_writes_before_an_answer_is_learned_and_is_none_of_the_answers_words(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = THINKING
+    task, ready, _ = prepared(tmp_path, ROWS, tokenizer=tokenizer)
+    prompt, answer = learned(ready["train"][0], tokenizer)
+    assert (prompt, answer) == ("[user]Name a colour.<|end|>[assistant]", "<think>\n\n</think>\n\nRed.<|end|>")
+    _, raw = load(tmp_path, ROWS)
+    for said in ("<think>\n\n</think>\n\nRed.", "Red."):
+        model = Reciter(tokenizer, lambda prompt, said=said: said)
+        assert task.answers(model, tokenizer, raw["validation"], "validation") == [["Red."], ["Red."]]
+
+
+def test_rows_to_be_answered_need_no_column_of_answers_whatever_its_name(tmp_path):
+    file = write_jsonl(tmp_path / "t.jsonl", [{"ask": "Name a colour."}])
+    task = get_task({"name": "instruct", "columns": {"instruction": "ask", "output": "reply"}})
+    _, raw, _ = task.ask(DataSpec.read({"test": file}, ("test",)))
+    assert raw["messages"][0][0]["content"] == "Name a colour."
+    task = get_task({"name": "instruct", "columns": {"instruction": "asked", "output": "reply"}})
+    with pytest.raises(DataError, match=r"task\.columns\.instruction='asked': no such column"):
+        task.ask(DataSpec.read({"test": file}, ("test",)))
 
 
 def test_a_prompt_is_tokenised_in_training_as_when_an_answer_is_generated(tmp_path):
@@ -216,6 +248,18 @@ def test_long_rows_are_cut_and_rows_without_room_for_an_answer_left_out(tmp_path
         prepared(tmp_path, rows[2:] * 2, {"max_length": 20})
 
 
+def test_the_worst_rows_are_told_by_their_own_words_where_others_were_left_out(tmp_path):
+    rows = [{"instruction": "x" * 80 if i == 1 else f"Question {i}", "output": f"answer {i}"} for i in range(4)]
+    task, raw = load(tmp_path, rows, {"template": "plain"})
+    ready = task.prepare(raw, byte_tokenizer(), byte_model("gpt2"))["validation"]
+    assert len(ready) == 3
+    kept = {"answer_loss": [1.0, 9.0, 2.0], "tokens": [1, 1, 1]}
+    worst = judging.worst(task, kept, raw["validation"], task.places["validation"])
+    assert [(one["row"], one["text"], one["loss"]) for one in worst] == [
+        (3, "Question 2", 9.0), (4, "Question 3", 2.0), (1, "Question 0", 1.0),
+    ]  # fmt: skip
+
+
 def test_layers_are_selected_on_rows_without_their_end_token(tmp_path):
     task, ready, tokenizer = prepared(tmp_path, ROWS)
     rows = task.selection_rows(ready)
@@ -273,6 +317,46 @@ def test_an_encoder_decoder_reads_the_question_and_learns_the_answer(tmp_path):
     assert tokenizer.decode(row["input_ids"]) == "Add.\n\n1 and 2"
     assert tokenizer.decode(row["labels"]) == "3"
     assert task.selection_rows(ready).column_names == ready["train"].column_names  # its decoder needs the labels
+
+
+def ending_tokenizer():
+    """Ends every text, as T5's and BART's do."""
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 2)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize(("settings", "limit"), [({}, 64), ({"max_length": 20}, 20)])
+def test_an_encoder_is_asked_what_it_was_trained_on_where_the_question_is_too_long(tmp_path, settings, limit):
+    rows = [{"instruction": "".join(map(chr, range(40, 120))), "output": "a"}] * 2
+    tokenizer, model = ending_tokenizer(), byte_model("bart", max_position_embeddings=64)
+    settings = {"generation": {"max_new_tokens": 4}, **settings}
+    task, ready, _ = prepared(tmp_path, rows, settings, tokenizer, model)
+    read = []
+    model.model.encoder.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["input_ids"][0].tolist()), with_kwargs=True
+    )
+    _, raw = load(tmp_path, rows, settings)
+    task.answers(model, tokenizer, raw["validation"], "validation")
+    assert read == [ready["train"][0]["input_ids"]]
+    assert len(read[0]) == limit and tokenizer.decode(read[0][:3] + read[0][-1:]) == "()*</s>"
+    assert task.notes[-1] == f"validation: 2 of 2 prompts cut to {limit} tokens"
+
+
+def test_a_decoder_with_few_positions_is_given_no_more_of_an_answer_and_asked_for_no_more(tmp_path):
+    rows = [{"instruction": "q" * 100, "output": "a" * n} for n in (3, 80)]
+    tokenizer = ending_tokenizer()
+    model = byte_model("led", max_position_embeddings=None, max_encoder_position_embeddings=128, max_decoder_position_embeddings=32,
+                       d_model=16, encoder_layers=1, decoder_layers=1, attention_window=16)  # fmt: skip
+    task, ready, _ = prepared(tmp_path, rows, None, tokenizer, model)
+    assert [len(ids) for ids in ready["train"]["input_ids"]] == [101, 101]
+    assert [(len(ids), ids[-1]) for ids in ready["train"]["labels"]] == [(4, 2), (32, 2)]
+    assert "train: 1 of 2 answers cut to 32 tokens, the positions that the decoder has" in task.notes
+    assert model(**task.collator(tokenizer)([ready["train"][1]])).loss > 0
+    with pytest.raises(ConfigError, match=r"max_new_tokens=256: at most 32, the positions that this model's decoder"):
+        task.answers(model, tokenizer, load(tmp_path, rows)[1]["train"], "train")
 
 
 def test_the_kind_of_model_is_settled_by_its_config():

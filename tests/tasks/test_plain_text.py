@@ -3,6 +3,7 @@
 import pytest
 
 from tasks.stand_ins import byte_model, byte_tokenizer, tiny_config, write_jsonl
+from trimtab.app import judging
 from trimtab.app.tasks import get_task
 from trimtab.errors import TrimtabError
 
@@ -19,6 +20,17 @@ def prepared(tmp_path, content, settings=None, name="t.txt"):
     rows = task.load_data({"train": file, "validation": file})
     tokenizer = byte_tokenizer()
     return task, rows, task.prepare(rows, tokenizer, byte_model()), tokenizer
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_rows_of_packed_texts_are_no_text_of_the_file_and_not_told_as_one(tmp_path, pack):
+    settings = {"max_length": 4, "sample_by": "document", "pack": pack}
+    task, rows, ready, _ = prepared(tmp_path, "\n".join(TEXTS), settings)
+    n = len(ready["validation"])
+    assert n > 1 if pack else n == 1
+    kept = {"answer_loss": [1.0] * n, "tokens": [1] * n}
+    worst = judging.worst(task, kept, rows["validation"], task.places["validation"])
+    assert [one["row"] for one in worst] == ([] if pack else [1])
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,16 @@ def test_rows_about_one_document_are_one_row_with_several_references(tmp_path):
     assert len(raw["train"]) == 3
 
 
+def test_a_few_of_the_documents_keep_all_their_references(tmp_path):
+    rows = [{"dialogue": f"D{i % 5}", "summary": f"{i}"} for i in range(15)]
+    file = write_jsonl(tmp_path / "t.jsonl", rows)
+    task = get_task({"name": "summarize"})
+    raw = task.load_data({"train": file, "test": file, "max_samples": 3})
+    assert (len(raw["train"]), len(raw["test"])) == (3, 3)
+    assert [len(references) for references in raw["test"]["references"]] == [3, 3, 3]
+    assert "test: 3 of 5 rows kept, drawn (data.max_samples)" in task.notes
+
+
 def test_columns_and_instruction_can_be_named(tmp_path):
     task = get_task({"name": "summarize", "document": "text", "summary": "short", "instruction": "Be brief."})
     raw = task.load_data({"test": write_jsonl(tmp_path / "t.jsonl", [{"text": "D", "short": "S"}])})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,12 +34,16 @@ def constant(task: Any, rows: DatasetDict, split: str) -> dict[str, Any] | None:
     return {"answer": answer, "metrics": task.compute_metrics((outputs, labels))}
 
 
-def worst(task: Any, kept: Mapping[str, Any], rows: Dataset) -> list[dict[str, Any]]:
+def worst(
+    task: Any, kept: Mapping[str, Any], rows: Dataset, places: Sequence[int] | None = None
+) -> list[dict[str, Any]]:
     """The rows that were judged worst, the worst first: wrong and sure of it, furthest off, or least expected.
 
     Args:
         kept: what the task's `row_scores` gave, in lists.
+        places: of the scored rows among `rows`, where they are not all of them; none of texts that are packed.
     """
+    places = range(len(rows)) if places is None else places
     if kept.get("classes"):
         bad = [1 - p for p in kept.get("probability", ())]
     elif "predicted" in kept:
@@ -48,9 +52,11 @@ def worst(task: Any, kept: Mapping[str, Any], rows: Dataset) -> list[dict[str, A
         bad = [loss / max(n, 1) for loss, n in zip(kept["answer_loss"], kept["tokens"])]
     else:
         return []
+    if len(places) != len(bad):
+        return []
     found = []
     for i in sorted(range(len(bad)), key=lambda i: -bad[i])[:WORST]:
-        told = _row_text(task, rows[i])
+        told = _row_text(task, rows[places[i]])
         if not told:
             return []
         if names := kept.get("classes"):
@@ -60,7 +66,7 @@ def worst(task: Any, kept: Mapping[str, Any], rows: Dataset) -> list[dict[str, A
             told |= {"label": kept["label"][i], "predicted": kept["predicted"][i]}
         else:
             told["loss"] = bad[i]
-        found.append({"row": i + 1, **told})
+        found.append({"row": places[i] + 1, **told})
     return found
 
 

@@ -47,8 +47,11 @@ def forward_names(model: PreTrainedModel) -> set[str]:
     return set(inspect.signature(_base(model).forward).parameters)
 
 
-def positions(model: PreTrainedModel) -> int | None:
+def positions(model: PreTrainedModel, side: str | None = None) -> int | None:
     """Tokens that a row may have: the smallest learned table of positions, else what the config says; None if nothing.
+
+    Args:
+        side: ``encoder`` or ``decoder``, of a model that has both; without it, what both can take.
 
     RoBERTa and its kin count positions from behind the padding's, BART and OPT from behind two of their own, so that
     their tables hold fewer tokens than rows. Relative positions reach further than the figure in the config.
@@ -59,7 +62,10 @@ def positions(model: PreTrainedModel) -> int | None:
     rooms = [
         table.num_embeddings - _first_position(table)
         for name, table in base.named_modules()
-        if isinstance(table, nn.Embedding) and _POSITIONS.search(name) and not _NOT_TEXT.search(name)
+        if isinstance(table, nn.Embedding)
+        and _POSITIONS.search(name)
+        and not _NOT_TEXT.search(name)
+        and (side is None or side in name.split("."))
     ]
     config = base.config.get_text_config()
     figure = getattr(config, "max_position_embeddings", None)

@@ -17,7 +17,7 @@ from .report.words import plural
 from .rows import load_rows
 from .runfolder import RunFolder
 from .screen import Screen
-from .trained import class_names, task_of_run, with_adapter
+from .trained import class_names, give_template, task_of_run, with_adapter
 from .trainer import make_trainer
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def predict(recipe: Recipe, folder: RunFolder, file: Path, screen: Screen) -> li
         spec = DataSpec.read({**given, "test": str(file)}, ("test",), lines=getattr(task, "reads_lines", None))
         n, rows, places = task.ask(spec)
         tokenizer = models.load_tokenizer(model_spec(recipe), task)
+        give_template(tokenizer, folder)
         if not knows_classes(task):
             load_rows(recipe, task)  # a run from before the names were kept
         loaded = models.load_model(model_spec(recipe), task, tokenizer)

@@ -171,7 +171,8 @@ def score(
             found |= {prefix + name: float(value) for name, value in scores.items()}
             if constant := judging.constant(job.task, job.rows, split):
                 kept[split]["constant"] = constant
-            if worst := judging.worst(job.task, kept[split], job.rows[split]):
+            places = getattr(job.task, "places", {}).get(split)
+            if predictions and (worst := judging.worst(job.task, kept[split], job.rows[split], places)):
                 kept[split]["worst"] = worst
         stage.result = " · ".join(f"{name} {number(value)}" for name, value in found.items())
     if predictions is not None:

@@ -126,6 +126,13 @@ def load_trained(job: Job, folder: RunFolder, screen: Screen) -> Trained:
     return Trained(model, plan, seconds, peak, steps_of(trained_adapter(folder)))
 
 
+def give_template(tokenizer: Any, folder: RunFolder) -> None:
+    """Puts the chat template that the run was trained with into the tokenizer: rows to be answered may not tell it."""
+    file = folder.adapter / "chat_template.jinja"
+    if file.is_file():
+        tokenizer.chat_template = file.read_text(encoding="utf-8")
+
+
 def with_adapter(model: nn.Module, folder: RunFolder, screen: Screen) -> PeftModel:
     """The base model with the run's adapter, by stock PEFT."""
     from peft import PeftModel

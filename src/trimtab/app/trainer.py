@@ -55,7 +55,7 @@ def make_trainer(
         model=model,
         train_dataset=job.ready.get("train"),
         eval_dataset=job.ready[watched] if watched else None,
-        data_collator=job.task.collator(job.tokenizer),
+        data_collator=_collator(job, model, args),
         compute_metrics=job.task.compute_metrics,
         preprocess_logits_for_metrics=job.task.preprocess_logits_for_metrics,
         callbacks=callbacks,
@@ -65,12 +65,25 @@ def make_trainer(
         raise ConfigError("rates", dict(rates), "does not go together with FSDP; drop one of them")
     trainer.remove_callback(PrinterCallback)
     _log_beside_checkpoints(trainer, folder)
-    if job.task.task_type == "SEQ_CLS":
-        # BERT, RoBERTa and DeBERTa heads take **kwargs but not num_items_in_batch from them: their loss is a mean.
+    if job.task.task_type in ("SEQ_CLS", "SEQ_2_SEQ_LM"):
+        # BERT's heads, T5, BART and their kin take **kwargs but not num_items_in_batch from them: their loss is a mean.
         # Trainer would believe it normalised, and leave it (and the gradient) too large by the number of
         # accumulated batches times the number of processes.
         trainer.model_accepts_loss_kwargs = False
     return trainer
+
+
+def _collator(job: Job, model: Any, args: TrainingArguments) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    """The task's. Where labels are smoothed Trainer keeps them to itself, and the decoder is given what it reads."""
+    collate = job.task.collator(job.tokenizer)
+    if not args.label_smoothing_factor or job.task.task_type != "SEQ_2_SEQ_LM":
+        return collate
+
+    def collated(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = collate(rows)
+        return {**batch, "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])}
+
+    return collated
 
 
 def _answer_trainer() -> type[Trainer]:

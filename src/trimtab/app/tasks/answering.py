@@ -27,9 +27,9 @@ from .answer_loss import answer_scores, answer_sums, kept_sums
 from .chats import NO_ANSWER
 from .columns import Table
 from .data import MISSING, Columns, DataSpec, column, duplicates, is_missing
-from .encoding import TEMPLATES, Encoding, Padder
+from .encoding import TEMPLATES, Encoding, Padder, ids_of
 from .files import from_dataset
-from .generation import Decoding, MakeBar, Question, generate
+from .generation import Decoding, MakeBar, Question, generate, text_of
 from .messages import Message
 
 if TYPE_CHECKING:
@@ -75,6 +75,8 @@ class Answering(Encoding):
     generations: str | None = None
     """Folder that keeps generated answers, so that an interrupted evaluation goes on where it stopped."""
     notes: list[str] = field(default_factory=list, init=False)
+    places: dict[str, list[int]] = field(default_factory=dict, init=False)
+    """Of a split's prepared rows among its raw ones."""
 
     auto_class = "AutoModelForCausalLM"
     task_type = "CAUSAL_LM"
@@ -97,6 +99,7 @@ class Answering(Encoding):
         self.decoding = Decoding.read(self.generation, **self.decoding_defaults)
         self.is_encoder_decoder = False
         self._special: tuple[Any, tuple[str, ...]] | None = None
+        self._answer_room: int | None = None
         self.missing = frozenset(MISSING)
         self.train_rows = self._rows_on_the_hub()
 
@@ -127,6 +130,10 @@ class Answering(Encoding):
         Rows whose ``messages`` is None, or a text that says what they lack, are left out, with a note.
         """
         raise NotImplementedError
+
+    def gathered(self, split: str, table: Table, source: str) -> Table:
+        """The file's rows, those that are scored as one put together; before some are chosen (``data.max_samples``)."""
+        return table
 
     def needs_generation(self, rows: Dataset) -> bool:
         """Whether `score` has anything to say about these rows."""
@@ -182,7 +189,7 @@ class Answering(Encoding):
         rows: dict[str, Dataset] = {}
         for split, source, table in spec.tables() if spec.is_given else self._hub_tables():
             self.notes += [f"{split}: {note}" for note in table.notes]
-            table = _kept(table, spec, split, self.notes)
+            table = _kept(self.gathered(split, table, source), spec, split, self.notes)
             made = self.conversations(split, table, source)
             if split == "train" and isinstance(spec.stratify, str):
                 strata = column(table, spec.stratify, f"data.stratify={spec.stratify!r}", source)
@@ -199,6 +206,9 @@ class Answering(Encoding):
         self.meet(tokenizer, model)
         self._ends = self.ends(tokenizer, model)
         limit = self.length_limit(tokenizer, model)
+        for split in self.eval_splits(rows):
+            if self.needs_generation(rows[split]):
+                self._room(tokenizer, model)  # now, not after hours of training
         ready = {}
         for split, part in rows.items():
             cut = part.map(
@@ -219,7 +229,11 @@ class Answering(Encoding):
                 cut = cut.select(kept)
             if n := sum(cut["was_cut"][:]):
                 self.notes.append(f"{split}: {n} of {len(cut)} rows cut to {limit} tokens (task.max_length)")
-            ready[split] = cut.remove_columns(["has_answer", "was_cut"])
+            if n := sum(cut["answer_was_cut"][:]):
+                room = f"{self._answer_room} tokens, the positions that the decoder has"
+                self.notes.append(f"{split}: {n} of {len(cut)} answers cut to {room}")
+            self.places[split] = kept.tolist()
+            ready[split] = cut.remove_columns(["has_answer", "was_cut", "answer_was_cut"])
         return DatasetDict(ready)
 
     def ask(self, spec: DataSpec) -> tuple[int, Dataset, list[int]]:
@@ -324,14 +338,18 @@ class Answering(Encoding):
                         f"{split} row {i + 1}: its prompt has {len(ids)} tokens with the image's; at most "
                         f"{room} leave room for task.generation.max_new_tokens"
                     )
-                cut += 1  # the end of a prompt says what is asked
-                columns = {key: value[-room:] if _is_per_token(value, ids) else value for key, value in columns.items()}
+                cut += 1
+                if self.is_encoder_decoder:  # as in training
+                    columns = self.cut_source(columns, room)
+                else:  # the end of a prompt says what is asked
+                    columns = {k: value[-room:] if _is_per_token(value, ids) else value for k, value in columns.items()}
             questions.append(Question(f"{split}/{i}", columns))
         if cut:
-            self.notes.append(f"{split}: {cut} of {len(rows)} prompts cut on the left to {room} tokens")
+            where = "" if self.is_encoder_decoder else "on the left "
+            self.notes.append(f"{split}: {cut} of {len(rows)} prompts cut {where}to {room} tokens")
         side = "right" if self.is_encoder_decoder else "left"
         collate = self.collator(tokenizer)
-        return generate(
+        written = generate(
             model,
             tokenizer,
             questions,
@@ -341,6 +359,15 @@ class Answering(Encoding):
             file=file,
             make_bar=make_bar,
         )
+        leads = [self._lead_as_written(row, tokenizer, f"{split} row {i + 1}") for i, row in enumerate(rows)]
+        return [[text.removeprefix(lead) for text in samples] for lead, samples in zip(leads, written)]
+
+    def _lead_as_written(self, row: Mapping[str, Any], tokenizer: Any, where: str) -> str:
+        """What a generated answer begins with that is none of its words."""
+        if self.is_encoder_decoder:
+            return ""
+        text, lead = self._text_tokenizer(tokenizer), self.lead(row["messages"], tokenizer, where)
+        return text_of(ids_of(text, lead), text) if lead else ""
 
     # Rows.
 

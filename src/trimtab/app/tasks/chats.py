@@ -114,12 +114,12 @@ class Reader:
         ours |= {folded[n]: n for n in known if n in folded and n not in table and n not in ours.values()}
         self._theirs = {name: theirs for theirs, name in ours.items()}
         for theirs, name in ours.items():
-            if theirs not in table:
+            if theirs not in table and not (self.asking and name in ANSWERS):
                 has = f"It has {', '.join(table)}"
                 raise DataError(f"task.columns.{name}={theirs!r}: no such column in {source}. {has}")
         out = Table({name: values for name, values in table.items() if name not in ours})
         out.absent = {ours.get(name, name): file for name, file in getattr(table, "absent", {}).items()}
-        out.update({name: table[theirs] for theirs, name in ours.items()})
+        out.update({name: table[theirs] for theirs, name in ours.items() if theirs in table})
         return out
 
     def conversations(self, table: Columns, source: str, form: str | None = None) -> list[Conversation]:

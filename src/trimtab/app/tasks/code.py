@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 FENCE = "```"
 OPEN = "```python\n"
+_NOT_RUN = "pass@k not scored: running generated code needs task.allow_code_execution=true"
 # Where a bare continuation has left what was asked for: HumanEval as in Chen et al. 2021, section 2.1, MBPP as in
 # bigcode-evaluation-harness; fences, decorators and assertions besides.
 BARE_STOPS = {
@@ -93,33 +94,40 @@ class Code(Instruct):
         return {"train": ("m-a-p/CodeFeedback-Filtered-Instruction", None, "train"), "test": BENCHMARKS[self.benchmark]}
 
     def conversations(self, split: str, table: Columns, source: str) -> Columns:
-        if {"entry_point", "canonical_solution", "test", "prompt"} <= set(table):
-            return _humaneval(table, source)
-        if {"test_list", "code"} <= set(table):
-            return _mbpp(table, source)
-        return super().conversations(split, table, source)
+        return _benchmark(table, source) or super().conversations(split, table, source)
+
+    def questions(self, table: Columns, source: str) -> Columns:
+        return _benchmark(table, source) or super().questions(table, source)
 
     def needs_generation(self, rows: Dataset) -> bool:
         if "tests" not in rows.column_names:
             return False
         if self.allow_code_execution:
             require_isolation(self.force_code_execution)  # before hours of answers are written
-        else:
-            self.notes.append("pass@k not scored: running generated code needs task.allow_code_execution=true")
+        elif _NOT_RUN not in self.notes:
+            self.notes.append(_NOT_RUN)
         return self.allow_code_execution
 
     def decoding_for(self, rows: Dataset) -> Decoding:
         """As set, with what ends a program beside the user's own ends."""
+        if "benchmark" not in rows.column_names:
+            return self.decoding
         ends = BARE_STOPS[rows[0]["benchmark"]] if self.continues_prompt else ("\n" + FENCE,)
         return replace(self.decoding, stop=(*self.decoding.stop, *ends))
 
     def question_text(self, row: Mapping[str, Any], tokenizer: Any, where: str) -> str:
+        if "benchmark" not in row:
+            return super().question_text(row, tokenizer, where)
         # Without its last line break: tokenizers join it with the indentation that comes next.
         if self.continues_prompt:
             text = self._text_tokenizer(tokenizer)
             begins = text.bos_token if text("a")["input_ids"][:1] == [text.bos_token_id] else ""
             return begins + row["bare_prompt"].rstrip("\n")
-        return super().question_text(row, tokenizer, where) + (OPEN + row["head"]).rstrip("\n")
+        asked = super().question_text(row, tokenizer, where) + self.lead(row["messages"], tokenizer, where)
+        return asked + (OPEN + row["head"]).rstrip("\n")
+
+    def _lead_as_written(self, row: Mapping[str, Any], tokenizer: Any, where: str) -> str:
+        return "" if "benchmark" in row else super()._lead_as_written(row, tokenizer, where)
 
     def score(self, rows: Dataset, answers: list[list[str]]) -> tuple[dict[str, float], list[dict[str, Any]]]:
         programs = [self.program(row, answer) for row, samples in zip(rows, answers) for answer in samples]
@@ -152,6 +160,13 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     if not 1 <= k <= n or not 0 <= c <= n:
         raise ValueError(f"n={n}, c={c}, k={k}: need 1 <= k <= n and 0 <= c <= n")
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def _benchmark(table: Columns, source: str) -> Columns | None:
+    """Rows that are scored by running programs; None of any others."""
+    if {"entry_point", "canonical_solution", "test", "prompt"} <= set(table):
+        return _humaneval(table, source)
+    return _mbpp(table, source) if {"test_list", "code"} <= set(table) else None
 
 
 def _humaneval(table: Columns, source: str) -> Columns:

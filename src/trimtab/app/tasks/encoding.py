@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError, DataError
+from ..model_facts import positions
 from . import Task
 from .generation import Decoding
 from .messages import Message, is_learned
@@ -45,6 +46,8 @@ PLAIN = (
 """Prompt and answer one after the other, with nothing between them."""
 
 TEMPLATES = {"alpaca": ALPACA, "plain": PLAIN}
+_WORDS = "\N{PILCROW SIGN}"
+"""Stands for an answer's words."""
 
 
 class Encoding(Task):
@@ -57,6 +60,8 @@ class Encoding(Task):
     decoding: Decoding
     is_encoder_decoder: bool
     _special: tuple[Any, tuple[str, ...]] | None
+    _answer_room: int | None
+    """Tokens that an encoder-decoder can write."""
 
     # Prompts.
 
@@ -75,6 +80,8 @@ class Encoding(Task):
             self.adjust_to(config)
         if not self.is_encoder_decoder:
             self.set_template(tokenizer)
+        elif model is not None:
+            self._answer_room = positions(model, "decoder")
 
     def set_template(self, tokenizer: Any) -> None:
         """Puts the chosen template into the tokenizer (or processor), to be saved with it."""
@@ -132,6 +139,15 @@ class Encoding(Task):
         except (jinja2.TemplateError, TypeError) as error:
             raise DataError(f"{where}: the chat template refuses it: {error}") from error
 
+    def lead(self, messages: Sequence[Message], tokenizer: Any, where: str = "row") -> str:
+        """What the template writes between its prompt and the words of the last answer (Qwen3: an empty ``<think>``).
+
+        It is learned with the answer, and so is written before one.
+        """
+        prompt = self.render(messages[:-1], tokenizer, True, where)
+        whole = self.render([*messages[:-1], {"role": "assistant", "content": _WORDS}], tokenizer, False, where)
+        return whole[len(prompt) :].partition(_WORDS)[0] if whole.startswith(prompt) else ""
+
     def segments(self, messages: Sequence[Message], tokenizer: Any, where: str = "row") -> list[tuple[str, bool]]:
         """The conversation's text in pieces, each with whether the assistant says it.
 
@@ -168,9 +184,9 @@ class Encoding(Task):
         done = ""
         for piece, is_answer in self.segments(messages, tokenizer, where):
             done += piece
-            together = _ids(text, done)
+            together = ids_of(text, done)
             # As one text, if that leaves the prompt's tokens as they will be when an answer is generated.
-            new = together[len(ids) :] if together[: len(ids)] == ids else _ids(text, piece)
+            new = together[len(ids) :] if together[: len(ids)] == ids else ids_of(text, piece)
             ids += new
             labels += new if is_answer else [-100] * len(new)
         return ids, labels
@@ -186,7 +202,7 @@ class Encoding(Task):
         if self.is_encoder_decoder:
             ids = text(self.source_text(row["messages"]))["input_ids"]
         else:
-            ids = _ids(text, self.question_text(row, tokenizer, where))
+            ids = ids_of(text, self.question_text(row, tokenizer, where))
         return {"input_ids": ids, "attention_mask": [1] * len(ids)}
 
     def example_columns(self, row: Mapping[str, Any], tokenizer: Any, where: str) -> dict[str, Any]:
@@ -196,15 +212,16 @@ class Encoding(Task):
             return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
         text = self._text_tokenizer(tokenizer)
         source = text(self.source_text(row["messages"]))
-        target = text(
-            text_target=row["messages"][-1]["content"],
-            truncation=self.max_target_length is not None,
-            max_length=self.max_target_length,
-        )
+        answer = row["messages"][-1]["content"]
+        room, asked = self._answer_room, self.max_target_length
+        labels = text(text_target=answer, truncation=asked is not None, max_length=asked)["input_ids"]
+        if answer_was_cut := room is not None and len(labels) > room:
+            labels = text(text_target=answer, truncation=True, max_length=room)["input_ids"]
         return {
             "input_ids": source["input_ids"],
             "attention_mask": source["attention_mask"],
-            "labels": target["input_ids"],
+            "labels": labels,
+            "answer_was_cut": answer_was_cut,
         }
 
     def _encoder(self, split: str, tokenizer: Any, limit: int | None) -> Callable[[dict[str, Any], int], Any]:
@@ -215,31 +232,45 @@ class Encoding(Task):
             if not was_cut or limit is None:
                 pass
             elif self.is_encoder_decoder:
-                columns["input_ids"] = columns["input_ids"][: limit - 1] + columns["input_ids"][-1:]  # its end token
-                columns["attention_mask"] = columns["attention_mask"][:limit]
+                columns |= self.cut_source(columns, limit)
             else:
                 columns = {
                     key: value[:limit] if isinstance(value, list) and len(value) == n else value
                     for key, value in columns.items()
                 }
-            return {**columns, "was_cut": was_cut, "has_answer": any(label != -100 for label in columns["labels"])}
+            has_answer = any(label != -100 for label in columns["labels"])
+            return {"answer_was_cut": False, **columns, "was_cut": was_cut, "has_answer": has_answer}
 
         return encode
 
     # Lengths and ends.
 
+    @staticmethod
+    def cut_source(columns: Mapping[str, Any], limit: int) -> dict[str, Any]:
+        """What an encoder reads of a longer text: its beginning and its end token."""
+        ids, mask = columns["input_ids"], columns["attention_mask"]
+        return {"input_ids": ids[: limit - 1] + ids[-1:], "attention_mask": mask[:limit]}
+
     def length_limit(self, tokenizer: Any, model: Any) -> int | None:
         """Tokens a row is cut to: the setting, else what tokenizer and model can take, if they say."""
-        most = context_length(tokenizer, model)
+        most = context_length(tokenizer, model, "encoder" if self.is_encoder_decoder else None)
         if self.max_length is not None and most is not None and self.max_length > most:
             raise ConfigError("task.max_length", self.max_length, f"at most {most}, the positions that this model has")
         return self.max_length or most
 
     def _room(self, tokenizer: Any, model: Any) -> int | None:
         """Tokens that a prompt may have, so that the answer still fits."""
+        if self.is_encoder_decoder:
+            if self._answer_room is not None and self.decoding.max_new_tokens > self._answer_room:
+                raise ConfigError(
+                    "task.generation.max_new_tokens",
+                    self.decoding.max_new_tokens,
+                    f"at most {self._answer_room}, the positions that this model's decoder has",
+                )
+            return self.length_limit(tokenizer, model)
         most = context_length(tokenizer, model)
-        if most is None or self.is_encoder_decoder:
-            return most
+        if most is None:
+            return None
         room = most - self.decoding.max_new_tokens
         if room < 1:
             raise ConfigError(
@@ -316,16 +347,14 @@ def _blank(value: Any) -> Any:
     return [_blank(one) for one in value] if isinstance(value, list) else 0
 
 
-def context_length(tokenizer: Any, model: Any) -> int | None:
-    """Tokens that tokenizer and model can take, if they say."""
-    from ..model_facts import positions
-
+def context_length(tokenizer: Any, model: Any, side: str | None = None) -> int | None:
+    """Tokens that tokenizer and model (or one side of it) can take, if they say."""
     text = getattr(tokenizer, "tokenizer", tokenizer)
-    known = [text.model_max_length, positions(model) if model is not None else None]
+    known = [text.model_max_length, positions(model, side) if model is not None else None]
     return min((n for n in known if n and n < 10**9), default=None)  # "unlimited" is 1e30
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
+def ids_of(tokenizer: Any, text: str) -> list[int]:
     # The template has written every special token already.
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 

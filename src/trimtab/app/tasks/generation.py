@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,6 +21,18 @@ from ...errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+_READ_PADDING = ("rwkv", "xlstm")
+"""Kinds of models that take no mask, and so are given prompts of one length together."""
+_TAKEN = {
+    "num_return_sequences": "samples says how many answers there are",
+    "max_length": "max_new_tokens says how long an answer may be",
+    "stop_strings": "stop names the texts that end an answer",
+    **dict.fromkeys(("eos_token_id", "pad_token_id"), "tokenizer and model say which it is; stop ends an answer, too"),
+    **dict.fromkeys(("use_cache", "return_dict_in_generate"), "changes no answer; leave it out"),
+}
+"""Fields of `GenerationConfig` that are settled here, with what to set instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +76,8 @@ class Decoding:
 
             known = [*own, "stop", *(key for key in GenerationConfig().to_dict() if not key.startswith("_"))]
             for key in others:
+                if key in _TAKEN:
+                    raise ConfigError(f"task.generation.{key}", others[key], _TAKEN[key])
                 if key not in known:
                     raise ConfigError(
                         f"task.generation.{key}",
@@ -70,11 +85,18 @@ class Decoding:
                         f"no such setting.{did_you_mean(key, known)} There is {', '.join(own)}, stop, "
                         "and every field of transformers' GenerationConfig",
                     )
+        beams, heat = others.get("num_beams", 1), others.get("temperature", 1.0)
+        if not isinstance(beams, int) or isinstance(beams, bool) or beams < 1:
+            raise ConfigError("task.generation.num_beams", beams, "a whole number, at least 1")
+        draws = others.get("do_sample", values.get("samples", 1) > 1)
+        if not isinstance(heat, (int, float)) or heat < 0 or (draws and heat == 0):
+            cure = "a number above 0; answers that are not drawn (samples: 1, do_sample: false) have none"
+            raise ConfigError("task.generation.temperature", heat, cure)
         return cls(**values, stop=tuple(stop), others=others)
 
     def config(self, ends: Sequence[int], pad: int) -> Any:
-        """As `GenerationConfig`. What a checkpoint brings along of its own (a temperature, say) does not count,
-        but the tokens that a model needs to begin with do.
+        """As `GenerationConfig`. What a checkpoint brings along of its own (a temperature, the 56 tokens that
+        BART's for CNN writes at least) does not count, but the tokens that a model needs to begin with do.
 
         Args:
             ends: ids of the tokens that end an answer.
@@ -88,7 +110,16 @@ class Decoding:
             "temperature": 1.0,
             "top_p": 1.0,
             "top_k": 0 if draws or self.others.get("do_sample") else 50,
+            "min_p": 0.0,
+            "typical_p": 1.0,
             "repetition_penalty": 1.0,
+            "encoder_repetition_penalty": 1.0,
+            "no_repeat_ngram_size": 0,
+            "encoder_no_repeat_ngram_size": 0,
+            "min_length": 0,
+            "min_new_tokens": 0,
+            "length_penalty": 1.0,
+            "early_stopping": False,
         }
         return GenerationConfig(
             **{**neutral, **self.others},
@@ -145,8 +176,13 @@ def generate(
     keys = [_hash([key, question.id, _digestible(question.columns)]) for question in questions]
     found = _finished(file)
     units = [(i, sample) for i in range(len(questions)) for sample in range(decoding.samples)]
-    units.sort(key=lambda unit: -len(questions[unit[0]].columns["input_ids"]))  # what may not fit in memory comes first
-    batches = [units[i : i + decoding.batch_size] for i in range(0, len(units), decoding.batch_size)]
+    lengths = [-len(question.columns["input_ids"]) for question in questions]
+    units.sort(key=lambda unit: lengths[unit[0]])  # what may not fit in memory comes first
+    parts = [units]
+    if getattr(model.config, "model_type", None) in _READ_PADDING:
+        parts = [list(part) for _, part in groupby(units, key=lambda unit: lengths[unit[0]])]
+    size = decoding.batch_size
+    batches = [part[i : i + size] for part in parts for i in range(0, len(part), size)]
     texts: dict[tuple[int, int], str] = {
         (i, sample): found[questions[i].id, sample, keys[i]]
         for i, sample in units
@@ -194,21 +230,26 @@ def _answer(
         for name, value in collate([dict(q.columns) for q in questions]).items()
     }
     skip = 0 if getattr(model.config, "is_encoder_decoder", False) else inputs["input_ids"].shape[1]
-    text_of = getattr(tokenizer, "tokenizer", tokenizer)
-    config = decoding.config(ends, text_of.pad_token_id)
-    stops = [StopStringCriteria(text_of, list(decoding.stop))] if decoding.stop else []
+    inner = getattr(tokenizer, "tokenizer", tokenizer)
+    config = decoding.config(ends, inner.pad_token_id)
+    stops = [StopStringCriteria(inner, list(decoding.stop))] if decoding.stop else []
     with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(seed, 16) % 2**63)
         out = model.generate(**inputs, generation_config=config, stopping_criteria=StoppingCriteriaList(stops))
-    return [_text(row, text_of, set(ends), decoding.stop) for row in out[:, skip:].tolist()]
+    return [_text(row, inner, set(ends), decoding.stop) for row in out[:, skip:].tolist()]
 
 
 def _text(ids: list[int], tokenizer: Any, ends: set[int], stop: Sequence[str]) -> str:
     # An encoder-decoder's first token is often also its end token (BART): one is passed over at the start.
     begin = 1 if ids and ids[0] in ends and len(ids) > 1 and ids[1] not in {*ends, tokenizer.pad_token_id} else 0
     last = next((i for i in range(begin, len(ids)) if ids[i] in ends), len(ids))
-    text = tokenizer.decode(ids[begin:last], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text = text_of(ids[begin:last], tokenizer)
     return text[: min((text.index(end) for end in stop if end in text), default=len(text))]
+
+
+def text_of(ids: list[int], tokenizer: Any) -> str:
+    """Generated tokens as text."""
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 # -- what was finished before --------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ...errors import ConfigError, DataError
 from .answering import Answering, check_choice, mean_of
 from .cells import loads
-from .data import Columns, column, is_missing
+from .columns import Columns, Table
+from .data import column, is_missing
 from .messages import Message
 
 if TYPE_CHECKING:
@@ -104,15 +105,9 @@ class Summarize(Answering):
             self._prefix = "summarize: " if config.model_type in ("t5", "mt5", "umt5") else ""
 
     def conversations(self, split: str, table: Columns, source: str) -> Columns:
-        documents, summaries, instruction = self._columns(table, source)
-        self.say_unread(split, {n: v for n, v in table.items() if v is not documents and v is not summaries}, ())
-        texts = [
-            None if is_missing(value, self.missing) else _joined(value, i, source)
-            for i, value in enumerate(documents, 1)
-        ]
-        references = [_references(value, i, source, self.missing) for i, value in enumerate(summaries, 1)]
-        if split != "train":
-            texts, references = _together(texts, references)
+        names, instruction = self._columns(table, source)
+        self.say_unread(split, table, names)
+        texts, references = self._read(table, names, source)
         return {
             "messages": [
                 "no document" if text is None else self._turns(instruction, text, refs[0]) if refs else "no summary"
@@ -120,6 +115,22 @@ class Summarize(Answering):
             ],
             "references": references,
         }
+
+    def gathered(self, split: str, table: Table, source: str) -> Table:
+        """Rows with the same document become one row with all their references (DialogSum gives one a row)."""
+        if split == "train":
+            return table
+        (document, summary), _ = self._columns(table, source)
+        texts, references = _together(*self._read(table, (document, summary), source))
+        return Table({document: texts, summary: references}, table.notes)
+
+    def _read(self, table: Columns, names: tuple[str, str], source: str) -> tuple[list[str | None], list[list[str]]]:
+        documents, summaries = (table[name] for name in names)
+        texts = [
+            None if is_missing(value, self.missing) else _joined(value, i, source)
+            for i, value in enumerate(documents, 1)
+        ]
+        return texts, [_references(value, i, source, self.missing) for i, value in enumerate(summaries, 1)]
 
     def questions(self, table: Columns, source: str) -> Columns:
         n = len(next(iter(table.values())))
@@ -129,7 +140,8 @@ class Summarize(Answering):
                 return self.conversations("train", {**table, summary: ["a summary"] * n}, source)
         return self.conversations("train", table, source)  # which says what is lacking
 
-    def _columns(self, table: Columns, source: str) -> tuple[list[Any], list[Any], str]:
+    def _columns(self, table: Columns, source: str) -> tuple[tuple[str, str], str]:
+        """Of document and summary, and what a decoder is asked."""
         if self.document is not None and self.summary is not None:
             names: tuple[str, str] = (self.document, self.summary)
             instruction = KINDS[self.dataset].instruction if self.dataset else "Summarize the text."
@@ -146,8 +158,9 @@ class Summarize(Answering):
                     "name two of them in task.document and task.summary"
                 )
             names, instruction = known[0].columns, known[0].instruction
-        documents = column(table, names[0], f"task.document={names[0]!r}", source)
-        return documents, column(table, names[1], f"task.summary={names[1]!r}", source), self.instruction or instruction
+        for key, name in zip(("document", "summary"), names):
+            column(table, name, f"task.{key}={name!r}", source)
+        return names, self.instruction or instruction
 
     @staticmethod
     def _turns(instruction: str, document: str, summary: str) -> list[Message]:
@@ -246,7 +259,6 @@ def _references(value: Any, number: int, source: str, missing: frozenset[str]) -
 def _together(
     documents: Sequence[str | None], references: Sequence[list[str]]
 ) -> tuple[list[str | None], list[list[str]]]:
-    """Rows with the same document become one row with all their references (DialogSum gives one a row)."""
     found: dict[str, list[str]] = {}
     for document, own in zip(documents, references):
         if document is not None:

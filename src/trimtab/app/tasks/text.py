@@ -81,6 +81,9 @@ class PlainText(Answering):
         begins = text.bos_token if text.bos_token and text("a")["input_ids"][:1] == [text.bos_token_id] else ""
         return begins + row["messages"][0]["content"]
 
+    def lead(self, messages: Any, tokenizer: Any, where: str = "row") -> str:
+        return ""
+
     # Rows.
 
     def set_template(self, tokenizer: Any) -> None:
@@ -111,6 +114,7 @@ class PlainText(Answering):
                     self.notes.append(f"{split}: {n} of {len(ids)} rows cut to {limit} tokens (task.max_length)")
             if max(map(len, cut)) < 2:
                 raise DataError(f"data.{split}: no text has two tokens or more")
+            self.places[split] = [] if self.pack else list(range(len(cut)))
             ready[split] = Dataset.from_dict(
                 {"input_ids": cut, "attention_mask": [[1] * len(row) for row in cut], "labels": cut}
             )
