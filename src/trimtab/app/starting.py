@@ -80,8 +80,7 @@ def start(data: Path, out: Path | None = None, model: str | None = None, overrid
     if target.exists():
         raise ConfigError("recipe", str(target), "is there already and stays as it is; name another with --out")
     said: dict[str, Any] = {}
-    for text in overrides:
-        recipes.override(said, text)
+    recipes.override(said, overrides)
     for section, key in (("task", "name"), ("model", "name_or_path")):
         said[section] = {key: said[section]} if isinstance(said.get(section), str) else said.get(section) or {}
     if model is not None:
