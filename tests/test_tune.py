@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
 
-from tasks.stand_ins import write_jsonl
+from tasks.stand_ins import byte_model, byte_tokenizer, write_jsonl
 from test_cli import one_line_error
 from test_run import write_recipe
 from trimtab.app import recipe as recipes
@@ -69,6 +69,24 @@ def test_what_cannot_be_searched_over_is_one_line(recipe, tmp_path, settings, sa
     for part in says:
         assert part in message
     assert not (tmp_path / "out" / "trials").exists()
+
+
+def text_recipe(folder, **sections):
+    """Three texts, of which two are trained on: some 40 rows of 32 tokens."""
+    byte_model(max_position_embeddings=64).save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    file = write_jsonl(folder / "t.jsonl", [{"text": "the cat sat on a mat " * 30}] * 3)
+    task, train = {"name": "text", "max_length": 32}, {"num_train_epochs": 5, "learning_rate": 1e-3, "use_cpu": True}
+    made = {"model": str(folder / "model"), "task": task, "data": {"train": file}, "train": train, **sections}
+    (folder / "recipe.yaml").write_text(json.dumps(made))
+    return folder / "recipe.yaml"
+
+
+def test_packed_texts_are_not_counted_as_rows_before_they_are_cut(tmp_path):
+    recipe = text_recipe(tmp_path, freeze={"method": "aflora", "warmup": 8, "final": 10})
+    search = tune._laid_out(str(recipe), ["adapter.r=2,4"], tmp_path / "out")
+    tune._check(search)  # two texts would be five steps, in which this schedule has no place
+    assert [trial.total_steps for trial in search.trials] == [None, None]
 
 
 def test_a_loss_over_tokens_is_not_compared_across_tokenizers(tmp_path):

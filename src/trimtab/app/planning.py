@@ -28,7 +28,7 @@ from .peft_config import (
 )
 from .recipe import Recipe
 from .report.words import count
-from .rows import load_rows, rows_on_the_hub
+from .rows import load_rows, rows_known, rows_on_the_hub
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -101,8 +101,7 @@ def plan_recipe(
         task = get_task(recipe.task.model_dump())
         rows = rows_on_the_hub(recipe, task)
         if recipe.data.has_own:  # some tasks learn their labels here
-            n = len(load_rows(recipe, task)["train"])
-            rows = n if getattr(task, "counts_rows", True) else None
+            rows = rows_known(task, load_rows(recipe, task))
     notes: list[str] = []
     horizon = horizon or horizon_of(recipe, rows)
     if horizon is None and task is not None:

@@ -337,7 +337,7 @@ def _written(lines: Sequence[Line], heading: Sequence[str]) -> str:
 def _tried(text: str, places: Mapping[str, Any]) -> tuple[str, ...]:
     """What was said while the recipe's rows were read and its plan was made, without weights."""
     from . import models, planning
-    from .rows import load_rows
+    from .rows import load_rows, rows_known
     from .tasks import get_task
 
     data = parse_yaml(text, "recipe")
@@ -347,8 +347,7 @@ def _tried(text: str, places: Mapping[str, Any]) -> tuple[str, ...]:
     chosen = recipes.load(data)
     task = get_task(chosen.require_task().model_dump())
     rows = load_rows(chosen, task)
-    n = len(rows["train"]) if getattr(task, "counts_rows", True) else None
-    planning.plan_recipe(chosen, planning.horizon_of(chosen, n), task)
+    planning.plan_recipe(chosen, planning.horizon_of(chosen, rows_known(task, rows)), task)
     spec = planning.model_spec(chosen)
     if not str(spec.name_or_path).endswith(".gguf"):  # which holds one, and takes long to read it
         models.load_tokenizer(spec, task)

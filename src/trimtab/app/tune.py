@@ -273,18 +273,18 @@ def _value_text(value: Any) -> str:
 def _check(search: Search) -> None:
     """A dry run of every candidate, without weights: what cannot work is refused before the first trial."""
     from .planning import horizon_of, plan_recipe
-    from .rows import load_rows
+    from .rows import load_rows, rows_known
     from .tasks import get_task
     from .trainer import training_arguments
 
-    loaded: dict[str, tuple[Any, int]] = {}
+    loaded: dict[str, tuple[Any, int | None]] = {}
     for candidate in search.candidates:
         recipe = candidate.trials[0].recipe
         spec = recipe.require_task().model_dump()
         if repr(spec) not in loaded:
             task = get_task(spec)
             rows = load_rows(recipe, task)
-            loaded[repr(spec)] = task, len(rows["train"])
+            loaded[repr(spec)] = task, rows_known(task, rows)
         task, n = loaded[repr(spec)]
         training_arguments(recipe, task, Path())
         horizon = horizon_of(recipe, n)
