@@ -94,6 +94,14 @@ def test_a_loss_over_tokens_is_not_compared_across_tokenizers(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(json.dumps({"model": "some/model", "task": "instruct", "data": {"train": str(file)}}))
     assert "a mean over tokens" in one_line_error("tune", path, "task.max_length=64,128")
+    path.write_text(json.dumps({"model": "some/model", "task": "text", "data": {"train": str(file)}}))
+    for key in ("task.max_length=64,128", "model=some/model,other/model", "task.pack=true,false"):
+        assert "cannot be searched over by perplexity, a mean over tokens" in one_line_error("tune", path, key)
+
+
+def test_the_dtype_of_a_model_changes_no_tokens(tmp_path):
+    search = tune._laid_out(str(text_recipe(tmp_path)), ["model.dtype=float32,bfloat16"], tmp_path / "out")
+    assert search.keys == ["model.dtype"] and search.metric == "perplexity"
 
 
 def test_a_change_in_any_file_of_a_folder_or_a_pattern_is_seen(tmp_path):

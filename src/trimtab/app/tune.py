@@ -52,8 +52,11 @@ _SAME_FOR_ALL = {
     "task.labels": "trials are compared on the same labels",
     "task.regression": "trials are compared on the same labels",
 }
-# A loss over tokens says nothing across these: other tokens, or other rows, are counted.
-_OTHER_TOKENS = ("model", "task.max_length", "task.max_target_length", "task.template")
+# A mean over tokens says nothing across these: other tokens, or other rows, are counted.
+_OTHER_TOKENS = (
+    *("model", "model.name_or_path", "model.gguf_file", "model.revision", "model.tokenizer"),
+    *("task.max_length", "task.max_target_length", "task.template", "task.text", "task.pack", "task.sample_by"),
+)
 
 
 class SearchError(TrimtabError):
@@ -243,17 +246,19 @@ def _laid_out(source: str, texts: Sequence[str], out: Path) -> Search:
         without_seed = {key: value for key, value in settings.items() if key != "seed"}
         candidates.setdefault(repr(without_seed), Candidate(without_seed, [], overrides)).trials.append(trial)
     search = Search(out, varied, list(candidates.values()), task.metric, task.greater_is_better)
-    _refuse_other_tokens(search, getattr(task, "training_metric", None))
+    _refuse_other_tokens(search)
     return search
 
 
-def _refuse_other_tokens(search: Search, loss: str | None) -> None:
+def _refuse_other_tokens(search: Search) -> None:
+    from .trainer import OF_ANSWERS
+
     for key in search.keys:
-        if search.metric == loss and any(key == one or key.startswith(f"{one}.") for one in _OTHER_TOKENS):
+        if search.metric in OF_ANSWERS and key in _OTHER_TOKENS:
             raise ConfigError(
                 key,
                 None,
-                f"cannot be searched over by {loss}, a mean over tokens: other values of it mean other tokens",
+                f"cannot be searched over by {search.metric}, a mean over tokens: other values of it mean other tokens",
             )
 
 
@@ -466,7 +471,7 @@ def _choose(search: Search, source: str, texts: Sequence[str]) -> Search:
             )
         search.notes.append(f"{search.metric} cannot be taken on training rows; chosen by {loss}")
         search.metric, search.greater_is_better = loss, False
-        _refuse_other_tokens(search, loss)
+        _refuse_other_tokens(search)
     scored = [trial.folder.read(trial.folder.predictions) for trial in done]
     kept: list[dict[str, Any]] = [next(iter(splits.values()), {}) for splits in scored]
     same = ("rows",) if any(key.startswith("task.") for key in search.keys) else ("rows", "fingerprint")
