@@ -243,6 +243,17 @@ def test_a_trial_that_diverged_is_not_chosen(recipe, tmp_path):
         searched(recipe, tmp_path / "none", ["adapter.r=2,4"], [(nan, nan), (nan, nan)])
 
 
+def test_what_is_said_of_a_choice_leaves_out_settings_of_which_a_seed_diverged(recipe, tmp_path):
+    nan = float("nan")
+    found = searched(recipe, tmp_path, ["adapter.r=2,4", "seed=5,6"], [(0.9,), (nan, nan), (0.5,), (0.6,)])
+    assert found.best.settings == {"adapter.r": 4} and not any("0.9" in note for note in found.notes)
+
+
+def test_values_that_read_alike_have_folders_of_their_own(recipe, tmp_path):
+    search = tune._laid_out(str(recipe), ["adapter.target_modules=[query],query"], tmp_path)
+    assert len({trial.folder.path for trial in search.trials}) == 2
+
+
 def test_trials_scored_on_different_rows_are_not_ranked(recipe, tmp_path):
     with pytest.raises(ValueError, match="scored on different rows"):
         searched(recipe, tmp_path, ["adapter.r=2,4"], [(0.5, 0.5, "a"), (0.6, 0.5, "b")])

@@ -235,12 +235,16 @@ def _laid_out(source: str, texts: Sequence[str], out: Path) -> Search:
     varied = [key for key, values in grid.items() if len(values) > 1]
     held_out = [] if "data.held_out" in grid else [f"data.held_out={HELD_OUT}"]
     candidates: dict[str, Candidate] = {}
+    names: set[str] = set()
     for values in itertools.product(*grid.values()):
         overrides = [f"{key}={value}" for key, value in zip(grid, values)]
         recipe = recipes.load(source, [*overrides, *held_out])
         settings = {key: parse_yaml(value, key) for key, value in zip(grid, values) if key in varied}
         task = get_task(recipe.require_task().model_dump())
         name = _name(settings)
+        if name in names:  # [query] and query, a list and a regex
+            name = f"{name}-{_digest(repr(settings))}"
+        names.add(name)
         recipe = recipe.model_copy(update={"output_dir": str(out / "trials" / name), "base_rows": 0})
         trial = Trial(settings, recipe, RunFolder(out / "trials" / name))
         without_seed = {key: value for key, value in settings.items() if key != "seed"}
@@ -266,7 +270,11 @@ def _name(settings: dict[str, Any]) -> str:
     """A folder name for some settings; one that had to be shortened ends in a digest of them."""
     whole = ",".join(f"{key}={_value_text(value)}" for key, value in settings.items())
     name = re.sub(r"[^\w.,=+-]", "_", whole)[:80]
-    return name if name == whole else f"{name}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+    return name if name == whole else f"{name}-{_digest(whole)}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _value_text(value: Any) -> str:
@@ -488,7 +496,7 @@ def _choose(search: Search, source: str, texts: Sequence[str]) -> Search:
     search.best = first
     if n := sum(trial.state == "diverged" for trial in search.trials):
         search.notes.append(f"{n} of {len(search.trials)} trials diverged (their loss is not a number)")
-    search.notes.append(_how_clear(search, done))
+    search.notes.append(_how_clear([t for one in search.candidates if one.score is not None for t in one.trials]))
     fixed = [text for text in first.overrides if text.partition("=")[0] not in ("data.held_out", "data.held_out_seed")]
     fixed = [text for text in fixed if "seed" not in search.keys or not text.startswith("seed=")]
     # Whole, so that the recipe does the same from wherever it is run, as its paths of data do.
@@ -502,9 +510,9 @@ def _choose(search: Search, source: str, texts: Sequence[str]) -> Search:
     return search
 
 
-def _how_clear(search: Search, done: Sequence[Trial]) -> str:
+def _how_clear(scored: Sequence[Trial]) -> str:
     """Whether the choice is more than chance, as `trimtab compare` tells it."""
     from .report import compare
 
-    table = compare([trial.folder.path for trial in done])
+    table = compare([trial.folder.path for trial in scored])
     return f"{table.finding}."
