@@ -96,6 +96,19 @@ def test_a_seed_without_a_score_is_left_out_of_the_mean_and_said(tmp_path: Path)
     assert table.notes == ["`where=all`: no score from s1 (not a number)."]
 
 
+def test_a_seed_that_was_stopped_takes_nothing_from_one_that_has_ended(tmp_path: Path) -> None:
+    """It knows no headline metric, and has pruned nothing yet."""
+    asks = {"task": {"name": "glue/cola", "metric": "matthews_correlation"}}
+    evaluated = {"event": "eval", "step": 10, "metrics": {"eval_loss": 1.0, "eval_accuracy": 0.9}}
+    history = [{"event": "params", "step": 0, "trainable": 9000}, evaluated]
+    for name, recipe in (("a", runs.recipe()), ("b", runs.recipe() | asks)):
+        stopped = runs.write_run(tmp_path / name / "s0", recipe=recipe, history=history)
+        ended = runs.write_run(tmp_path / name / "s1", recipe={**recipe, "seed": 1}, metrics=runs.metrics(1, 0.5))
+        [row] = (table := compare([stopped, ended])).rows
+        assert table.metric == "matthews_correlation" and row.scores == [None, 0.5]
+        assert row.params == {"initial": 1000, "final": 500, "average": 700}
+
+
 def seeds(folder: Path, scores: list[float], **more: object) -> list[Path]:
     return [runs.plain_run(folder / f"s{s}", seed=s, score=v, **more) for s, v in enumerate(scores)]
 

@@ -340,6 +340,9 @@ def test_a_run_that_only_wrote_its_recipe_has_a_report(tmp_path: Path) -> None:
 def test_an_aborted_run_shows_its_last_evaluation(tmp_path: Path) -> None:
     report = load(folder(tmp_path, log(10, 0.5), evaluation(10, accuracy=0.8)))
     assert (report.header.metric, report.header.score, report.header.is_finished) == ("accuracy", 0.8, False)
+    asks = runs.recipe() | {"task": {"name": "text_classification", "metric": "f1_macro"}}
+    header = load(folder(tmp_path, evaluation(10, accuracy=0.8, f1_macro=0.6), recipe=asks)).header
+    assert (header.metric, header.score) == ("f1_macro", 0.6)
 
 
 def test_an_empty_history_has_no_charts(tmp_path: Path) -> None:

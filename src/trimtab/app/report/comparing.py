@@ -60,7 +60,8 @@ class CompareRow:
     score_se: float | None
     """Standard error of that mean over seeds; ``None`` for fewer than two scores."""
     params: dict[str, float | None]
-    """Mean ``initial``, ``final`` and ``average`` trainable adapter parameters."""
+    """Mean ``initial``, ``final`` and ``average`` trainable adapter parameters of the runs that have ended, as are the
+    times, curves and layers below; of those that there are where none has."""
     seconds: float | None
     """Mean wall time."""
     peak_memory_bytes: float | None
@@ -288,7 +289,8 @@ def _unique(names: list[str], folders: list[Path]) -> list[str]:
 
 def _row(name: str, group: list[RunFolder], settings: dict[str, Any]) -> CompareRow:
     headers = [header_of(run) for run in group]
-    metric = next((h.metric for h in headers if h.metric), None)
+    told = [(run, h) for run, h in zip(group, headers) if h.is_finished] or list(zip(group, headers))
+    metric = next((h.metric for _, h in told if h.metric), None)
     scores = [h.score if h.metric == metric and h.is_finished else None for h in headers]
     known = [score for score in scores if score is not None]
     return CompareRow(
@@ -301,14 +303,14 @@ def _row(name: str, group: list[RunFolder], settings: dict[str, Any]) -> Compare
         unfinished=[_progress(run) for run in group],
         score=_mean(known),
         score_se=statistics.stdev(known) / math.sqrt(len(known)) if len(known) > 1 else None,
-        params={k: _mean(h.params[k] for h in headers) for k in ("initial", "final", "average")},
-        seconds=_mean(h.seconds for h in headers),
+        params={k: _mean(h.params[k] for _, h in told) for k in ("initial", "final", "average")},
+        seconds=_mean(h.seconds for _, h in told),
         peak_memory_bytes=max((h.peak_memory_bytes for h in headers if h.peak_memory_bytes is not None), default=None),
         settings=settings,
-        score_curve=_mean_curve([c.curves[0] for run in group if (c := score_curve(run, metric))], metric or "score"),
-        params_curve=_mean_curve([_params_curve(run, h) for run, h in zip(group, headers)][:1], "trainable parameters"),
-        loss_curve=_mean_curve([_loss_curve(run) for run in group], "training loss"),
-        layers=_layers(group),
+        score_curve=_mean_curve([c.curves[0] for run, _ in told if (c := score_curve(run, metric))], metric or "score"),
+        params_curve=_mean_curve([_params_curve(*told[0])], "trainable parameters"),
+        loss_curve=_mean_curve([_loss_curve(run) for run, _ in told], "training loss"),
+        layers=_layers([run for run, _ in told]),
     )
 
 
@@ -364,7 +366,8 @@ def _is_of_train(key: str) -> bool:
 
 
 def _table(rows: list[CompareRow], groups: list[list[RunFolder]], baseline: str | None) -> CompareTable:
-    metrics = {row.metric for row in rows if row.metric}
+    ended = [row for row in rows if not all(row.unfinished)] or rows  # only those say what they are scored by
+    metrics = {row.metric for row in ended if row.metric}
     metric = metrics.pop() if len(metrics) == 1 else None
     chosen = None if baseline is None else _baseline(rows, baseline)
     falls = [run.metrics.get("greater_is_better") is False for group in groups for run in group if run.metrics]

@@ -185,7 +185,9 @@ def header_of(run: RunFolder) -> Header:
     """Model, task, score and cost, from metrics.json first, then from recipe, plan and history."""
     metrics, recipe = run.metrics, run.recipe
     evals = scores_of(run)
-    metric = str(metrics.get("metric") or next((name for name in evals if name != "loss"), "")) or None
+    asked = recipe["task"].get("metric") if isinstance(recipe.get("task"), dict) else None
+    first = asked if asked in evals else next((name for name in evals if name != "loss"), "")
+    metric = str(metrics.get("metric") or first) or None
     metric = metric and metric.removeprefix("eval_")
     raw = evals.get(metric) if metric else None
     where = run.where or (run.plan.where if run.plan else None)
