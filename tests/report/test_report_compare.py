@@ -14,6 +14,7 @@ import synthetic_runs as runs
 from trimtab.app.report import compare, pairing
 from trimtab.app.report.compare_page import pareto_front
 from trimtab.app.report.comparing import names_of
+from trimtab.app.report.data import load
 from trimtab.app.tasks import classification
 from trimtab.errors import ConfigError, DataError
 
@@ -296,6 +297,23 @@ def test_lower_is_better_for_a_loss(tmp_path: Path) -> None:
         runs.write_run(tmp_path / "b", recipe=runs.recipe(where=CKA), metrics=b),
     ]
     assert compare(folders).finding.startswith("`where=cka` has the lowest perplexity, 7")
+
+
+def test_which_way_is_better_is_asked_of_each_metric_on_its_own(tmp_path: Path) -> None:
+    losses = {"metric": "perplexity", "metrics": {"eval_perplexity": 7.0}, "greater_is_better": False}
+    other = {**runs.recipe(), "task": {"name": "text"}}
+    text = runs.write_run(tmp_path / "c", recipe=other, metrics={**runs.metrics(), "task": "text", **losses})
+    low, high = seeds(tmp_path / "a", [0.7, 0.71, 0.7]), seeds(tmp_path / "b", [0.9, 0.91, 0.9], where=CKA)
+    found = {row.name: row.difference for row in compare([*low, *high, text]).rows}
+    assert [d and round(d.mean, 2) for d in found.values()] == [-0.2, None, None]
+
+
+def test_a_task_says_which_way_its_own_metric_is_better(tmp_path: Path) -> None:
+    history = [{"event": "eval", "step": s, "metrics": {"eval_edits": v}} for s, v in ((10, 3.0), (20, 5.0))]
+    made = {"metric": "edits", "metrics": {"edits": 5.0}, "greater_is_better": False}
+    a = runs.write_run(tmp_path / "a", recipe=runs.recipe(), metrics={**runs.metrics(), **made}, history=history)
+    score = load(a).score
+    assert score is not None and score.finding.endswith("best 3 at step 10")
 
 
 def test_markdown_is_a_github_table_with_the_best_in_bold(tmp_path: Path) -> None:

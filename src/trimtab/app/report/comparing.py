@@ -68,6 +68,7 @@ class CompareRow:
     """Highest of the runs."""
     settings: dict[str, Any]
     """The settings that differ between rows."""
+    lower_is_better: bool = False
     score_curve: Curve | None = None
     params_curve: Curve | None = None
     loss_curve: Curve | None = None
@@ -307,6 +308,7 @@ def _row(name: str, group: list[RunFolder], settings: dict[str, Any]) -> Compare
         seconds=_mean(h.seconds for _, h in told),
         peak_memory_bytes=max((h.peak_memory_bytes for h in headers if h.peak_memory_bytes is not None), default=None),
         settings=settings,
+        lower_is_better=metric is not None and lower_is_better(told[0][0], metric),
         score_curve=_mean_curve([c.curves[0] for run, _ in told if (c := score_curve(run, metric))], metric or "score"),
         params_curve=_mean_curve([_params_curve(*told[0])], "trainable parameters"),
         loss_curve=_mean_curve([_loss_curve(run) for run, _ in told], "training loss"),
@@ -354,7 +356,7 @@ def _scored_on(groups: list[list[RunFolder]]) -> list[int]:
         data: Any = [kept.get("rows"), kept.get("fingerprint")]
         if not is_told or not run.is_finished:
             data = sorted((k, v) for k, v in settings_of(run).items() if k.startswith("data.") and not _is_of_train(k))
-        elif header.metric and lower_is_better(header.metric):  # another tokenizer cuts an answer into other tokens
+        elif header.metric and lower_is_better(run, header.metric):  # another tokenizer cuts into other tokens
             data.append(sum(kept.get("tokens", ())))
         keys.append(repr((header.task, header.metric, split, data)))
     found = list(dict.fromkeys(keys))
@@ -370,15 +372,11 @@ def _table(rows: list[CompareRow], groups: list[list[RunFolder]], baseline: str 
     metrics = {row.metric for row in ended if row.metric}
     metric = metrics.pop() if len(metrics) == 1 else None
     chosen = None if baseline is None else _baseline(rows, baseline)
-    falls = [run.metrics.get("greater_is_better") is False for group in groups for run in group if run.metrics]
-    lower = any(falls) or bool(metric and lower_is_better(metric))
-    sign = -1 if lower else 1
     scored = [i for i, row in enumerate(rows) if row.score is not None]
     sets = {rows[i].scored_on for i in scored}
     # Mean, and of equal means the first: who leads, and whom the others are held against.
     tops = {
-        one: max((i for i in scored if rows[i].scored_on == one), key=lambda i: sign * (rows[i].score or 0.0))
-        for one in sets
+        one: max((i for i in scored if rows[i].scored_on == one), key=lambda i: _merit(rows[i])) for one in sets
     }
     runs = [_scores(row, group) for row, group in zip(rows, groups)]
     compared = []
@@ -400,7 +398,8 @@ def _table(rows: list[CompareRow], groups: list[list[RunFolder]], baseline: str 
             if i != top
         ]
     )
-    best = top if behind and all(d and d.is_clear and sign * d.mean < 0 for d in behind) else None
+    lower = any(rows[i].lower_is_better for i in tops.values())
+    best = top if behind and all(d and d.is_clear and (d.mean > 0) == lower for d in behind) else None
     notes = []
     for row in rows:
         missing = [
@@ -418,6 +417,11 @@ def _table(rows: list[CompareRow], groups: list[list[RunFolder]], baseline: str 
         )
     table = CompareTable(compared, metric, best, "", notes, lower, rows[chosen].name if chosen is not None else None)
     return replace(table, finding=_finding(table, top))
+
+
+def _merit(row: CompareRow) -> float:
+    """Its score, so that more is better."""
+    return -(row.score or 0.0) if row.lower_is_better else row.score or 0.0
 
 
 def _baseline(rows: list[CompareRow], asked: str) -> int:
@@ -508,7 +512,7 @@ def _against(table: CompareTable) -> str:
     found: dict[str, list[CompareRow]] = {}
     for row in table.rows:
         if (d := row.difference) is not None:
-            side = "better" if (d.mean < 0) == table.lower_is_better else "worse"
+            side = "better" if (d.mean < 0) == row.lower_is_better else "worse"
             kind = f"{side} than" if d.is_clear else "not told apart from" if d.low is not None else "unproven against"
             found.setdefault(kind, []).append(row)
     if not found:

@@ -296,13 +296,15 @@ def score_curve(run: RunFolder, metric: str | None) -> Curves | None:
     known = [(value, step) for value, step in zip(curve.values, curve.steps) if value is not None]
     finding = _trend(metric, curve)
     if len({value for value, _ in known}) > 1:
-        best, step = min(known) if lower_is_better(metric) else max(known, key=lambda pair: (pair[0], -pair[1]))
+        best, step = min(known) if lower_is_better(run, metric) else max(known, key=lambda pair: (pair[0], -pair[1]))
         finding += f"; best {number(best)} at step {count(step)}"
     return Curves(finding, [curve])
 
 
-def lower_is_better(metric: str) -> bool:
-    return metric.endswith(("loss", "perplexity", "error", "wer", "mse", "mae"))
+def lower_is_better(run: RunFolder, metric: str) -> bool:
+    """As the task says of its headline metric; of another, or of a run without scores, its name tells."""
+    says = run.metrics.get("greater_is_better") if metric == run.metrics.get("metric") else None
+    return metric.endswith(("loss", "perplexity", "error", "wer", "mse", "mae")) if says is None else not says
 
 
 def trainable(run: RunFolder, header: Header) -> Trainable | None:
