@@ -206,6 +206,8 @@ def with_layer_ratio(
         total_steps=horizon.total_steps,
         steps_per_epoch=horizon.steps_per_epoch,
         free=free,
+        vectors=_vectors(config),
+        beside=_token_params(model, config),
     )
     return recipe.model_copy(update={"where": recipe.where.model_copy(update={"ratio": choice.ratio})})
 
@@ -256,6 +258,7 @@ def plan_model(model: nn.Module, config: PeftConfig, horizon: Horizon | None = N
         params, schedule = _constant(sum(costs.values())), tuple[dict[str, Any], ...]()
     else:
         methods = {axis: getattr(config, axis, None) for axis in ("rank", "freeze")}
+        more = {"vectors": _vectors(config), "beside": _token_params(model, config)}
         budget, rank_params = getattr(config, "budget", None), None
         if budget is not None and horizon is not None:
             choice = solve(
@@ -267,11 +270,16 @@ def plan_model(model: nn.Module, config: PeftConfig, horizon: Horizon | None = N
                 total_steps=horizon.total_steps,
                 steps_per_epoch=horizon.steps_per_epoch,
                 free=config.budget_frees,  # type: ignore[attr-defined]
+                **more,
             )
             methods, rank_params = {"rank": choice.rank, "freeze": choice.freeze}, choice.rank_params
             notes.extend(choice.explanation)
-        costs = {site.name: initial_params(site, ranks[site.name], **methods) for site in sites}
-        params, schedule = _predicted(sites, ranks, sum(costs.values()), horizon, **methods, rank_params=rank_params)
+        costs = {
+            site.name: initial_params(site, ranks[site.name], **methods) + site.out_features * more["vectors"]
+            for site in sites
+        }
+        initial = sum(costs.values()) + more["beside"]
+        params, schedule = _predicted(sites, ranks, initial, horizon, **methods, rank_params=rank_params, **more)
     adapts = getattr(config, "is_adaptive", False)
     if hasattr(config, "idle_layers") and (idle := config.idle_layers(base_of(model))):
         notes.append(idle)
@@ -310,8 +318,9 @@ def with_initial_ranks(planned: Plan, started: Mapping[str, Any], config: PeftCo
              for p in planned.sites]  # fmt: skip
     notes = (started["told"], *(note for note in planned.notes if not note.startswith(_RANKS_OF)))
     if getattr(config, "budget", None) is None:
-        initial = sum(p.trainable_params for p in sites)
-        params, schedule = _predicted([p.site for p in sites], ranks, initial, horizon, **methods)
+        beside = int(planned.params["initial"]) - sum(p.trainable_params for p in planned.sites)
+        initial = sum(p.trainable_params for p in sites) + beside
+        params, schedule = _predicted([p.site for p in sites], ranks, initial, horizon, **methods, beside=beside)
         planned = replace(planned, params=params, schedule=schedule)
     return replace(planned, sites=tuple(sites), notes=notes, settings={**planned.settings, "start": dict(started)})
 
@@ -355,12 +364,13 @@ def _predicted(
     rank: Any,
     freeze: Any,
     rank_params: int | None = None,
+    **more: int,
 ) -> tuple[dict[str, float], tuple[dict[str, Any], ...]]:
     """Parameters and schedule of a run; those of its start where its length is not known."""
     if horizon is None:
         return _constant(initial), ()
     length = horizon.total_steps, horizon.steps_per_epoch
-    found = figures(sites, ranks, rank, freeze, *length, rank_params)
+    found = figures(sites, ranks, rank, freeze, *length, rank_params, **more)
     params = {
         "initial": found.initial,
         "final": round(found.final),
@@ -468,6 +478,24 @@ def _head_params(model: nn.Module, config: PeftConfig) -> int:
     wanted = {*(getattr(config, "modules_to_save", None) or ()), *HEADS.get(task_type, ())}
     inside = [module for name, module in model.named_modules() if name in wanted or name.rpartition(".")[2] in wanted]
     return sum(p.numel() for p in {id(p): p for module in inside for p in module.parameters()}.values())
+
+
+def _vectors(config: PeftConfig) -> int:
+    """How many of ``out`` each train at every site beside its ranks."""
+    return sum(bool(getattr(config, name, False)) for name in ("use_dora", "lora_bias"))
+
+
+def _token_params(model: nn.Module, config: PeftConfig) -> int:
+    """What trains of embeddings, row by row."""
+    tokens = getattr(config, "trainable_token_indices", None) or {}
+    if not isinstance(tokens, dict):
+        return len(tokens) * model.get_input_embeddings().weight.shape[1]  # type: ignore[operator, union-attr]
+    return sum(
+        len(rows) * module.weight.shape[1]  # type: ignore[union-attr, index]
+        for key, rows in tokens.items()
+        for name, module in model.named_modules()
+        if f".{name}".endswith(f".{key}")
+    )
 
 
 def _roles(model: nn.Module, config: PeftConfig) -> set[str]:
