@@ -150,6 +150,15 @@ def test_a_model_and_the_config_that_peft_would_get_make_a_plan():
     assert made.optimizer_bytes == 8 * made.params["initial"]  # two float32 moments of AdamW
 
 
+def test_packed_texts_meet_a_budget_once_they_are_cut_into_rows(tmp_path):
+    file = write_jsonl(tmp_path / "t.jsonl", [{"text": "a b c"}] * 3)
+    text = {"model": {"config": tiny_config("llama").to_dict()}, "task": "text", "data": {"train": file}}
+    made = trimtab.plan({**text, "rank": "adalora", "budget": {"final_params": 300}})
+    assert any("texts are cut into rows with the tokenizer at hand" in note for note in made.notes)
+    with pytest.raises(BudgetError, match="needs"):
+        trimtab.plan({**text, "budget": {"final_params": 300}})
+
+
 @pytest.mark.parametrize("more", [
     {"use_dora": True}, {"lora_bias": True}, {"trainable_token_indices": [1, 2]},
     {"trainable_token_indices": {"embed_tokens": [1, 2], "lm_head": [1]}, "rank": trimtab.AdaLoRA(target_r=2)},

@@ -104,10 +104,12 @@ def plan_recipe(
             rows = rows_known(task, load_rows(recipe, task))
     notes: list[str] = []
     horizon = horizon or horizon_of(recipe, rows)
+    is_packed = horizon is None and recipe.data.has_own and not getattr(task, "counts_rows", True)
     if horizon is None and task is not None:
+        cure = "texts are cut into rows with the tokenizer at hand" if is_packed else "give data.train"
         notes.append(
             "the number of training rows is not known here, so the schedule has no steps yet "
-            "(give data.train, or train.max_steps)"
+            f"({cure}, or train.max_steps)"
         )
     model_config = models.load_config(model_spec(recipe), task)
     auto_class = task.auto_class if task else auto_class_of(model_config)
@@ -115,7 +117,8 @@ def plan_recipe(
     task_type = task.task_type if task else None
     # A pretrained language model has no head for these tasks: without its weights, all outside the backbone is new.
     head = _outside_backbone(model) if task_type in HEADS else ()
-    recipe = with_layer_ratio(recipe, model, horizon, task_type, head)
+    if not is_packed or not (recipe.rank or recipe.freeze):  # else the budget is met once the rows are cut
+        recipe = with_layer_ratio(recipe, model, horizon, task_type, head)
     choice = _where_without_data(recipe, model, notes, task_type, head)
     peft_config = adapter_config(recipe, model, where=choice, task_type=task_type, modules_to_save=head)
     made = plan_of_run(recipe, model, peft_config, horizon, rows)
