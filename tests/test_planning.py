@@ -159,6 +159,15 @@ def test_packed_texts_meet_a_budget_once_they_are_cut_into_rows(tmp_path):
         trimtab.plan({**text, "budget": {"final_params": 300}})
 
 
+@pytest.mark.parametrize("where, left", [
+    ({"method": "first"}, 4), ({"method": "cka"}, 3), ({"method": "cka", "exclude": [1, 2]}, 1),
+    ({"method": "influence", "exclude": {"encoder.layer": [1, 2, 3]}}, 1),
+])  # fmt: skip
+def test_a_budget_chooses_no_more_layers_than_may_be_chosen(where, left):
+    made = trimtab.plan({**TINY, "where": where, "budget": {"final_params": 10_000}})
+    assert len({site.site.block for site in made.sites}) == left
+
+
 @pytest.mark.parametrize("more", [
     {"use_dora": True}, {"lora_bias": True}, {"trainable_token_indices": [1, 2]},
     {"trainable_token_indices": {"embed_tokens": [1, 2], "lm_head": [1]}, "rank": trimtab.AdaLoRA(target_r=2)},

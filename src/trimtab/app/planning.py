@@ -197,15 +197,17 @@ def with_layer_ratio(
         return recipe
     config = adapter_config(recipe, model, task_type=task_type, modules_to_save=modules_to_save)
     sites = find_sites(model, config)
-    depth = max(sum(1 for _ in group) for group in _blocks(sites).values())
-    # CKA may have to leave out a first layer that sees the same vector in every row.
-    most = 1 - 1 / depth if recipe.where.method == "cka" and depth > 1 else 1.0
+    blocks = _blocks(sites)
+    least = 1 / max(map(len, blocks.values()))
+    shares = {n / len(layers) for layers in blocks.values() for n in range(1, len(layers) + 1)}
+    free_of = {path: len(layers - _excluded(recipe.where, path)) for path, layers in blocks.items()}
+    fit = [s for s in shares if all(math.floor(s * len(blocks[p]) + 1e-9) <= n for p, n in free_of.items())]
     choice = solve(
         budget,
         sites,
         {site.name: site_rank(site, config) for site in sites},
         **settings_of(recipe),
-        ratio=(1 / depth, most),
+        ratio=(least, max(fit, default=least)),
         total_steps=horizon.total_steps,
         steps_per_epoch=horizon.steps_per_epoch,
         free=free,
@@ -213,6 +215,14 @@ def with_layer_ratio(
         beside=_token_params(model, config),
     )
     return recipe.model_copy(update={"where": recipe.where.model_copy(update={"ratio": choice.ratio})})
+
+
+def _excluded(where: recipes.Where, path: str) -> set[int]:
+    """Layers of a stack that are not to be chosen. CKA may have to leave out a first one, too, that sees the same
+    vector in every row."""
+    given = where.exclude
+    own = set() if given == "auto" else set(given.get(path, ()) if isinstance(given, dict) else given)
+    return own | {0} if where.method == "cka" else own
 
 
 def _blocks(sites: list[Site]) -> dict[str, set[int]]:
