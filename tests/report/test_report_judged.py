@@ -134,6 +134,13 @@ def test_the_worst_row_is_the_one_whose_own_class_was_thought_least_likely() -> 
     assert found[0]["predicted"] == "good" and found[0]["text"].endswith(" …") and len(found[0]["text"]) <= 301
 
 
+@pytest.mark.parametrize(("is_packed", "n"), [(True, 3), (True, 1), (False, 4)])
+def test_of_rows_that_were_packed_or_left_out_none_is_called_the_worst(is_packed: bool, n: int) -> None:
+    kept = {"answer_loss": [3.0, 9.0, 1.0], "tokens": [1.0] * 3, "right": [0.0] * 3}
+    rows = Dataset.from_dict({"messages": [[{"role": "assistant", "content": "a"}]] * n})
+    assert judging.worst(SimpleNamespace(counts_rows=not is_packed), kept, rows) == []
+
+
 def test_a_secret_on_the_command_line_is_not_kept() -> None:
     assert (
         about.hidden("trimtab run r.yaml train.hub_token=hf_x seed=1") == "trimtab run r.yaml train.hub_token=… seed=1"

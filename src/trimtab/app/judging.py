@@ -39,6 +39,7 @@ def worst(task: Any, kept: Mapping[str, Any], rows: Dataset) -> list[dict[str, A
 
     Args:
         kept: what the task's `row_scores` gave, in lists.
+        rows: as they were read.
     """
     if kept.get("classes"):
         bad = [1 - p for p in kept.get("probability", ())]
@@ -48,6 +49,8 @@ def worst(task: Any, kept: Mapping[str, Any], rows: Dataset) -> list[dict[str, A
         bad = [loss / max(n, 1) for loss, n in zip(kept["answer_loss"], kept["tokens"])]
     else:
         return []
+    if len(bad) != len(rows) or not getattr(task, "counts_rows", True):
+        return []  # rows were left out, or packed: which of these is which of those is not known
     found = []
     for i in sorted(range(len(bad)), key=lambda i: -bad[i])[:WORST]:
         told = _row_text(task, rows[i])
