@@ -2,7 +2,8 @@
 
 What counts: the adapter's parameters. A rank of a site costs ``in + out`` for its row of A and column of B,
 and 1 more where there is a rank diagonal ``e``; an output diagonal ``b`` costs ``out``, as DoRA's magnitudes and
-LoRA's biases do; tokens that train count, too. Heads and other saved modules do not. Diagonals that are at rest until their site's first freeze count from then on.
+LoRA's biases do; tokens that train count, too. Heads and other saved modules do not. Diagonals that are at
+rest until their site's first freeze count from then on.
 
 ``final_params``    what the adapter holds when training ends, before the diagonals are folded in. A frozen
                     projection is part of it: freezing saves work, not size.

@@ -270,8 +270,8 @@ def plan_model(model: nn.Module, config: PeftConfig, horizon: Horizon | None = N
         costs = {site.name: ranks[site.name] + site.out_features for site in sites}
         params, schedule = _constant(sum(costs.values())), tuple[dict[str, Any], ...]()
     else:
-        methods = {axis: getattr(config, axis, None) for axis in ("rank", "freeze")}
-        more = {"vectors": _vectors(config), "beside": _token_params(model, config)}
+        methods: dict[str, Any] = {axis: getattr(config, axis, None) for axis in ("rank", "freeze")}
+        more: dict[str, Any] = {"vectors": _vectors(config), "beside": _token_params(model, config)}
         budget, rank_params = getattr(config, "budget", None), None
         if budget is not None and horizon is not None:
             choice = solve(
@@ -326,7 +326,8 @@ def with_initial_ranks(planned: Plan, started: Mapping[str, Any], config: PeftCo
         planned: that of the ranks in the config.
         started: `trimtab.train.initialize.Started` as JSON.
     """
-    ranks, methods = started["ranks"], {axis: getattr(config, axis, None) for axis in ("rank", "freeze")}
+    ranks = started["ranks"]
+    methods: dict[str, Any] = {axis: getattr(config, axis, None) for axis in ("rank", "freeze")}
     sites = [replace(p, r=ranks[p.site.name], trainable_params=initial_params(p.site, ranks[p.site.name], **methods))
              for p in planned.sites]  # fmt: skip
     notes = (started["told"], *(note for note in planned.notes if not note.startswith(_RANKS_OF)))
@@ -377,7 +378,7 @@ def _predicted(
     rank: Any,
     freeze: Any,
     rank_params: int | None = None,
-    **more: int,
+    **more: Any,
 ) -> tuple[dict[str, float], tuple[dict[str, Any], ...]]:
     """Parameters and schedule of a run; those of its start where its length is not known."""
     if horizon is None:

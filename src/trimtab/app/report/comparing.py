@@ -375,9 +375,7 @@ def _table(rows: list[CompareRow], groups: list[list[RunFolder]], baseline: str 
     scored = [i for i, row in enumerate(rows) if row.score is not None]
     sets = {rows[i].scored_on for i in scored}
     # Mean, and of equal means the first: who leads, and whom the others are held against.
-    tops = {
-        one: max((i for i in scored if rows[i].scored_on == one), key=lambda i: _merit(rows[i])) for one in sets
-    }
+    tops = {one: max((i for i in scored if rows[i].scored_on == one), key=lambda i: _merit(rows[i])) for one in sets}
     runs = [_scores(row, group) for row, group in zip(rows, groups)]
     compared = []
     for i, row in enumerate(rows):
