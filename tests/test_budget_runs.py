@@ -21,6 +21,7 @@ AFLORA = AFLoRA(warmup=4, final=12, interval_steps=2, rule="tensor_rank")
         slow(Budget(average_params=7000), {"freeze": AFLORA}),
         slow(Budget(average_params=9500), {"rank": SALIENT}),
         (Budget(average_params=6000), {"rank": SALIENT, "freeze": AFLORA}),
+        (Budget(final_params=9000), {"rank": SALIENT, "trainable_token_indices": [1, 2, 3]}),
     ],
 )
 def test_the_measured_figure_is_at_most_the_budget_and_nearly_all_of_it(tmp_path, budget, methods):

@@ -3,14 +3,16 @@
 import json
 from pathlib import Path
 
+import peft
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import trimtab
 from tasks.stand_ins import tiny_config, write_jsonl
 from trimtab.app import planning, recipe
 from trimtab.app.models import meta_model
 from trimtab.errors import BudgetError, ConfigError, ModelError
+from trimtab.host.adapted import adapter_parameters
 from trimtab.plans import Plan
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -148,9 +150,40 @@ def test_a_model_and_the_config_that_peft_would_get_make_a_plan():
     assert made.optimizer_bytes == 8 * made.params["initial"]  # two float32 moments of AdamW
 
 
+def test_packed_texts_meet_a_budget_once_they_are_cut_into_rows(tmp_path):
+    file = write_jsonl(tmp_path / "t.jsonl", [{"text": "a b c"}] * 3)
+    text = {"model": {"config": tiny_config("llama").to_dict()}, "task": "text", "data": {"train": file}}
+    made = trimtab.plan({**text, "rank": "adalora", "budget": {"final_params": 300}})
+    assert any("texts are cut into rows with the tokenizer at hand" in note for note in made.notes)
+    with pytest.raises(BudgetError, match="needs"):
+        trimtab.plan({**text, "budget": {"final_params": 300}})
+
+
+@pytest.mark.parametrize("where, left", [
+    ({"method": "first"}, 4), ({"method": "cka"}, 3), ({"method": "cka", "exclude": [1, 2]}, 1),
+    ({"method": "influence", "exclude": {"encoder.layer": [1, 2, 3]}}, 1),
+])  # fmt: skip
+def test_a_budget_chooses_no_more_layers_than_may_be_chosen(where, left):
+    made = trimtab.plan({**TINY, "where": where, "budget": {"final_params": 10_000}})
+    assert len({site.site.block for site in made.sites}) == left
+
+
+@pytest.mark.parametrize("more", [
+    {"use_dora": True}, {"lora_bias": True}, {"trainable_token_indices": [1, 2]},
+    {"trainable_token_indices": {"embed_tokens": [1, 2], "lm_head": [1]}, "rank": trimtab.AdaLoRA(target_r=2)},
+])  # fmt: skip
+def test_all_that_peft_trains_beside_the_projections_is_counted(more):
+    config = trimtab.TrimConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", **more)
+    made = trimtab.plan(meta_model(tiny_config("llama"), "AutoModelForCausalLM"), config, total_steps=10)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_config(tiny_config("llama")), config)
+    assert made.params["initial"] == sum(p.numel() for p in adapter_parameters(model))
+
+
 def test_a_budget_that_is_not_met_is_refused_with_the_number_needed():
     with pytest.raises(BudgetError, match="needs 2048"):
         trimtab.plan({**TINY, "budget": {"final_params": 2000}})
+    with pytest.raises(BudgetError, match="needs 2176"):
+        trimtab.plan({**TINY, "adapter": {"use_dora": True}, "budget": {"final_params": 2048}})
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,13 @@ def test_a_mask_keeps_its_leading_zeros(text, mask):
     assert load("where.method=mask", f"where.mask={text}").where.mask == mask
 
 
+def test_a_section_and_what_is_below_it_may_be_given_in_any_order():
+    given = ("freeze=aflora", "freeze.final=0.5", "where=first", "where.ratio=0.25")
+    for texts in (given, given[::-1]):
+        made = load(*texts)
+        assert made.freeze.options == {"final": 0.5} and (made.where.method, made.where.ratio) == ("first", 0.25)
+
+
 def test_the_resolved_recipe_loads_as_itself(tmp_path):
     (tmp_path / "train.csv").write_text("a,b\n")
     (tmp_path / "model.json").write_text("{}")

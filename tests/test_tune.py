@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
 
-from tasks.stand_ins import write_jsonl
+from tasks.stand_ins import byte_model, byte_tokenizer, write_jsonl
 from test_cli import one_line_error
 from test_run import write_recipe
 from trimtab.app import recipe as recipes
@@ -71,11 +71,37 @@ def test_what_cannot_be_searched_over_is_one_line(recipe, tmp_path, settings, sa
     assert not (tmp_path / "out" / "trials").exists()
 
 
+def text_recipe(folder, **sections):
+    """Three texts, of which two are trained on: some 40 rows of 32 tokens."""
+    byte_model(max_position_embeddings=64).save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    file = write_jsonl(folder / "t.jsonl", [{"text": "the cat sat on a mat " * 30}] * 3)
+    task, train = {"name": "text", "max_length": 32}, {"num_train_epochs": 5, "learning_rate": 1e-3, "use_cpu": True}
+    made = {"model": str(folder / "model"), "task": task, "data": {"train": file}, "train": train, **sections}
+    (folder / "recipe.yaml").write_text(json.dumps(made))
+    return folder / "recipe.yaml"
+
+
+def test_packed_texts_are_not_counted_as_rows_before_they_are_cut(tmp_path):
+    recipe = text_recipe(tmp_path, freeze={"method": "aflora", "warmup": 8, "final": 10})
+    search = tune._laid_out(str(recipe), ["adapter.r=2,4"], tmp_path / "out")
+    tune._check(search)  # two texts would be five steps, in which this schedule has no place
+    assert [trial.total_steps for trial in search.trials] == [None, None]
+
+
 def test_a_loss_over_tokens_is_not_compared_across_tokenizers(tmp_path):
     file = write_jsonl(tmp_path / "t.jsonl", [{"prompt": "a", "completion": "b"}] * 8)
     path = tmp_path / "r.yaml"
     path.write_text(json.dumps({"model": "some/model", "task": "instruct", "data": {"train": str(file)}}))
     assert "a mean over tokens" in one_line_error("tune", path, "task.max_length=64,128")
+    path.write_text(json.dumps({"model": "some/model", "task": "text", "data": {"train": str(file)}}))
+    for key in ("task.max_length=64,128", "model=some/model,other/model", "task.pack=true,false"):
+        assert "cannot be searched over by perplexity, a mean over tokens" in one_line_error("tune", path, key)
+
+
+def test_the_dtype_of_a_model_changes_no_tokens(tmp_path):
+    search = tune._laid_out(str(text_recipe(tmp_path)), ["model.dtype=float32,bfloat16"], tmp_path / "out")
+    assert search.keys == ["model.dtype"] and search.metric == "perplexity"
 
 
 def test_a_change_in_any_file_of_a_folder_or_a_pattern_is_seen(tmp_path):
@@ -215,6 +241,17 @@ def test_a_trial_that_diverged_is_not_chosen(recipe, tmp_path):
     assert found.best.settings == {"adapter.r": 4} and "1 of 2 trials diverged" in found.notes[0]
     with pytest.raises(tune.SearchError, match="no trial ended with a finite score"):
         searched(recipe, tmp_path / "none", ["adapter.r=2,4"], [(nan, nan), (nan, nan)])
+
+
+def test_what_is_said_of_a_choice_leaves_out_settings_of_which_a_seed_diverged(recipe, tmp_path):
+    nan = float("nan")
+    found = searched(recipe, tmp_path, ["adapter.r=2,4", "seed=5,6"], [(0.9,), (nan, nan), (0.5,), (0.6,)])
+    assert found.best.settings == {"adapter.r": 4} and not any("0.9" in note for note in found.notes)
+
+
+def test_values_that_read_alike_have_folders_of_their_own(recipe, tmp_path):
+    search = tune._laid_out(str(recipe), ["adapter.target_modules=[query],query"], tmp_path)
+    assert len({trial.folder.path for trial in search.trials}) == 2
 
 
 def test_trials_scored_on_different_rows_are_not_ranked(recipe, tmp_path):

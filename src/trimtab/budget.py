@@ -1,8 +1,9 @@
 """One number over all axes: how many parameters the adapter may train, at the end or on average.
 
 What counts: the adapter's parameters. A rank of a site costs ``in + out`` for its row of A and column of B,
-and 1 more where there is a rank diagonal ``e``; an output diagonal ``b`` costs ``out``. Heads and other
-saved modules do not count. Diagonals that are at rest until their site's first freeze count from then on.
+and 1 more where there is a rank diagonal ``e``; an output diagonal ``b`` costs ``out``, as DoRA's magnitudes and
+LoRA's biases do; tokens that train count, too. Heads and other saved modules do not. Diagonals that are at
+rest until their site's first freeze count from then on.
 
 ``final_params``    what the adapter holds when training ends, before the diagonals are folded in. A frozen
                     projection is part of it: freezing saves work, not size.
@@ -136,6 +137,10 @@ class Layout:
     freeze: FreezeSettings | None
     total_steps: int
     steps_per_epoch: int | None
+    vectors: int = 0
+    """Of ``out`` each, how many train at every site beside its ranks: DoRA's magnitude, LoRA's bias."""
+    beside: int = 0
+    """Adapter parameters at no site, which train to the end: tokens."""
 
     @property
     def has_b(self) -> bool:
@@ -168,7 +173,7 @@ class Layout:
 
     @cached_property
     def output_params(self) -> int:
-        return sum(site.out_features for site in self.sites) if self.has_b else 0
+        return sum(site.out_features for site in self.sites) * (self.has_b + self.vectors)
 
     @cached_property
     def diagonal_share(self) -> float:
@@ -225,15 +230,15 @@ class Layout:
         for s, value in levels:
             resting = _at(shares, s) ** 2
             e_params, b_params = _at(rank, s) * self.diagonal_share, self.output_params
-            curve.append((s, value + e_params * (1 - e * resting) + b_params * (1 - b * resting)))
+            curve.append((s, value + e_params * (1 - e * resting) + b_params * (1 - b * resting) + self.beside))
         closed = None
         if len(rank) == 1 and not (self.freeze is not None and self.freeze.rests):
             fraction = 1.0
             if self.freeze is not None:
                 fraction = self.freeze.average_fraction(self.total_steps, self.steps_per_epoch, closed_form=True)
-            closed = levels[0][1] * fraction + sum(self.ranks) * self.has_e + self.output_params
+            closed = levels[0][1] * fraction + sum(self.ranks) * self.has_e + self.output_params + self.beside
         average = sum_over(curve, self.total_steps) / self.total_steps
-        size = round(rank[-1][1]) + self.output_params
+        size = round(rank[-1][1]) + self.output_params + self.beside
         return Figures(round(curve[0][1]), curve[-1][1], size, average, closed, tuple(curve))
 
     def _shares(self) -> Curve:
@@ -259,6 +264,9 @@ def figures(
     total_steps: int,
     steps_per_epoch: int | None = None,
     rank_params: int | None = None,
+    *,
+    vectors: int = 0,
+    beside: int = 0,
 ) -> Figures:
     """Predicted adapter parameters of a run: initial, final, average.
 
@@ -268,8 +276,9 @@ def figures(
         rank, freeze: settings of the methods, or None.
         total_steps, steps_per_epoch: length of the run in optimizer steps.
         rank_params: what the ranks may cost in the end, where a budget decides instead of ``target_r``.
+        vectors, beside: what trains beside the ranks; see `Layout`.
     """
-    return _layout(sites, r, rank, freeze, total_steps, steps_per_epoch).figures(rank_params)
+    return _layout(sites, r, rank, freeze, total_steps, steps_per_epoch, vectors, beside).figures(rank_params)
 
 
 def solve(
@@ -283,6 +292,8 @@ def solve(
     total_steps: int,
     steps_per_epoch: int | None = None,
     free: Collection[str] = FREE,
+    vectors: int = 0,
+    beside: int = 0,
 ) -> Choice:
     """Choose the free settings so that the run meets the budget, as closely below it as they allow.
 
@@ -296,13 +307,14 @@ def solve(
         total_steps, steps_per_epoch: length of the run in optimizer steps.
         free: which of `FREE` may be chosen; ``target_r`` that is not free is met as a cost, that of this
             rank at every site.
+        vectors, beside: what trains beside the ranks; see `Layout`.
     Raises:
         ConfigError: a method that cannot be held to a budget.
         BudgetError: no choice meets it; the message names the smallest number that can be met.
     """
     key, limit = _the_one(budget)
     _check_methods(rank, freeze, total_steps, steps_per_epoch)
-    all_layers = _layout(sites, r, rank, freeze, total_steps, steps_per_epoch)
+    all_layers = _layout(sites, r, rank, freeze, total_steps, steps_per_epoch, vectors, beside)
     task = _Task(key, limit, frozenset(free))
     if ratio is None:
         return task.solved(all_layers, None, {}, [])
@@ -333,7 +345,7 @@ class _Task:
         if self.is_average:
             return layout.figures(rank_params).average
         held = layout.initial_rank_params if rank_params is None else rank_params
-        return held + layout.output_params
+        return held + layout.output_params + layout.beside
 
     def rank_is_free(self, layout: Layout) -> bool:
         return layout.rank is not None and "rank.target_r" in self.free
@@ -525,11 +537,13 @@ def _layout(
     freeze: FreezeSettings | None,
     total_steps: int,
     steps_per_epoch: int | None,
+    vectors: int,
+    beside: int,
 ) -> Layout:
     if not sites:
         raise ConfigError("target_modules", None, "a budget needs at least one adapted site")
     ranks = tuple(r if isinstance(r, int) else r[site.name] for site in sites)
-    return Layout(tuple(sites), ranks, rank, freeze, total_steps, steps_per_epoch)
+    return Layout(tuple(sites), ranks, rank, freeze, total_steps, steps_per_epoch, vectors, beside)
 
 
 def _with_ramp(layout: Layout, k: int) -> Layout:
@@ -565,7 +579,8 @@ def _restricted(layout: Layout, layers: dict[str, int]) -> Layout:
     for site, r in zip(layout.sites, layout.ranks):
         if site.stack is not None and site.block is not None:
             place = site.stack, site.block
-            cost[place] = cost.get(place, 0) + r * layout.costs[site.name] + site.out_features * layout.has_b
+            own = r * layout.costs[site.name] + site.out_features * (layout.has_b + layout.vectors)
+            cost[place] = cost.get(place, 0) + own
     kept: set[tuple[str | None, int | None]] = set()
     for stack, n in layers.items():
         blocks = sorted((place for place in cost if place[0] == stack), key=lambda place: (-cost[place], place[1]))

@@ -14,6 +14,7 @@ import synthetic_runs as runs
 from trimtab.app.report import compare, pairing
 from trimtab.app.report.compare_page import pareto_front
 from trimtab.app.report.comparing import names_of
+from trimtab.app.report.data import load
 from trimtab.app.tasks import classification
 from trimtab.errors import ConfigError, DataError
 
@@ -94,6 +95,19 @@ def test_a_seed_without_a_score_is_left_out_of_the_mean_and_said(tmp_path: Path)
     table = compare([*folders, other])
     assert table.rows[0].scores == [0.5, None, 0.7] and table.rows[0].score == pytest.approx(0.6)
     assert table.notes == ["`where=all`: no score from s1 (not a number)."]
+
+
+def test_a_seed_that_was_stopped_takes_nothing_from_one_that_has_ended(tmp_path: Path) -> None:
+    """It knows no headline metric, and has pruned nothing yet."""
+    asks = {"task": {"name": "glue/cola", "metric": "matthews_correlation"}}
+    evaluated = {"event": "eval", "step": 10, "metrics": {"eval_loss": 1.0, "eval_accuracy": 0.9}}
+    history = [{"event": "params", "step": 0, "trainable": 9000}, evaluated]
+    for name, recipe in (("a", runs.recipe()), ("b", runs.recipe() | asks)):
+        stopped = runs.write_run(tmp_path / name / "s0", recipe=recipe, history=history)
+        ended = runs.write_run(tmp_path / name / "s1", recipe={**recipe, "seed": 1}, metrics=runs.metrics(1, 0.5))
+        [row] = (table := compare([stopped, ended])).rows
+        assert table.metric == "matthews_correlation" and row.scores == [None, 0.5]
+        assert row.params == {"initial": 1000, "final": 500, "average": 700}
 
 
 def seeds(folder: Path, scores: list[float], **more: object) -> list[Path]:
@@ -283,6 +297,23 @@ def test_lower_is_better_for_a_loss(tmp_path: Path) -> None:
         runs.write_run(tmp_path / "b", recipe=runs.recipe(where=CKA), metrics=b),
     ]
     assert compare(folders).finding.startswith("`where=cka` has the lowest perplexity, 7")
+
+
+def test_which_way_is_better_is_asked_of_each_metric_on_its_own(tmp_path: Path) -> None:
+    losses = {"metric": "perplexity", "metrics": {"eval_perplexity": 7.0}, "greater_is_better": False}
+    other = {**runs.recipe(), "task": {"name": "text"}}
+    text = runs.write_run(tmp_path / "c", recipe=other, metrics={**runs.metrics(), "task": "text", **losses})
+    low, high = seeds(tmp_path / "a", [0.7, 0.71, 0.7]), seeds(tmp_path / "b", [0.9, 0.91, 0.9], where=CKA)
+    found = {row.name: row.difference for row in compare([*low, *high, text]).rows}
+    assert [d and round(d.mean, 2) for d in found.values()] == [-0.2, None, None]
+
+
+def test_a_task_says_which_way_its_own_metric_is_better(tmp_path: Path) -> None:
+    history = [{"event": "eval", "step": s, "metrics": {"eval_edits": v}} for s, v in ((10, 3.0), (20, 5.0))]
+    made = {"metric": "edits", "metrics": {"edits": 5.0}, "greater_is_better": False}
+    a = runs.write_run(tmp_path / "a", recipe=runs.recipe(), metrics={**runs.metrics(), **made}, history=history)
+    score = load(a).score
+    assert score is not None and score.finding.endswith("best 3 at step 10")
 
 
 def test_markdown_is_a_github_table_with_the_best_in_bold(tmp_path: Path) -> None:

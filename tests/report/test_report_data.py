@@ -206,6 +206,13 @@ def test_budget_begins_with_the_ranks_at_the_start_and_ends_where_it_falls_no_mo
     assert at_once.finding == "The budget fell from 8 to 3 ranks at step 10, and was met"
 
 
+def test_ranks_are_not_held_against_a_budget_of_parameters(tmp_path: Path) -> None:
+    recipe = runs.recipe() | {"budget": {"final_params": 48}}
+    found = load(folder(tmp_path, ranks(10, 4, 2, budget=96), ranks(30, 2, 1, budget=48), recipe=recipe)).budget
+    assert found is not None and found.finding == "Total rank fell from 6 to 3, under a budget of parameters"
+    assert (found.budget, found.kept) == ([None, None], [6, 3])
+
+
 def test_prunes_are_counted_from_the_rank_at_the_start_and_masks_are_none(tmp_path: Path) -> None:
     start = {"event": "params", "step": 0, "trainable": 128, "total_rank": 8}
     history = [
@@ -340,6 +347,9 @@ def test_a_run_that_only_wrote_its_recipe_has_a_report(tmp_path: Path) -> None:
 def test_an_aborted_run_shows_its_last_evaluation(tmp_path: Path) -> None:
     report = load(folder(tmp_path, log(10, 0.5), evaluation(10, accuracy=0.8)))
     assert (report.header.metric, report.header.score, report.header.is_finished) == ("accuracy", 0.8, False)
+    asks = runs.recipe() | {"task": {"name": "text_classification", "metric": "f1_macro"}}
+    header = load(folder(tmp_path, evaluation(10, accuracy=0.8, f1_macro=0.6), recipe=asks)).header
+    assert (header.metric, header.score) == ("f1_macro", 0.6)
 
 
 def test_an_empty_history_has_no_charts(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from datasets import Dataset, DatasetDict
 from trimtab.app import about, judging
 from trimtab.app.report import load, troubles, write
 from trimtab.app.report.comparing import table_of_runs
+from trimtab.app.report.runfolder import read
 from trimtab.app.storage import alone
 from trimtab.app.tasks import get_task
 
@@ -132,6 +134,21 @@ def test_the_worst_row_is_the_one_whose_own_class_was_thought_least_likely() -> 
     found = judging.worst(task, kept, Dataset.from_dict({"t": ["a", "b " * 400, "c"], "y": [0, 0, 0]}))
     assert [row["row"] for row in found] == [2, 3, 1]
     assert found[0]["predicted"] == "good" and found[0]["text"].endswith(" …") and len(found[0]["text"]) <= 301
+
+
+@pytest.mark.parametrize(("method", "steps", "says"), [
+    ("aflora", 8, "it ended at step 8 of 48"),
+    ("aflora", 48, "try a smaller freeze.interval_steps"),
+    ("grades", 48, "try a larger freeze.tau"),
+])  # fmt: skip
+def test_a_run_in_which_nothing_froze_is_told_why_by_its_own_method(
+    method: str, steps: int, says: str, tmp_path: Path
+) -> None:
+    plan = replace(runs.plan(), settings={"total_steps": 48})
+    history = [{"event": "params", "step": steps, "trainable": 8}]
+    recipe = runs.recipe(freeze={"method": method})
+    run = runs.write_run(tmp_path, recipe=recipe, plan=plan, history=history, metrics=runs.metrics())
+    assert any("no projection ever froze" in told and told.endswith(says) for told in troubles.troubles(read(run)))
 
 
 def test_a_secret_on_the_command_line_is_not_kept() -> None:

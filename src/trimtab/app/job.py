@@ -14,7 +14,7 @@ from . import models, trainer_settings
 from .planning import horizon_of, model_spec, plan_recipe, with_layer_ratio
 from .recipe import Recipe
 from .report.words import count
-from .rows import load_rows
+from .rows import load_rows, rows_known
 from .screen import Screen
 from .trainer import training_arguments
 
@@ -73,8 +73,7 @@ def load(recipe: Recipe, screen: Screen, task: Task | None = None, *, with_rows:
         training_arguments(recipe, task, Path())  # before rows and weights are read
         rows = load_rows(recipe, task) if with_rows or not knows_classes(task) else DatasetDict()
         if "train" in rows:
-            n = len(rows["train"]) if getattr(task, "counts_rows", True) else None
-            plan_recipe(recipe, horizon_of(recipe, n), task)
+            plan_recipe(recipe, horizon_of(recipe, rows_known(task, rows)), task)
         bar.say("model")
         tokenizer = models.load_tokenizer(spec, task)
         set_seed(recipe.seed)  # a new head is drawn here

@@ -28,7 +28,7 @@ from .peft_config import (
 )
 from .recipe import Recipe
 from .report.words import count
-from .rows import load_rows, rows_on_the_hub
+from .rows import load_rows, rows_known, rows_on_the_hub
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -101,14 +101,15 @@ def plan_recipe(
         task = get_task(recipe.task.model_dump())
         rows = rows_on_the_hub(recipe, task)
         if recipe.data.has_own:  # some tasks learn their labels here
-            n = len(load_rows(recipe, task)["train"])
-            rows = n if getattr(task, "counts_rows", True) else None
+            rows = rows_known(task, load_rows(recipe, task))
     notes: list[str] = []
     horizon = horizon or horizon_of(recipe, rows)
+    is_packed = horizon is None and recipe.data.has_own and not getattr(task, "counts_rows", True)
     if horizon is None and task is not None:
+        cure = "texts are cut into rows with the tokenizer at hand" if is_packed else "give data.train"
         notes.append(
             "the number of training rows is not known here, so the schedule has no steps yet "
-            "(give data.train, or train.max_steps)"
+            f"({cure}, or train.max_steps)"
         )
     model_config = models.load_config(model_spec(recipe), task)
     auto_class = task.auto_class if task else auto_class_of(model_config)
@@ -116,7 +117,8 @@ def plan_recipe(
     task_type = task.task_type if task else None
     # A pretrained language model has no head for these tasks: without its weights, all outside the backbone is new.
     head = _outside_backbone(model) if task_type in HEADS else ()
-    recipe = with_layer_ratio(recipe, model, horizon, task_type, head)
+    if not is_packed or not (recipe.rank or recipe.freeze):  # else the budget is met once the rows are cut
+        recipe = with_layer_ratio(recipe, model, horizon, task_type, head)
     choice = _where_without_data(recipe, model, notes, task_type, head)
     peft_config = adapter_config(recipe, model, where=choice, task_type=task_type, modules_to_save=head)
     made = plan_of_run(recipe, model, peft_config, horizon, rows)
@@ -195,20 +197,32 @@ def with_layer_ratio(
         return recipe
     config = adapter_config(recipe, model, task_type=task_type, modules_to_save=modules_to_save)
     sites = find_sites(model, config)
-    depth = max(sum(1 for _ in group) for group in _blocks(sites).values())
-    # CKA may have to leave out a first layer that sees the same vector in every row.
-    most = 1 - 1 / depth if recipe.where.method == "cka" and depth > 1 else 1.0
+    blocks = _blocks(sites)
+    least = 1 / max(map(len, blocks.values()))
+    shares = {n / len(layers) for layers in blocks.values() for n in range(1, len(layers) + 1)}
+    free_of = {path: len(layers - _excluded(recipe.where, path)) for path, layers in blocks.items()}
+    fit = [s for s in shares if all(math.floor(s * len(blocks[p]) + 1e-9) <= n for p, n in free_of.items())]
     choice = solve(
         budget,
         sites,
         {site.name: site_rank(site, config) for site in sites},
         **settings_of(recipe),
-        ratio=(1 / depth, most),
+        ratio=(least, max(fit, default=least)),
         total_steps=horizon.total_steps,
         steps_per_epoch=horizon.steps_per_epoch,
         free=free,
+        vectors=_vectors(config),
+        beside=_token_params(model, config),
     )
     return recipe.model_copy(update={"where": recipe.where.model_copy(update={"ratio": choice.ratio})})
+
+
+def _excluded(where: recipes.Where, path: str) -> set[int]:
+    """Layers of a stack that are not to be chosen. CKA may have to leave out a first one, too, that sees the same
+    vector in every row."""
+    given = where.exclude
+    own = set() if given == "auto" else set(given.get(path, ()) if isinstance(given, dict) else given)
+    return own | {0} if where.method == "cka" else own
 
 
 def _blocks(sites: list[Site]) -> dict[str, set[int]]:
@@ -256,7 +270,8 @@ def plan_model(model: nn.Module, config: PeftConfig, horizon: Horizon | None = N
         costs = {site.name: ranks[site.name] + site.out_features for site in sites}
         params, schedule = _constant(sum(costs.values())), tuple[dict[str, Any], ...]()
     else:
-        methods = {axis: getattr(config, axis, None) for axis in ("rank", "freeze")}
+        methods: dict[str, Any] = {axis: getattr(config, axis, None) for axis in ("rank", "freeze")}
+        more: dict[str, Any] = {"vectors": _vectors(config), "beside": _token_params(model, config)}
         budget, rank_params = getattr(config, "budget", None), None
         if budget is not None and horizon is not None:
             choice = solve(
@@ -268,11 +283,16 @@ def plan_model(model: nn.Module, config: PeftConfig, horizon: Horizon | None = N
                 total_steps=horizon.total_steps,
                 steps_per_epoch=horizon.steps_per_epoch,
                 free=config.budget_frees,  # type: ignore[attr-defined]
+                **more,
             )
             methods, rank_params = {"rank": choice.rank, "freeze": choice.freeze}, choice.rank_params
             notes.extend(choice.explanation)
-        costs = {site.name: initial_params(site, ranks[site.name], **methods) for site in sites}
-        params, schedule = _predicted(sites, ranks, sum(costs.values()), horizon, **methods, rank_params=rank_params)
+        costs = {
+            site.name: initial_params(site, ranks[site.name], **methods) + site.out_features * more["vectors"]
+            for site in sites
+        }
+        initial = sum(costs.values()) + more["beside"]
+        params, schedule = _predicted(sites, ranks, initial, horizon, **methods, rank_params=rank_params, **more)
     adapts = getattr(config, "is_adaptive", False)
     if hasattr(config, "idle_layers") and (idle := config.idle_layers(base_of(model))):
         notes.append(idle)
@@ -306,13 +326,15 @@ def with_initial_ranks(planned: Plan, started: Mapping[str, Any], config: PeftCo
         planned: that of the ranks in the config.
         started: `trimtab.train.initialize.Started` as JSON.
     """
-    ranks, methods = started["ranks"], {axis: getattr(config, axis, None) for axis in ("rank", "freeze")}
+    ranks = started["ranks"]
+    methods: dict[str, Any] = {axis: getattr(config, axis, None) for axis in ("rank", "freeze")}
     sites = [replace(p, r=ranks[p.site.name], trainable_params=initial_params(p.site, ranks[p.site.name], **methods))
              for p in planned.sites]  # fmt: skip
     notes = (started["told"], *(note for note in planned.notes if not note.startswith(_RANKS_OF)))
     if getattr(config, "budget", None) is None:
-        initial = sum(p.trainable_params for p in sites)
-        params, schedule = _predicted([p.site for p in sites], ranks, initial, horizon, **methods)
+        beside = int(planned.params["initial"]) - sum(p.trainable_params for p in planned.sites)
+        initial = sum(p.trainable_params for p in sites) + beside
+        params, schedule = _predicted([p.site for p in sites], ranks, initial, horizon, **methods, beside=beside)
         planned = replace(planned, params=params, schedule=schedule)
     return replace(planned, sites=tuple(sites), notes=notes, settings={**planned.settings, "start": dict(started)})
 
@@ -356,12 +378,13 @@ def _predicted(
     rank: Any,
     freeze: Any,
     rank_params: int | None = None,
+    **more: Any,
 ) -> tuple[dict[str, float], tuple[dict[str, Any], ...]]:
     """Parameters and schedule of a run; those of its start where its length is not known."""
     if horizon is None:
         return _constant(initial), ()
     length = horizon.total_steps, horizon.steps_per_epoch
-    found = figures(sites, ranks, rank, freeze, *length, rank_params)
+    found = figures(sites, ranks, rank, freeze, *length, rank_params, **more)
     params = {
         "initial": found.initial,
         "final": round(found.final),
@@ -469,6 +492,24 @@ def _head_params(model: nn.Module, config: PeftConfig) -> int:
     wanted = {*(getattr(config, "modules_to_save", None) or ()), *HEADS.get(task_type, ())}
     inside = [module for name, module in model.named_modules() if name in wanted or name.rpartition(".")[2] in wanted]
     return sum(p.numel() for p in {id(p): p for module in inside for p in module.parameters()}.values())
+
+
+def _vectors(config: PeftConfig) -> int:
+    """How many of ``out`` each train at every site beside its ranks."""
+    return sum(bool(getattr(config, name, False)) for name in ("use_dora", "lora_bias"))
+
+
+def _token_params(model: nn.Module, config: PeftConfig) -> int:
+    """What trains of embeddings, row by row."""
+    tokens = getattr(config, "trainable_token_indices", None) or {}
+    if not isinstance(tokens, dict):
+        return len(tokens) * model.get_input_embeddings().weight.shape[1]  # type: ignore[operator, union-attr]
+    return sum(
+        len(rows) * module.weight.shape[1]  # type: ignore[union-attr, index]
+        for key, rows in tokens.items()
+        for name, module in model.named_modules()
+        if f".{name}".endswith(f".{key}")
+    )
 
 
 def _roles(model: nn.Module, config: PeftConfig) -> set[str]:

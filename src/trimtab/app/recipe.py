@@ -328,8 +328,7 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = (), 
         data, folder = _copy(source), None
     else:
         data, folder = _read_yaml(Path(source)), Path(source).resolve().parent
-    for text in overrides:
-        override(data, text)
+    override(data, overrides)
     if strange := list(_strange_keys(data)):
         raise strange[0] if len(strange) == 1 else RecipeError(strange)
     try:
@@ -374,7 +373,14 @@ def _digest(body: str) -> str:
     return hashlib.sha256(body.encode()).hexdigest()[:16]
 
 
-def override(data: dict[str, Any], text: str) -> None:
+def override(data: dict[str, Any], texts: Iterable[str]) -> None:
+    """Put ``dotted.key=value`` texts in. A section comes before what is below it: ``freeze.final=0.5 freeze=aflora``
+    says as much as the other way around."""
+    for text in sorted(texts, key=lambda text: text.partition("=")[0].count(".")):
+        _override(data, text)
+
+
+def _override(data: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     key = key.strip()
     *parents, last = key.split(".")

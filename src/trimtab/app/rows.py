@@ -40,6 +40,11 @@ def load_rows(recipe: Recipe, task: Task) -> DatasetDict:
     return DatasetDict({"train": train.select(rest), name: train.select(held)})
 
 
+def rows_known(task: Task, rows: DatasetDict) -> int | None:
+    """Training rows; None of a task that makes other rows of them once it has a tokenizer."""
+    return len(rows["train"]) if getattr(task, "counts_rows", True) else None
+
+
 def rows_on_the_hub(recipe: Recipe, task: Task) -> int | None:
     """Training rows that the task will fetch, less what ``data.max_samples`` leaves out; None if that is unknown."""
     if recipe.data.hub or any(getattr(recipe.data, split) for split in FILES):

@@ -80,8 +80,7 @@ def start(data: Path, out: Path | None = None, model: str | None = None, overrid
     if target.exists():
         raise ConfigError("recipe", str(target), "is there already and stays as it is; name another with --out")
     said: dict[str, Any] = {}
-    for text in overrides:
-        recipes.override(said, text)
+    recipes.override(said, overrides)
     for section, key in (("task", "name"), ("model", "name_or_path")):
         said[section] = {key: said[section]} if isinstance(said.get(section), str) else said.get(section) or {}
     if model is not None:
@@ -338,7 +337,7 @@ def _written(lines: Sequence[Line], heading: Sequence[str]) -> str:
 def _tried(text: str, places: Mapping[str, Any]) -> tuple[str, ...]:
     """What was said while the recipe's rows were read and its plan was made, without weights."""
     from . import models, planning
-    from .rows import load_rows
+    from .rows import load_rows, rows_known
     from .tasks import get_task
 
     data = parse_yaml(text, "recipe")
@@ -348,8 +347,7 @@ def _tried(text: str, places: Mapping[str, Any]) -> tuple[str, ...]:
     chosen = recipes.load(data)
     task = get_task(chosen.require_task().model_dump())
     rows = load_rows(chosen, task)
-    n = len(rows["train"]) if getattr(task, "counts_rows", True) else None
-    planning.plan_recipe(chosen, planning.horizon_of(chosen, n), task)
+    planning.plan_recipe(chosen, planning.horizon_of(chosen, rows_known(task, rows)), task)
     spec = planning.model_spec(chosen)
     if not str(spec.name_or_path).endswith(".gguf"):  # which holds one, and takes long to read it
         models.load_tokenizer(spec, task)

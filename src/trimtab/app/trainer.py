@@ -216,7 +216,7 @@ def _what_is_best(values: Mapping[str, Any], task: Task, stops_early: bool) -> d
     if metric is None and not wants_one and not stops_early:
         return {}
     while_training = getattr(task, "training_metric", None)
-    scores = [*(getattr(task, "scores", None) or (_OF_ANSWERS if while_training else ())), "loss"]
+    scores = [*(getattr(task, "scores", None) or (OF_ANSWERS if while_training else ())), "loss"]
     name = (metric or while_training or task.metric).removeprefix("eval_")
     if name not in scores and len(scores) > 1:  # what a task of one's own takes, only that task knows
         near = did_you_mean(name, scores)
@@ -228,7 +228,7 @@ def _what_is_best(values: Mapping[str, Any], task: Task, stops_early: bool) -> d
     return {"metric_for_best_model": name, "greater_is_better": greater}
 
 
-_OF_ANSWERS = ("answer_loss", "perplexity", "token_accuracy")
+OF_ANSWERS = ("answer_loss", "perplexity", "token_accuracy")
 _LOWER = ("loss", "mse", "perplexity")
 
 

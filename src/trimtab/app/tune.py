@@ -52,8 +52,11 @@ _SAME_FOR_ALL = {
     "task.labels": "trials are compared on the same labels",
     "task.regression": "trials are compared on the same labels",
 }
-# A loss over tokens says nothing across these: other tokens, or other rows, are counted.
-_OTHER_TOKENS = ("model", "task.max_length", "task.max_target_length", "task.template")
+# A mean over tokens says nothing across these: other tokens, or other rows, are counted.
+_OTHER_TOKENS = (
+    *("model", "model.name_or_path", "model.gguf_file", "model.revision", "model.tokenizer"),
+    *("task.max_length", "task.max_target_length", "task.template", "task.text", "task.pack", "task.sample_by"),
+)
 
 
 class SearchError(TrimtabError):
@@ -232,28 +235,34 @@ def _laid_out(source: str, texts: Sequence[str], out: Path) -> Search:
     varied = [key for key, values in grid.items() if len(values) > 1]
     held_out = [] if "data.held_out" in grid else [f"data.held_out={HELD_OUT}"]
     candidates: dict[str, Candidate] = {}
+    names: set[str] = set()
     for values in itertools.product(*grid.values()):
         overrides = [f"{key}={value}" for key, value in zip(grid, values)]
         recipe = recipes.load(source, [*overrides, *held_out])
         settings = {key: parse_yaml(value, key) for key, value in zip(grid, values) if key in varied}
         task = get_task(recipe.require_task().model_dump())
         name = _name(settings)
+        if name in names:  # [query] and query, a list and a regex
+            name = f"{name}-{_digest(repr(settings))}"
+        names.add(name)
         recipe = recipe.model_copy(update={"output_dir": str(out / "trials" / name), "base_rows": 0})
         trial = Trial(settings, recipe, RunFolder(out / "trials" / name))
         without_seed = {key: value for key, value in settings.items() if key != "seed"}
         candidates.setdefault(repr(without_seed), Candidate(without_seed, [], overrides)).trials.append(trial)
     search = Search(out, varied, list(candidates.values()), task.metric, task.greater_is_better)
-    _refuse_other_tokens(search, getattr(task, "training_metric", None))
+    _refuse_other_tokens(search)
     return search
 
 
-def _refuse_other_tokens(search: Search, loss: str | None) -> None:
+def _refuse_other_tokens(search: Search) -> None:
+    from .trainer import OF_ANSWERS
+
     for key in search.keys:
-        if search.metric == loss and any(key == one or key.startswith(f"{one}.") for one in _OTHER_TOKENS):
+        if search.metric in OF_ANSWERS and key in _OTHER_TOKENS:
             raise ConfigError(
                 key,
                 None,
-                f"cannot be searched over by {loss}, a mean over tokens: other values of it mean other tokens",
+                f"cannot be searched over by {search.metric}, a mean over tokens: other values of it mean other tokens",
             )
 
 
@@ -261,7 +270,11 @@ def _name(settings: dict[str, Any]) -> str:
     """A folder name for some settings; one that had to be shortened ends in a digest of them."""
     whole = ",".join(f"{key}={_value_text(value)}" for key, value in settings.items())
     name = re.sub(r"[^\w.,=+-]", "_", whole)[:80]
-    return name if name == whole else f"{name}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+    return name if name == whole else f"{name}-{_digest(whole)}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _value_text(value: Any) -> str:
@@ -273,18 +286,18 @@ def _value_text(value: Any) -> str:
 def _check(search: Search) -> None:
     """A dry run of every candidate, without weights: what cannot work is refused before the first trial."""
     from .planning import horizon_of, plan_recipe
-    from .rows import load_rows
+    from .rows import load_rows, rows_known
     from .tasks import get_task
     from .trainer import training_arguments
 
-    loaded: dict[str, tuple[Any, int]] = {}
+    loaded: dict[str, tuple[Any, int | None]] = {}
     for candidate in search.candidates:
         recipe = candidate.trials[0].recipe
         spec = recipe.require_task().model_dump()
         if repr(spec) not in loaded:
             task = get_task(spec)
             rows = load_rows(recipe, task)
-            loaded[repr(spec)] = task, len(rows["train"])
+            loaded[repr(spec)] = task, rows_known(task, rows)
         task, n = loaded[repr(spec)]
         training_arguments(recipe, task, Path())
         horizon = horizon_of(recipe, n)
@@ -466,7 +479,7 @@ def _choose(search: Search, source: str, texts: Sequence[str]) -> Search:
             )
         search.notes.append(f"{search.metric} cannot be taken on training rows; chosen by {loss}")
         search.metric, search.greater_is_better = loss, False
-        _refuse_other_tokens(search, loss)
+        _refuse_other_tokens(search)
     scored = [trial.folder.read(trial.folder.predictions) for trial in done]
     kept: list[dict[str, Any]] = [next(iter(splits.values()), {}) for splits in scored]
     same = ("rows",) if any(key.startswith("task.") for key in search.keys) else ("rows", "fingerprint")
@@ -483,7 +496,7 @@ def _choose(search: Search, source: str, texts: Sequence[str]) -> Search:
     search.best = first
     if n := sum(trial.state == "diverged" for trial in search.trials):
         search.notes.append(f"{n} of {len(search.trials)} trials diverged (their loss is not a number)")
-    search.notes.append(_how_clear(search, done))
+    search.notes.append(_how_clear([t for one in search.candidates if one.score is not None for t in one.trials]))
     fixed = [text for text in first.overrides if text.partition("=")[0] not in ("data.held_out", "data.held_out_seed")]
     fixed = [text for text in fixed if "seed" not in search.keys or not text.startswith("seed=")]
     # Whole, so that the recipe does the same from wherever it is run, as its paths of data do.
@@ -497,9 +510,9 @@ def _choose(search: Search, source: str, texts: Sequence[str]) -> Search:
     return search
 
 
-def _how_clear(search: Search, done: Sequence[Trial]) -> str:
+def _how_clear(scored: Sequence[Trial]) -> str:
     """Whether the choice is more than chance, as `trimtab compare` tells it."""
     from .report import compare
 
-    table = compare([trial.folder.path for trial in done])
+    table = compare([trial.folder.path for trial in scored])
     return f"{table.finding}."

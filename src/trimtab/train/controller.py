@@ -540,7 +540,7 @@ class Controller:
         ranks = {name: layer.hosted[self.adapter_name].initial_r for name, layer in self.layers.items()}
         self.choice = solve(
             budget, sites, ranks, rank=self.rank, freeze=self.freeze, ratio=None, total_steps=self.total_steps,
-            steps_per_epoch=self.steps_per_epoch, free=free,
+            steps_per_epoch=self.steps_per_epoch, free=free, beside=self._tensors.params_at_no_site(),
         )  # fmt: skip
         self.rank, self.freeze = self.choice.rank, self.choice.freeze
         reason = why_not_cuttable(self.optimizer)

@@ -118,6 +118,11 @@ class AdapterTensors:
     def held_params(self) -> int:
         return sum(p.numel() for p in self.parameters) - sum(p.numel() for p in self.at_rest())
 
+    def params_at_no_site(self) -> int:
+        """Of the adapter, but of no layer that adapts: tokens that train."""
+        at_sites = {id(p) for layer in self.layers.values() for p in self.named(layer).values()}
+        return sum(p.numel() for p in self.parameters if p.requires_grad and id(p) not in at_sites)
+
     def ranks(self) -> dict[str, int]:
         return {name: layer.r.get(self.adapter_name, 0) for name, layer in self.layers.items()}
 

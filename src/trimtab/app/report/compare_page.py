@@ -90,7 +90,7 @@ def _sets(table: CompareTable) -> list[CompareTable]:
     scored = [row for row in table.rows if row.score is not None]
     apart = sorted({row.scored_on for row in scored})
     sets = [[row for row in scored if row.scored_on == one] for one in apart]
-    return [replace(table, rows=rows, metric=rows[0].metric) for rows in sets]
+    return [replace(table, rows=rows, metric=rows[0].metric, lower_is_better=rows[0].lower_is_better) for rows in sets]
 
 
 def _score(table: CompareTable) -> Section | None:

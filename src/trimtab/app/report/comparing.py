@@ -60,13 +60,15 @@ class CompareRow:
     score_se: float | None
     """Standard error of that mean over seeds; ``None`` for fewer than two scores."""
     params: dict[str, float | None]
-    """Mean ``initial``, ``final`` and ``average`` trainable adapter parameters."""
+    """Mean ``initial``, ``final`` and ``average`` trainable adapter parameters of the runs that have ended, as are the
+    times, curves and layers below; of those that there are where none has."""
     seconds: float | None
     """Mean wall time."""
     peak_memory_bytes: float | None
     """Highest of the runs."""
     settings: dict[str, Any]
     """The settings that differ between rows."""
+    lower_is_better: bool = False
     score_curve: Curve | None = None
     params_curve: Curve | None = None
     loss_curve: Curve | None = None
@@ -288,7 +290,8 @@ def _unique(names: list[str], folders: list[Path]) -> list[str]:
 
 def _row(name: str, group: list[RunFolder], settings: dict[str, Any]) -> CompareRow:
     headers = [header_of(run) for run in group]
-    metric = next((h.metric for h in headers if h.metric), None)
+    told = [(run, h) for run, h in zip(group, headers) if h.is_finished] or list(zip(group, headers))
+    metric = next((h.metric for _, h in told if h.metric), None)
     scores = [h.score if h.metric == metric and h.is_finished else None for h in headers]
     known = [score for score in scores if score is not None]
     return CompareRow(
@@ -301,14 +304,15 @@ def _row(name: str, group: list[RunFolder], settings: dict[str, Any]) -> Compare
         unfinished=[_progress(run) for run in group],
         score=_mean(known),
         score_se=statistics.stdev(known) / math.sqrt(len(known)) if len(known) > 1 else None,
-        params={k: _mean(h.params[k] for h in headers) for k in ("initial", "final", "average")},
-        seconds=_mean(h.seconds for h in headers),
+        params={k: _mean(h.params[k] for _, h in told) for k in ("initial", "final", "average")},
+        seconds=_mean(h.seconds for _, h in told),
         peak_memory_bytes=max((h.peak_memory_bytes for h in headers if h.peak_memory_bytes is not None), default=None),
         settings=settings,
-        score_curve=_mean_curve([c.curves[0] for run in group if (c := score_curve(run, metric))], metric or "score"),
-        params_curve=_mean_curve([_params_curve(run, h) for run, h in zip(group, headers)][:1], "trainable parameters"),
-        loss_curve=_mean_curve([_loss_curve(run) for run in group], "training loss"),
-        layers=_layers(group),
+        lower_is_better=metric is not None and lower_is_better(told[0][0], metric),
+        score_curve=_mean_curve([c.curves[0] for run, _ in told if (c := score_curve(run, metric))], metric or "score"),
+        params_curve=_mean_curve([_params_curve(*told[0])], "trainable parameters"),
+        loss_curve=_mean_curve([_loss_curve(run) for run, _ in told], "training loss"),
+        layers=_layers([run for run, _ in told]),
     )
 
 
@@ -352,7 +356,7 @@ def _scored_on(groups: list[list[RunFolder]]) -> list[int]:
         data: Any = [kept.get("rows"), kept.get("fingerprint")]
         if not is_told or not run.is_finished:
             data = sorted((k, v) for k, v in settings_of(run).items() if k.startswith("data.") and not _is_of_train(k))
-        elif header.metric and lower_is_better(header.metric):  # another tokenizer cuts an answer into other tokens
+        elif header.metric and lower_is_better(run, header.metric):  # another tokenizer cuts into other tokens
             data.append(sum(kept.get("tokens", ())))
         keys.append(repr((header.task, header.metric, split, data)))
     found = list(dict.fromkeys(keys))
@@ -364,19 +368,14 @@ def _is_of_train(key: str) -> bool:
 
 
 def _table(rows: list[CompareRow], groups: list[list[RunFolder]], baseline: str | None) -> CompareTable:
-    metrics = {row.metric for row in rows if row.metric}
+    ended = [row for row in rows if not all(row.unfinished)] or rows  # only those say what they are scored by
+    metrics = {row.metric for row in ended if row.metric}
     metric = metrics.pop() if len(metrics) == 1 else None
     chosen = None if baseline is None else _baseline(rows, baseline)
-    falls = [run.metrics.get("greater_is_better") is False for group in groups for run in group if run.metrics]
-    lower = any(falls) or bool(metric and lower_is_better(metric))
-    sign = -1 if lower else 1
     scored = [i for i, row in enumerate(rows) if row.score is not None]
     sets = {rows[i].scored_on for i in scored}
     # Mean, and of equal means the first: who leads, and whom the others are held against.
-    tops = {
-        one: max((i for i in scored if rows[i].scored_on == one), key=lambda i: sign * (rows[i].score or 0.0))
-        for one in sets
-    }
+    tops = {one: max((i for i in scored if rows[i].scored_on == one), key=lambda i: _merit(rows[i])) for one in sets}
     runs = [_scores(row, group) for row, group in zip(rows, groups)]
     compared = []
     for i, row in enumerate(rows):
@@ -397,7 +396,8 @@ def _table(rows: list[CompareRow], groups: list[list[RunFolder]], baseline: str 
             if i != top
         ]
     )
-    best = top if behind and all(d and d.is_clear and sign * d.mean < 0 for d in behind) else None
+    lower = any(rows[i].lower_is_better for i in tops.values())
+    best = top if behind and all(d and d.is_clear and (d.mean > 0) == lower for d in behind) else None
     notes = []
     for row in rows:
         missing = [
@@ -415,6 +415,11 @@ def _table(rows: list[CompareRow], groups: list[list[RunFolder]], baseline: str 
         )
     table = CompareTable(compared, metric, best, "", notes, lower, rows[chosen].name if chosen is not None else None)
     return replace(table, finding=_finding(table, top))
+
+
+def _merit(row: CompareRow) -> float:
+    """Its score, so that more is better."""
+    return -(row.score or 0.0) if row.lower_is_better else row.score or 0.0
 
 
 def _baseline(rows: list[CompareRow], asked: str) -> int:
@@ -505,7 +510,7 @@ def _against(table: CompareTable) -> str:
     found: dict[str, list[CompareRow]] = {}
     for row in table.rows:
         if (d := row.difference) is not None:
-            side = "better" if (d.mean < 0) == table.lower_is_better else "worse"
+            side = "better" if (d.mean < 0) == row.lower_is_better else "worse"
             kind = f"{side} than" if d.is_clear else "not told apart from" if d.low is not None else "unproven against"
             found.setdefault(kind, []).append(row)
     if not found:

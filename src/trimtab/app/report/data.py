@@ -185,7 +185,9 @@ def header_of(run: RunFolder) -> Header:
     """Model, task, score and cost, from metrics.json first, then from recipe, plan and history."""
     metrics, recipe = run.metrics, run.recipe
     evals = scores_of(run)
-    metric = str(metrics.get("metric") or next((name for name in evals if name != "loss"), "")) or None
+    asked = recipe["task"].get("metric") if isinstance(recipe.get("task"), dict) else None
+    first = asked if asked in evals else next((name for name in evals if name != "loss"), "")
+    metric = str(metrics.get("metric") or first) or None
     metric = metric and metric.removeprefix("eval_")
     raw = evals.get(metric) if metric else None
     where = run.where or (run.plan.where if run.plan else None)
@@ -294,13 +296,15 @@ def score_curve(run: RunFolder, metric: str | None) -> Curves | None:
     known = [(value, step) for value, step in zip(curve.values, curve.steps) if value is not None]
     finding = _trend(metric, curve)
     if len({value for value, _ in known}) > 1:
-        best, step = min(known) if lower_is_better(metric) else max(known, key=lambda pair: (pair[0], -pair[1]))
+        best, step = min(known) if lower_is_better(run, metric) else max(known, key=lambda pair: (pair[0], -pair[1]))
         finding += f"; best {number(best)} at step {count(step)}"
     return Curves(finding, [curve])
 
 
-def lower_is_better(metric: str) -> bool:
-    return metric.endswith(("loss", "perplexity", "error", "wer", "mse", "mae"))
+def lower_is_better(run: RunFolder, metric: str) -> bool:
+    """As the task says of its headline metric; of another, or of a run without scores, its name tells."""
+    says = run.metrics.get("greater_is_better") if metric == run.metrics.get("metric") else None
+    return metric.endswith(("loss", "perplexity", "error", "wer", "mse", "mae")) if says is None else not says
 
 
 def trainable(run: RunFolder, header: Header) -> Trainable | None:

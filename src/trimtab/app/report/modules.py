@@ -158,12 +158,16 @@ def ranks(run: RunFolder) -> Ranks | None:
 
 
 def budget(run: RunFolder) -> Budget | None:
-    """Total rank allowed by the schedule and total rank kept: at the start, where that is known, and at each event."""
+    """Total rank allowed by the schedule and total rank kept: at the start, where that is known, and at each event.
+
+    Under the recipe's ``budget`` the schedule allows parameters, which ranks are not held against.
+    """
     events = run.of("rank")
     if not events:
         return None
+    of_params = bool(run.recipe.get("budget"))
     steps = [e["step"] for e in events]
-    allowed = [int(e["budget"]) if finite(e.get("budget")) is not None else None for e in events]
+    allowed = [int(e["budget"]) if finite(e.get("budget")) is not None and not of_params else None for e in events]
     kept = [sum(int(r) for r in e["ranks"].values() if finite(r) is not None) for e in events]
     if (first := _total_at_start(run)) is not None and steps[0] > 0:
         steps, kept = [0, *steps], [first, *kept]
@@ -171,7 +175,8 @@ def budget(run: RunFolder) -> Budget | None:
     given = [(step, b) for step, b in zip(steps, allowed) if b is not None]
     if not given:
         finding = f"Total rank {moved(kept[0], kept[-1])} from {count(kept[0])} to {count(kept[-1])}"
-        return Budget(f"{finding}, without a budget", steps, allowed, kept)
+        held = "under a budget of parameters" if of_params else "without a budget"
+        return Budget(f"{finding}, {held}", steps, allowed, kept)
     (_, before), (_, after) = given[0], given[-1]
     finding = f"The budget {moved(before, after)} "
     finding += f"from {count(before)} to {count(after)} ranks" if before != after else f"at {count(after)} ranks"

@@ -83,7 +83,12 @@ def _froze_early(run: RunFolder) -> str | None:
 def _never_froze(run: RunFolder) -> str | None:
     if not run.recipe.get("freeze") or not run.metrics or any(True for _ in run.of("freeze")):
         return None
-    return "no projection ever froze, so that the run was that of an adapter without freeze: try a larger freeze.tau"
+    told = "no projection ever froze, so that the run was that of an adapter without freeze"
+    total = run.plan.settings.get("total_steps") if run.plan else None
+    if total and run.last_step < total:
+        return f"{told}: it ended at step {count(run.last_step)} of {count(total)}"
+    cures = {"grades": "a larger freeze.tau", "aflora": "a smaller freeze.interval_steps"}
+    return f"{told}: try {cures.get(str(run.recipe['freeze'].get('method')), 'an earlier start of freezing')}"
 
 
 def _never_fell(run: RunFolder) -> str | None:
