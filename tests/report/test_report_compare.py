@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import synthetic_runs as runs
+from scipy import stats
 
 from trimtab.app.report import compare, pairing
 from trimtab.app.report.compare_page import pareto_front
@@ -120,6 +121,26 @@ def test_a_gap_that_is_the_same_with_every_seed_is_one_however_the_seeds_differ(
     table = compare([*a, *b])
     assert table.best == 0 and table.finding.startswith("`where=all` scored best: matthews_correlation 0.62 ± 0.012; ")
     assert table.rows[1].difference_text == "−0.01 (−0.01 to −0.01)"
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_an_interval_over_rows_allows_for_how_few_the_seeds_are(n: int) -> None:
+    """No narrower than Student's t of the seeds' error and the rows' together, worked out from the rows' answers."""
+    draw, rows = np.random.default_rng(n), 400
+    right = [draw.random((n, rows)) < share for share in (0.85, np.linspace(0.7, 0.8, n)[:, None])]
+    ours, theirs = (
+        [pairing.Scored(seed, float(a.mean()), {"rows": rows, "label": [1] * rows, "predicted": a.astype(int).tolist(),
+                                                "classes": ["no", "yes"]}) for seed, a in enumerate(one)]
+        for one in right
+    )  # fmt: skip
+    apart = right[0].astype(float) - right[1]
+    of_seeds = apart.mean(axis=1).var(ddof=1) / n
+    of_rows = apart.mean(axis=0).var(ddof=1) / rows
+    freedom = (of_seeds + of_rows) ** 2 / (of_seeds**2 / (n - 1) + of_rows**2 / (rows - 1))
+    half = stats.t.ppf(0.975, freedom) * math.sqrt(of_seeds + of_rows)
+    found = pairing.difference(ours, theirs, "accuracy", "theirs")
+    assert found.mean == pytest.approx(apart.mean())
+    assert (found.low, found.high) == pytest.approx((apart.mean() - half, apart.mean() + half), rel=0.04)
 
 
 def test_a_lead_within_its_interval_is_not_called_best(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 The interval is a bootstrap's (`scipy.stats.bootstrap`, percentiles). Where every run kept what it gave each row, rows
 and seeds are drawn again, each on its own, and the two settings are scored on the same draw; else the seeds'
 differences are. Few seeds make such an interval too narrow, so that below `ENOUGH_SEEDS` Student's t interval widens
-it, and below three there is none.
+it: of the seeds' differences, or, with rows, of both errors together, with Welch and Satterthwaite's degrees of freedom.
+Without rows there is none below three seeds.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def difference(ours: Sequence[Scored], theirs: Sequence[Scored], metric: str, to
     known = [(a, b) for a, b in scores if a and b]
     n = int(pairs[0][0].kept.get("rows", 0))
     if n > 1 and len(known) == len(pairs) and _same_rows([run for pair in pairs for run in pair]):
-        return Difference(to, float(np.mean(apart)), *_over_rows(known, n), seeds=len(pairs), rows=n)
+        return Difference(to, float(np.mean(apart)), *_over_rows(known, n, apart), seeds=len(pairs), rows=n)
     low, high = _over_seeds(apart)
     return Difference(to, float(np.mean(apart)), low, high, len(pairs), None)
 
@@ -106,25 +107,43 @@ RowScore = Callable[[Any], float]
 """From positions of rows, some of them several times, to the score on them."""
 
 
-def _over_rows(scores: Sequence[tuple[RowScore, RowScore]], n: int) -> tuple[float, float]:
-    """Rows and seeds drawn again, each on its own."""
+def _over_rows(scores: Sequence[tuple[RowScore, RowScore]], n: int, each: Sequence[float]) -> tuple[float, float]:
+    """Rows and seeds drawn again, each on its own.
+
+    Args:
+        each: the seeds' differences, on all rows.
+    """
     import numpy as np
     from scipy import stats
 
-    def apart(rows: Any, seeds: Any = (0,)) -> float:
+    all_seeds = range(len(scores))
+
+    def apart(rows: Any, seeds: Any = all_seeds) -> float:
         return float(np.mean([scores[seed][0](rows) - scores[seed][1](rows) for seed in seeds]))
 
-    drawn = (np.arange(n), np.arange(len(scores))) if len(scores) > 1 else (np.arange(n),)
-    found = stats.bootstrap(
-        drawn,
-        apart,
-        vectorized=False,
-        confidence_level=LEVEL,
-        n_resamples=RESAMPLES,
-        method="percentile",
-        random_state=np.random.default_rng(0),
-    ).confidence_interval
-    return float(found.low), float(found.high)
+    def drawn(*sets: Any) -> Any:
+        return stats.bootstrap(
+            sets,
+            apart,
+            vectorized=False,
+            confidence_level=LEVEL,
+            n_resamples=RESAMPLES,
+            method="percentile",
+            random_state=np.random.default_rng(0),
+        )
+
+    rows = np.arange(n)
+    if len(scores) == 1:
+        low, high = drawn(rows).confidence_interval
+        return float(low), float(high)
+    low, high = drawn(rows, np.arange(len(scores))).confidence_interval
+    if len(scores) < ENOUGH_SEEDS:
+        of_seeds, of_rows = stats.sem(each) ** 2, drawn(rows).standard_error ** 2  # variances
+        if of_seeds:
+            freedom = (of_seeds + of_rows) ** 2 / (of_seeds**2 / (len(scores) - 1) + of_rows**2 / (n - 1))
+            half = stats.t.ppf((1 + LEVEL) / 2, freedom) * math.sqrt(of_seeds + of_rows)
+            low, high = min(low, np.mean(each) - half), max(high, np.mean(each) + half)
+    return float(low), float(high)
 
 
 def _same_rows(runs: Sequence[Scored]) -> bool:
