@@ -99,12 +99,15 @@ QUESTIONS = (
     Question("A half by Fisher information above CKA's?", "fisher-lora", "cka-lora"),
     Question("A half by block influence above CKA's?", "influence-lora", "cka-lora"),
     Question("CKA's half at most half a point below LoRA r 8?", "cka-lora", "lora-r8", 0.005),
+    Question("CKA's half × SalientLoRA at most half a point below LoRA r 8?", "cka-salientlora-late", "lora-r8", 0.005),
+    Question("SalientLoRA from LoRA's start above the paper's start?", "salientlora-late", "salientlora-svd"),
     Question("SalientLoRA above itself pruning early?", "salientlora-late", "salientlora"),
     Question("SalientLoRA above AdaLoRA, both 8→4?", "salientlora-late", "adalora"),
     Question("AdaLoRA above LoRA r 4, of as many ranks?", "adalora", "lora-r4"),
     Question("SalientLoRA above LoRA r 4, of as many ranks?", "salientlora-late", "lora-r4"),
     Question("And pruning early?", "salientlora", "lora-r4"),
     Question("Ours above PEFT's AdaLoRA at its defaults?", "adalora", "peft-adalora"),
+    Question("And at a fair scale?", "adalora", "peft-adalora-scaled"),
     Question("The composition above itself pruning early?", "composition-latest", "composition-late"),
     Question("The composition at most a point below LoRA r 8?", "composition-latest", "lora-r8", 0.01),
     Question("And pruning early?", "composition-late", "lora-r8", 0.01),
@@ -126,8 +129,8 @@ QUESTIONS = (
         "lora-r8",
         0.02,
     ),
-    Question("Under one budget at most a point below LoRA r 8?", "budget", "lora-r8", 0.01),
-    Question("Under one budget above LoRA r 2, which trains as much on average?", "budget", "lora-r2"),
+    Question("Under one budget at most a point below LoRA r 8?", "budget-late", "lora-r8", 0.01),
+    Question("Under one budget above LoRA r 2, which trains as much on average?", "budget-late", "lora-r2"),
 )
 
 
