@@ -136,6 +136,8 @@ def _recipe(cell: Cell) -> str:
         key, _, value = text.partition("=")
         section, _, name = key.partition(".")
         given = yaml.safe_load(value.replace("SAMPLES", "0"))
+        if "GONE" in value:  # the task's length says how much
+            given["prox_threshold"] = cell.records[0]["settings"]["rank"]["prox_threshold"]
         if name:
             parts[section][name] = given
         else:

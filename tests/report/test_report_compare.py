@@ -140,7 +140,7 @@ def test_an_interval_over_rows_allows_for_how_few_the_seeds_are(n: int) -> None:
     half = stats.t.ppf(0.975, freedom) * math.sqrt(of_seeds + of_rows)
     found = pairing.difference(ours, theirs, "accuracy", "theirs")
     assert found.mean == pytest.approx(apart.mean())
-    assert (found.low, found.high) == pytest.approx((apart.mean() - half, apart.mean() + half), rel=0.04)
+    assert (found.low, found.high) == pytest.approx((apart.mean() - half, apart.mean() + half), rel=0.08)
 
 
 def test_a_lead_within_its_interval_is_not_called_best(tmp_path: Path) -> None:

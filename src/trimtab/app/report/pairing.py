@@ -3,8 +3,8 @@
 The interval is a bootstrap's (`scipy.stats.bootstrap`, percentiles). Where every run kept what it gave each row, rows
 and seeds are drawn again, each on its own, and the two settings are scored on the same draw; else the seeds'
 differences are. Few seeds make such an interval too narrow, so that below `ENOUGH_SEEDS` Student's t interval widens
-it: of the seeds' differences, or, with rows, of both errors together, with Welch and Satterthwaite's degrees of freedom.
-Without rows there is none below three seeds.
+it: of the seeds' differences, or, with rows, of both errors together, with Welch and Satterthwaite's degrees of
+freedom. Without rows there is none below three seeds.
 """
 
 from __future__ import annotations
@@ -121,13 +121,13 @@ def _over_rows(scores: Sequence[tuple[RowScore, RowScore]], n: int, each: Sequen
     def apart(rows: Any, seeds: Any = all_seeds) -> float:
         return float(np.mean([scores[seed][0](rows) - scores[seed][1](rows) for seed in seeds]))
 
-    def drawn(*sets: Any) -> Any:
+    def drawn(*sets: Any, resamples: int = RESAMPLES) -> Any:
         return stats.bootstrap(
             sets,
             apart,
             vectorized=False,
             confidence_level=LEVEL,
-            n_resamples=RESAMPLES,
+            n_resamples=resamples,
             method="percentile",
             random_state=np.random.default_rng(0),
         )
@@ -138,7 +138,7 @@ def _over_rows(scores: Sequence[tuple[RowScore, RowScore]], n: int, each: Sequen
         return float(low), float(high)
     low, high = drawn(rows, np.arange(len(scores))).confidence_interval
     if len(scores) < ENOUGH_SEEDS:
-        of_seeds, of_rows = stats.sem(each) ** 2, drawn(rows).standard_error ** 2  # variances
+        of_seeds, of_rows = stats.sem(each) ** 2, drawn(rows, resamples=RESAMPLES // 4).standard_error ** 2
         if of_seeds:
             freedom = (of_seeds + of_rows) ** 2 / (of_seeds**2 / (len(scores) - 1) + of_rows**2 / (n - 1))
             half = stats.t.ppf((1 + LEVEL) / 2, freedom) * math.sqrt(of_seeds + of_rows)

@@ -233,7 +233,7 @@ class SequenceClassification(Task):
             return
         labels = np.asarray(ready["train"]["labels"][:], dtype=np.float64)
         for head in (part for name in new for part in model.get_submodule(name).modules()):
-            if getattr(head, "out_features", None) == 1:
+            if isinstance(head, torch.nn.Linear) and head.out_features == 1:
                 with torch.no_grad():
                     head.weight.mul_(float(labels.std()) or 1.0)
                     if head.bias is not None:
