@@ -49,7 +49,7 @@ def test_every_record_is_a_run_that_the_matrix_names_and_was_set_as_it_says(resu
 def test_every_row_of_a_task_tries_the_same_rates_on_the_same_rows():
     for task in (task for task in TASKS.values() if task.tuned):
         first, *others = (_tried(tuning_of(task, ROWS[name])) for name in task.tuned)
-        assert [rate for rate, *_ in first] == sorted(len(first) // len(RATES) * RATES, key=RATES.index)
+        assert {rate for rate, *_ in first} == set(RATES)
         assert all(one == first for one in others)
 
 

@@ -155,7 +155,7 @@ DECODER = ("lora-r8", "cka-lora", "salientlora-late", "composition-latest", "sal
            "influence-composition-vectors", "aflora", "aflora-late", "aflora-late-vectors",
            "lora-r2", "uniform-lora")  # fmt: skip
 
-AFTER = ("train.warmup_steps=0.2",)
+AFTER = ("train.warmup_steps=0.2",)  # as `trimtab init` writes it
 TASKS = {
     task.name: task
     for task in (

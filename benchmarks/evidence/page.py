@@ -14,7 +14,7 @@ from trimtab.app.report.pairing import Difference
 from trimtab.app.report.words import byte_size, count, duration, listing, number, plural
 
 from .figures import dots, pareto
-from .matrix import RATES, ROWS, SEEDS, TASKS, UNTUNED, Row, Task
+from .matrix import RATES, ROWS, SEEDS, TASKS, TUNED, UNTUNED, Row, Task
 from .results import BASELINE, Cell, Results, learned_nothing
 
 PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
@@ -359,32 +359,25 @@ FIGURES = {
 
 
 def figures(results: Results) -> dict[str, str]:
-    """File name -> SVG."""
-    untuned = [(f"{TASKS[name].title} at {TASKS[name].rate}", name, UNTUNED) for name in swapped(results)]
-    tuned = [(f"{TASKS[name].title}, tuned", name, None) for name in measured(results)]
-    columns = [*untuned, *tuned]
-    rows = [row for row in ROWS.values() if any(results.cell(task, row.name, rate) for _, task, rate in columns)]
+    """File name -> SVG, of the tasks on which every row is to be tuned."""
+    tasks = [name for name in measured(results) if set(TUNED) <= set(TASKS[name].tuned)]
+    titles = [TASKS[name].title for name in tasks]
+    rows = [row for row in ROWS.values() if any(results.cell(task, row.name) for task in tasks)]
     others = [row for row in rows if row.name != BASELINE]
-    apart = [[results.apart(task, row.name, BASELINE, rate) for _, task, rate in columns] for row in others]
+    apart = [[results.apart(task, row.name, BASELINE) for task in tasks] for row in others]
     differences, front = FIGURES
-    found = {differences: dots([row.title for row in others], [title for title, _, _ in columns], apart)}
-    # Tuned tasks, where they have rows to set side by side.
-    for shown in (tuned, untuned, untuned[:1]):
-        if len(marks := _marks(results, rows, shown)) > 1:
-            found[front] = pareto(marks, f"score on {listing([title for title, _, _ in shown])}")
-            break
+    found = {differences: dots([row.title for row in others], titles, apart)} if tasks else {}
+    if len(marks := _marks(results, rows, tasks)) > 1:
+        found[front] = pareto(marks, f"score on {listing(titles)}, tuned")
     return found
 
 
-def _marks(
-    results: Results, rows: list[Row], columns: Sequence[tuple[str, str, str | None]]
-) -> list[tuple[str, float, float]]:
-    """Name, average parameters and score of the rows that all columns have: only those can be averaged alike."""
+def _marks(results: Results, rows: list[Row], tasks: Sequence[str]) -> list[tuple[str, float, float]]:
+    """Name, average parameters and score of the rows that all tasks have: only those can be averaged alike."""
     marks = []
     for row in rows:
-        cells = [results.cell(task, row.name, rate) for _, task, rate in columns]
-        known = [cell for cell in cells if cell]
-        if known and len(known) == len(cells):
+        known = [cell for task in tasks if (cell := results.cell(task, row.name))]
+        if len(known) == len(tasks):
             size = sum(cell.of("params", "average") for cell in known) / len(known)
             marks.append((row.title, size, sum(cell.mean for cell in known) / len(known)))
     return marks

@@ -328,13 +328,18 @@ def with_initial_ranks(planned: Plan, started: Mapping[str, Any], config: PeftCo
     """
     ranks = started["ranks"]
     methods: dict[str, Any] = {axis: getattr(config, axis, None) for axis in ("rank", "freeze")}
-    sites = [replace(p, r=ranks[p.site.name], trainable_params=initial_params(p.site, ranks[p.site.name], **methods))
-             for p in planned.sites]  # fmt: skip
+    vectors = _vectors(config)
+    sites = [
+        replace(p, r=r, trainable_params=initial_params(p.site, r, **methods) + p.site.out_features * vectors)
+        for p in planned.sites
+        for r in [ranks[p.site.name]]
+    ]
     notes = (started["told"], *(note for note in planned.notes if not note.startswith(_RANKS_OF)))
     if getattr(config, "budget", None) is None:
         beside = int(planned.params["initial"]) - sum(p.trainable_params for p in planned.sites)
         initial = sum(p.trainable_params for p in sites) + beside
-        params, schedule = _predicted([p.site for p in sites], ranks, initial, horizon, **methods, beside=beside)
+        more = {"vectors": vectors, "beside": beside}
+        params, schedule = _predicted([p.site for p in sites], ranks, initial, horizon, **methods, **more)
         planned = replace(planned, params=params, schedule=schedule)
     return replace(planned, sites=tuple(sites), notes=notes, settings={**planned.settings, "start": dict(started)})
 

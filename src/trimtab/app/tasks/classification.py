@@ -225,7 +225,11 @@ class SequenceClassification(Task):
         """A new head for numbers begins at the mean of the labels, in units of their spread.
 
         From about zero, as it is drawn, it would take thousands of steps to prices; on its way to the mean of STS-B
-        alone, at a usual rate, it throws back what is learned.
+        alone, at a usual rate, it throws back what is learned. The checkpoint's own head is left as it is.
+
+        Args:
+            new: names of the modules that the checkpoint lacked.
+            ready: tokenised rows, whose training labels are numbers.
         """
         import torch
 
