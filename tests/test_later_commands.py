@@ -7,7 +7,9 @@ import shutil
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from test_own_data import ROWS, trimtab, write_recipe
 from test_run import read, tiny_model
@@ -121,6 +123,26 @@ def test_damaged_class_names_are_one_line(moved):
     (moved / "run.json").unlink()  # which knows them too
     (moved / "adapter/labels.json").write_text("{")
     assert "labels.json: damaged" in trimtab("export", moved, code=2).stderr.splitlines()[-1]
+
+
+def test_each_row_keeps_its_own_answer_though_rows_of_like_length_are_scored_together(moved):
+    texts = ["the cat sat " * 3, "the mat", "a dog " * 5, "the cat sat " * 9, "the mat " * 2, "a dog", "the cat sat"]
+    rows = [f"{text.strip()},{NAMES[i % 3]}\n" for i, text in enumerate(texts)]
+    (moved.parent / "dev.csv").write_text("text,label\n" + "".join(rows))
+    trimtab("eval", moved)
+    kept = read(moved, "predictions.json")["validation"]
+    assert kept["label"] == [i % 3 for i in range(7)]
+
+    folder = read(moved, "adapter/adapter_config.json")["base_model_name_or_path"]
+    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+    model = PeftModel.from_pretrained(base, moved / "adapter").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        shares = [model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0] for text in texts]
+    assert kept["probability"] == pytest.approx([float(p[i % 3]) for i, p in enumerate(shares)], abs=2e-4)
+    found = trimtab("predict", moved, moved.parent / "dev.csv").stdout.splitlines()
+    given = [list(json.loads(row)["probabilities"].values()) for row in found]
+    assert given == [pytest.approx(p.tolist(), abs=1e-5) for p in shares]
 
 
 # -- data ------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ PRELOAD = ["trimtab.app.run", "transformers", "peft", "datasets", "sklearn.metri
 def record(run: Run, data: Path, target: Path) -> None:
     """Trains, scores, and writes ``target``, whole or not at all."""
     import torch
+    from datasets import DatasetDict
 
     if run.task.base and not (BASES / run.task.base).is_dir():
         make_base(run.task.base, data)
@@ -36,6 +37,7 @@ def record(run: Run, data: Path, target: Path) -> None:
     from trimtab.app import scoring
     from trimtab.app.job import load
     from trimtab.app.malloc import keep_freed_memory
+    from trimtab.app.rows import load_rows
     from trimtab.app.runfolder import RunFolder, write_text
     from trimtab.app.screen import Screen
 
@@ -56,14 +58,18 @@ def record(run: Run, data: Path, target: Path) -> None:
             model, params = trained.model, trained.plan.params
             curve = [json.loads(line) for line in folder.history.read_text().splitlines()]
         training = time.process_time() - began
+        train_rows = len(job.ready["train"])
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of Linux
-        metrics = scoring.score(job, model, folder, screen, folder.answers, folder.predictions)
         choosing = {}
         if run.task.held_back:
-            choosing = {"chooses": {"score": metrics[job.task.metric], "loss": metrics["loss"]}}
-            others = load(recipes.load(source, run.overrides(data)), screen)
-            others = replace(job, task=others.task, rows=others.rows, ready=others.ready)
-            metrics = scoring.score(others, model, folder, screen, folder.answers, folder.predictions)
+            if run.seed == 0:  # by which the rate is chosen
+                metrics = scoring.score(job, model, folder, screen, folder.answers, folder.predictions)
+                choosing = {"chooses": {"score": metrics[job.task.metric], "loss": metrics["loss"]}}
+            rows = load_rows(recipes.load(source, run.overrides(data)), job.task)
+            scored = DatasetDict(validation=rows["validation"])
+            ready = job.task.prepare(scored, job.tokenizer, job.model)
+            job = replace(job, rows=rows, ready=ready)
+        metrics = scoring.score(job, model, folder, screen, folder.answers, folder.predictions)
         kept = next(iter(folder.read(folder.predictions).values()))
     settings = json.loads(recipe.model_dump_json(exclude_none=True, exclude={"output_dir", "data", "export"}))
     if run.task.base:
@@ -76,7 +82,7 @@ def record(run: Run, data: Path, target: Path) -> None:
         "rate": run.rate,
         "learning_rate": recipe.train["learning_rate"],
         "settings": settings,
-        "train_rows": len(job.ready["train"]),
+        "train_rows": train_rows,
         "layers": where and dict(where.stacks),
         "metric": job.task.metric,
         "score": metrics[job.task.metric],

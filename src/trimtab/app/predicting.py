@@ -14,7 +14,7 @@ from .job import Job, knows_classes
 from .planning import model_spec
 from .recipe import Recipe
 from .report.words import plural
-from .rows import load_rows
+from .rows import by_length, load_rows
 from .runfolder import RunFolder
 from .screen import Screen
 from .trained import class_names, give_template, task_of_run, with_adapter
@@ -81,8 +81,9 @@ def _without_training(recipe: Recipe) -> Recipe:
 def _outputs(job: Job, folder: RunFolder, rows: Dataset) -> np.ndarray:
     trainer = make_trainer(job, job.model, folder, callbacks=[])
     trainer_settings.score_in_order(trainer.args)
+    rows, places = by_length(rows)
     predicted = trainer.predict(rows, ignore_keys=model_facts.unread_outputs(job.model)).predictions  # type: ignore[arg-type]
-    return np.asarray(predicted[0] if isinstance(predicted, tuple) else predicted, np.float64)
+    return np.asarray(predicted[0] if isinstance(predicted, tuple) else predicted, np.float64)[places]
 
 
 def _classes(task: Any, outputs: np.ndarray) -> list[dict[str, Any]]:

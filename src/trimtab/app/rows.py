@@ -11,7 +11,7 @@ from .hub import offline_without_hub
 from .recipe import FILES, Recipe
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict
+    from datasets import Dataset, DatasetDict
 
     from .tasks import Task
 
@@ -38,6 +38,19 @@ def load_rows(recipe: Recipe, task: Task) -> DatasetDict:
         f"data.held_out: {len(held)} of {len(train)} training rows are scored, in place of validation and test"
     )
     return DatasetDict({"train": train.select(rest), name: train.select(held)})
+
+
+def by_length(ready: Dataset) -> tuple[Dataset, list[int]]:
+    """Tokenised rows, the shortest first, so that a batch pads little; and the place that each row went to.
+
+    Rows without tokens, as of images, stay as they are.
+    """
+    n = len(ready)
+    if "input_ids" not in ready.column_names:
+        return ready, list(range(n))
+    lengths = [len(ids) for ids in ready["input_ids"][:]]
+    order = sorted(range(n), key=lengths.__getitem__)
+    return ready.select(order), sorted(range(n), key=order.__getitem__)
 
 
 def rows_known(task: Task, rows: DatasetDict) -> int | None:

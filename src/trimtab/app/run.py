@@ -23,6 +23,7 @@ from .planning import chosen_among, horizon_of, plan_of_run, with_initial_ranks
 from .progress import progress_on
 from .recipe import Recipe
 from .report.words import byte_size, count, number, plural
+from .rows import by_length
 from .runfolder import RunFolder
 from .screen import Screen, Stage
 from .session import checkpoint_to_resume, session
@@ -128,10 +129,7 @@ def _batches(rows: Dataset, job: Job, batch_size: int) -> Any:
     """Padded batches on the model's device. Rows of like length go together; the order does not matter."""
     from torch.utils.data import DataLoader
 
-    lengths = [len(ids) for ids in rows["input_ids"]] if "input_ids" in rows.column_names else None
-    order = sorted(range(len(rows)), key=lengths.__getitem__) if lengths else list(range(len(rows)))
-    groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    return DataLoader(rows, batch_sampler=groups, collate_fn=job.task.collator(job.tokenizer))  # type: ignore[arg-type]
+    return DataLoader(by_length(rows)[0], batch_size, collate_fn=job.task.collator(job.tokenizer))  # type: ignore[arg-type]
 
 
 def _where_text(where: Where) -> str:

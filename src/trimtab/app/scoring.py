@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from . import judging, loading, model_facts, trainer_settings
 from .job import Job, data_of, fingerprint
 from .progress import progress_on
 from .report.words import number
+from .rows import by_length
 from .runfolder import RunFolder
 from .screen import Screen
 from .session import what_was_scored
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
     from peft import PeftModel
     from torch import nn
-    from transformers import Trainer
+    from transformers import EvalPrediction
 
     from .tasks import Task
 
@@ -163,7 +164,10 @@ def score(
             prefix = "" if i == 0 else f"{split}_"
             rows = job.ready[split]
             kept[split] = {"rows": len(rows), "fingerprint": fingerprint(job.rows[split])}
-            trainer.compute_metrics = _keeping_rows(job, trainer, kept[split])
+            places = None
+            if job.task.task_type == "SEQ_CLS":  # of others the loss, a mean over batches, would follow their order
+                rows, places = by_length(rows)
+            trainer.compute_metrics = _keeping_rows(job, kept[split], places)
             got = trainer.evaluate(rows, metric_key_prefix="eval", ignore_keys=model_facts.unread_outputs(model))
             skip = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
             scores = {k.removeprefix("eval_"): v for k, v in got.items() if k.startswith("eval_") and k not in skip}
@@ -180,13 +184,33 @@ def score(
     return found
 
 
-def _keeping_rows(job: Job, trainer: Trainer, kept: dict[str, Any]) -> Callable[[Any], dict[str, float]]:
-    """The task's `compute_metrics`, which also puts what each row got into ``kept``."""
+def _keeping_rows(job: Job, kept: dict[str, Any], places: Sequence[int] | None) -> Callable[[Any], dict[str, float]]:
+    """The task's `compute_metrics`, which also puts what each row got into ``kept``.
+
+    Args:
+        places: where each row of the data is among those that were scored; None: they are in the data's order.
+    """
     row_scores = getattr(job.task, "row_scores", None)  # a task of one's own need not have it
 
-    def compute_metrics(eval_pred: Any) -> dict[str, float]:
+    def compute_metrics(eval_pred: EvalPrediction) -> dict[str, float]:
+        if places is not None:
+            eval_pred = _in_order(eval_pred, places)
         if row_scores is not None:
             kept.update(row_scores(eval_pred))
         return job.task.compute_metrics(eval_pred)
 
     return compute_metrics
+
+
+def _in_order(eval_pred: EvalPrediction, places: Sequence[int]) -> EvalPrediction:
+    from transformers import EvalPrediction
+
+    def ordered(values: Any) -> Any:
+        if isinstance(values, (tuple, list)):
+            return type(values)(ordered(part) for part in values)
+        if isinstance(values, dict):
+            return {name: ordered(part) for name, part in values.items()}
+        return None if values is None else values[places]
+
+    names = ("predictions", "label_ids", "inputs", "losses")
+    return EvalPrediction(**{name: ordered(getattr(eval_pred, name, None)) for name in names})
