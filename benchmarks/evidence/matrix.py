@@ -48,7 +48,7 @@ class Task:
     glue: str = ""
     """Task in GLUE, where its folder has another name."""
     splits: tuple[str, str] = ("train", "validation")
-    """Files to learn from and to score on."""
+    """Files to learn from and to score on; the second is empty where there is one file for both."""
     scored: int | None = None
     """Rows that are scored, drawn from their file; all of them without it."""
     recipe: str = "minilm.yaml"
@@ -62,9 +62,9 @@ class Task:
     def overrides(self, data: Path) -> list[str]:
         folder = self.folder or self.name
         files = [f"data.{split}={data / folder / f'{file}.jsonl'}"
-                 for split, file in zip(("train", "validation"), self.splits)]  # fmt: skip
+                 for split, file in zip(("train", "validation"), self.splits) if file]  # fmt: skip
         if self.held_out:
-            files = [files[0], f"data.held_out={self.held_out}"]
+            files.append(f"data.held_out={self.held_out}")
         if self.is_decoder:
             return [*files, *self.settings]
         name, epochs = f"task.name=glue/{self.glue or folder}", f"train.num_train_epochs={self.epochs}"
@@ -115,13 +115,16 @@ class Run:
 
     def overrides(self, data: Path, held_back: bool = False) -> list[str]:
         """Of the recipe. With ``held_back`` what is scored is those rows."""
-        limits = f"train: {self.task.tuning_rows if self.tuning else self.task.rows + self.task.held_back}"
-        if self.task.scored:
-            limits += f", validation: {self.task.scored}"
+        task, others = self.task, self.task.held_back
+        if not task.splits[1]:
+            others += task.scored or 0
+        limits = f"train: {task.tuning_rows if self.tuning else task.rows + others}"
+        if task.scored and task.splits[1]:
+            limits += f", validation: {task.scored}"
         rows = [f"data.max_samples={{{limits}}}"]
         held_out = ["data.held_out=0.2"] if self.tuning else []
         if held_back:
-            held_out = [f"data.held_out={self.task.held_back}"]
+            held_out = [f"data.held_out={others}"]
         rate = float(self.rate) * self.row.rate_factor
         ends = [f"train.learning_rate={rate:g}", f"seed={self.seed}"]
         steps = (0.8 * self.task.tuning_rows if self.tuning else self.task.rows) * self.task.epochs / 16
@@ -162,10 +165,10 @@ TASKS = {
         Task("sst2", "SST-2", 6000, 1, 2400, swapped=SWAPPED, tuned=(*TUNED, "sora-gone", *TUNED_BEFORE)),
         Task("stsb-after", "STS-B after SNLI", 2000, 1, 0, AFTER, tuned=(*TUNED, "last-lora"),
              held_back=500, base="snli", folder="stsb"),
-        Task("mrpc-after", "MRPC after SNLI", 1800, 1, 0, AFTER, tuned=(*TUNED, "last-lora"),
-             held_back=500, base="snli", folder="mrpc"),
-        Task("rte-after", "RTE after SNLI", 1200, 1, 0, AFTER, tuned=(*TUNED, "last-lora"),
+        Task("rte-after", "RTE after SNLI", 900, 1, 0, AFTER, tuned=(*TUNED, "last-lora"),
              held_back=300, base="snli", folder="rte"),
+        Task("qnli-after", "QNLI after SNLI", 1300, 1, 0, AFTER, tuned=(*TUNED, "last-lora"),
+             held_back=300, base="snli", folder="qnli", splits=("validation", ""), scored=700),
         Task("stsb", "STS-B", 3000, 2, 0, rate="5e-4",
              swapped=("lora-r8", "salientlora", "composition", "aflora", "aflora-late",
                       "influence-composition-vectors")),
@@ -199,7 +202,7 @@ TASKS = {
         Task("snli-fifth", "SNLI, a fifth of it warm-up", 6000, 2, 0, ("train.warmup_steps=0.2",), swapped=STEADY,
              folder="snli", glue="mnli", splits=("validation", "test"), scored=1500, is_variant=True),
         Task("code", "SmolLM2, Code Alpaca", 750, 1, 0, swapped=DECODER, folder="code_alpaca",
-             recipe="smollm2.yaml", held_out=0.2, samples=128),
+             recipe="smollm2.yaml", splits=("train", ""), held_out=0.2, samples=128),
     )
 }  # fmt: skip
 

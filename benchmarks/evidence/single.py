@@ -16,9 +16,12 @@ import time
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .matrix import BASES, Run
+
+if TYPE_CHECKING:
+    from trimtab.app.job import Job
 
 PRELOAD = ["trimtab.app.run", "transformers", "peft", "datasets", "sklearn.metrics", "scipy.stats"]
 """What every run imports: seconds, if each did."""
@@ -27,7 +30,6 @@ PRELOAD = ["trimtab.app.run", "transformers", "peft", "datasets", "sklearn.metri
 def record(run: Run, data: Path, target: Path) -> None:
     """Trains, scores, and writes ``target``, whole or not at all."""
     import torch
-    from datasets import DatasetDict
 
     if run.task.base and not (BASES / run.task.base).is_dir():
         make_base(run.task.base, data)
@@ -37,7 +39,6 @@ def record(run: Run, data: Path, target: Path) -> None:
     from trimtab.app import scoring
     from trimtab.app.job import load
     from trimtab.app.malloc import keep_freed_memory
-    from trimtab.app.rows import load_rows
     from trimtab.app.runfolder import RunFolder, write_text
     from trimtab.app.screen import Screen
 
@@ -62,13 +63,10 @@ def record(run: Run, data: Path, target: Path) -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of Linux
         choosing = {}
         if run.task.held_back:
+            choice, job = _choosing_and_scored(job, run, data)
             if run.seed == 0:  # by which the rate is chosen
-                metrics = scoring.score(job, model, folder, screen, folder.answers, folder.predictions)
+                metrics = scoring.score(choice, model, folder, screen, folder.answers, folder.predictions)
                 choosing = {"chooses": {"score": metrics[job.task.metric], "loss": metrics["loss"]}}
-            rows = load_rows(recipes.load(source, run.overrides(data)), job.task)
-            scored = DatasetDict(validation=rows["validation"])
-            ready = job.task.prepare(scored, job.tokenizer, job.model)
-            job = replace(job, rows=rows, ready=ready)
         metrics = scoring.score(job, model, folder, screen, folder.answers, folder.predictions)
         kept = next(iter(folder.read(folder.predictions).values()))
     settings = json.loads(recipe.model_dump_json(exclude_none=True, exclude={"output_dir", "data", "export"}))
@@ -135,6 +133,26 @@ def make_base(name: str, data: Path) -> None:
             write_text(whole / "curve.json", json.dumps(curve))
             with contextlib.suppress(OSError):  # another process was faster
                 whole.rename(BASES / name)
+
+
+def _choosing_and_scored(job: Job, run: Run, data: Path) -> tuple[Job, Job]:
+    """With the rows by which a rate is chosen, and with those that are reported, as what there is to score."""
+    from datasets import DatasetDict
+
+    from trimtab.app import recipe as recipes
+    from trimtab.app.rows import load_rows
+
+    held, task = job.rows["validation"], run.task
+    if task.splits[1]:
+        scored = load_rows(recipes.load(Path(__file__).with_name(task.recipe), run.overrides(data)), job.task)
+        parts = held, scored["validation"]
+    else:
+        parts = held.select(range(task.held_back)), held.select(range(task.held_back, len(held)))
+    jobs = []
+    for part in parts:
+        ready = job.task.prepare(DatasetDict(validation=part), job.tokenizer, job.model)
+        jobs.append(replace(job, rows=DatasetDict(train=job.rows["train"], validation=part), ready=ready))
+    return jobs[0], jobs[1]
 
 
 def _short(value: Any) -> Any:
