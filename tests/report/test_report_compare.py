@@ -182,7 +182,7 @@ def with_rows(
         "predicted": predicted,
         "classes": ["a", "b"],
     }
-    score = float(pairing._row_score(kept, metric)(np.arange(len(label))))
+    score = float(pairing._row_score(kept, metric)(np.ones((1, len(label))))[0])
     found = {**runs.metrics(seed), "metric": metric, "metrics": {metric: score}}
     run = runs.write_run(folder, recipe=runs.recipe(seed, **axes), metrics=found)
     (folder / "predictions.json").write_text(json.dumps({"validation": kept}))
@@ -273,23 +273,26 @@ def test_scores_of_drawn_rows_are_those_of_the_tasks(metric: str) -> None:
         kept = {"label": label, "predicted": predicted, "classes": list(range(classes))}
         for rows in (np.arange(60), rng.integers(60, size=60), np.flatnonzero(predicted == 0)):
             score = getattr(classification, metric)(predicted[rows], label[rows])
-            assert pairing._row_score(kept, metric)(rows) == pytest.approx(score)
+            times = np.bincount(rows, minlength=60)[None]
+            assert pairing._row_score(kept, metric)(times) == pytest.approx(score)
 
 
 @pytest.mark.parametrize("metric", ["pearson", "spearmanr", "mse"])
 def test_scores_of_drawn_numbers_are_those_of_the_tasks(metric: str) -> None:
     rng = np.random.default_rng(0)
-    label, predicted = rng.integers(5, size=60).astype(float), rng.normal(size=60)
-    rows = rng.integers(60, size=60)
-    kept = {"label": label, "predicted": predicted}
-    score = getattr(classification, metric)(predicted[rows], label[rows])
-    assert pairing._row_score(kept, metric)(rows) == pytest.approx(score)
+    label, predicted = rng.integers(5, size=60).astype(float), rng.normal(size=60).round(1)
+    draws = [rng.integers(60, size=60), np.arange(60), np.full(60, 7), np.flatnonzero(label == 3)]
+    times = np.stack([np.bincount(rows, minlength=60) for rows in draws])
+    score = pairing._row_score({"label": label, "predicted": predicted}, metric)
+    each = [getattr(classification, metric)(predicted[rows], label[rows]) for rows in draws]
+    assert score(times) == pytest.approx(each, abs=1e-12)
 
 
 def test_written_answers_are_compared_by_their_tokens() -> None:
     kept = {"answer_loss": [2.0, 1.0, 9.0], "tokens": [4, 2, 3], "right": [3, 1, 0]}
-    assert pairing._row_score(kept, "answer_loss")([0, 1]) == pytest.approx(3 / 6)
-    assert pairing._row_score(kept, "token_accuracy")([0, 1]) == pytest.approx(4 / 6)
+    times = np.array([[1, 1, 0]])
+    assert pairing._row_score(kept, "answer_loss")(times) == pytest.approx(3 / 6)
+    assert pairing._row_score(kept, "token_accuracy")(times) == pytest.approx(4 / 6)
     assert pairing._row_score(kept, "rougeL") is None
 
 

@@ -103,8 +103,8 @@ def _over_seeds(apart: Sequence[float]) -> tuple[float, float] | tuple[None, Non
     return float(low), float(high)
 
 
-RowScore = Callable[[Any], float]
-"""From positions of rows, some of them several times, to the score on them."""
+RowScore = Callable[[Any], Any]
+"""From how often each row was drawn, (draws, rows), to the score of each draw, (draws,)."""
 
 
 def _over_rows(scores: Sequence[tuple[RowScore, RowScore]], n: int, each: Sequence[float]) -> tuple[float, float]:
@@ -116,18 +116,21 @@ def _over_rows(scores: Sequence[tuple[RowScore, RowScore]], n: int, each: Sequen
     import numpy as np
     from scipy import stats
 
-    all_seeds = range(len(scores))
-
-    def apart(rows: Any, seeds: Any = all_seeds) -> float:
-        return float(np.mean([scores[seed][0](rows) - scores[seed][1](rows) for seed in seeds]))
+    def apart(rows: Any, seeds: Any = None, axis: int = -1) -> Any:
+        times = _times(rows, n)
+        of_seeds = np.stack([a(times) - b(times) for a, b in scores], axis=-1)  # (draws, seeds)
+        if seeds is not None:
+            of_seeds = np.take_along_axis(of_seeds, np.reshape(seeds, (len(times), -1)), axis=-1)
+        return of_seeds.mean(axis=-1).reshape(np.shape(rows)[:-1])
 
     def drawn(*sets: Any, resamples: int = RESAMPLES) -> Any:
         return stats.bootstrap(
             sets,
             apart,
-            vectorized=False,
+            vectorized=True,
             confidence_level=LEVEL,
             n_resamples=resamples,
+            batch=max(1, min(resamples, 2**22 // n)),  # an array of all draws may be larger than the memory
             method="percentile",
             random_state=np.random.default_rng(0),
         )
@@ -146,6 +149,15 @@ def _over_rows(scores: Sequence[tuple[RowScore, RowScore]], n: int, each: Sequen
     return float(low), float(high)
 
 
+def _times(rows: Any, n: int) -> Any:
+    """How often each of n rows is among those drawn: (..., drawn) -> (draws, n)."""
+    import numpy as np
+
+    rows = np.reshape(rows, (-1, np.shape(rows)[-1]))
+    places = rows + n * np.arange(len(rows))[:, None]
+    return np.bincount(places.ravel(), minlength=rows.shape[0] * n).reshape(-1, n).astype(np.float64)
+
+
 def _same_rows(runs: Sequence[Scored]) -> bool:
     """Whether what these runs kept is of the same rows in the same order."""
     first = runs[0].kept
@@ -158,78 +170,111 @@ def _row_score(kept: Mapping[str, Any], metric: str) -> RowScore | None:
     import numpy as np
 
     if metric in _OF_ANSWERS and "answer_loss" in kept:
-        sums = np.asarray([kept["answer_loss"], kept["tokens"], kept["right"]], np.float64)  # (3, rows)
+        sums = np.asarray([kept["answer_loss"], kept["tokens"], kept["right"]], np.float64).T  # (rows, 3)
         of_sums = _OF_ANSWERS[metric]
-        return lambda rows: of_sums(*sums[:, rows].sum(axis=1))
+        return lambda times: of_sums(*(times @ sums).T)
     if "predicted" not in kept:
         return None
     label, predicted = np.asarray(kept["label"]), np.asarray(kept["predicted"])
     if "classes" not in kept:
         of_numbers = _OF_NUMBERS.get(metric)
-        return None if of_numbers is None else lambda rows: of_numbers(predicted[rows], label[rows])
-    of_counts, classes = _OF_COUNTS.get(metric), len(kept["classes"])
-    cell = classes * label + predicted
-    return (
-        None
-        if of_counts is None
-        else (lambda rows: of_counts(np.bincount(cell[rows], minlength=classes**2).reshape(classes, classes)))
-    )
+        return None if of_numbers is None else lambda times: of_numbers(predicted, label, times)
+    of_counts = _OF_COUNTS.get(metric)
+    if of_counts is None:
+        return None
+    names = np.arange(len(kept["classes"]))
+    of_label, of_answer = (np.equal.outer(classes, names).astype(np.float64) for classes in (label, predicted))
+    both = of_label * of_answer
+    return lambda times: of_counts(times @ both, times @ of_label, times @ of_answer)
 
 
-# The scores of `tasks.classification`, from counts (label, predicted): thousands of draws leave no time for more.
+# The scores of `tasks.classification` for many draws at once: thousands of them leave no time for one after the other.
+# Of classes: how often each was right, was the label, was the answer, (draws, classes).
 
 
-def _accuracy(counts: Any) -> float:
-    return float(counts.trace() / counts.sum())
+def _accuracy(right: Any, labels: Any, answers: Any) -> Any:
+    return right.sum(axis=-1) / labels.sum(axis=-1)
 
 
-def _f1(counts: Any) -> float:
+def _f1(right: Any, labels: Any, answers: Any) -> Any:
     """Of class 1."""
-    both = counts[1].sum() + counts[:, 1].sum()
-    return float(2 * counts[1, 1] / both) if both else 0.0
+    return _f1s(right, labels, answers)[:, 1]
 
 
-def _f1_macro(counts: Any) -> float:
-    both = counts.sum(axis=0) + counts.sum(axis=1)
-    return float((2 * counts.diagonal()[both > 0] / both[both > 0]).mean())
+def _f1_macro(right: Any, labels: Any, answers: Any) -> Any:
+    return _f1s(right, labels, answers).sum(axis=-1) / (labels + answers > 0).sum(axis=-1)
 
 
-def _matthews(counts: Any) -> float:
-    n, right = float(counts.sum()), float(counts.trace())
-    labels, predicted = counts.sum(axis=1).astype(float), counts.sum(axis=0).astype(float)
-    spread = (n * n - predicted @ predicted) * (n * n - labels @ labels)
-    return float((right * n - labels @ predicted) / math.sqrt(spread)) if spread > 0 else 0.0
+def _f1s(right: Any, labels: Any, answers: Any) -> Any:
+    """Of each class, 0 for one that does not occur."""
+    return _share(2 * right, labels + answers)
 
 
-def _correlation(x: Any, y: Any) -> float:
+def _matthews(right: Any, labels: Any, answers: Any) -> Any:
+    n = labels.sum(axis=-1)
+    chance, spread = (labels * answers).sum(axis=-1), (n**2 - (answers**2).sum(-1)) * (n**2 - (labels**2).sum(-1))
+    return _share(n * right.sum(axis=-1) - chance, spread**0.5)
+
+
+def _share(part: Any, whole: Any) -> Any:
+    """Their ratio; 0 of nothing."""
     import numpy as np
 
-    return float(np.corrcoef(x, y)[0, 1]) if np.ptp(x) > 0 and np.ptp(y) > 0 else 0.0
+    return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
 
 
-def _rank_correlation(x: Any, y: Any) -> float:
-    from scipy.stats import rankdata
+def _correlation(x: Any, y: Any, times: Any) -> Any:
+    """Of numbers (rows,), of which each occurs so often."""
+    n, x, y = times.sum(axis=-1), x - x.mean(), y - y.mean()
 
-    return _correlation(rankdata(x), rankdata(y))
+    def spread(a: Any, b: Any) -> Any:
+        whole = times @ (a * b)
+        apart = whole - (times @ a) * (times @ b) / n
+        return apart * (abs(apart) > 1e-12 * abs(whole))  # of one value alone what is left is rounding
+
+    return _share(spread(x, y), (spread(x, x) * spread(y, y)) ** 0.5)
 
 
-def _mse(x: Any, y: Any) -> float:
-    return float(((x - y) ** 2).mean())
+def _rank_correlation(x: Any, y: Any, times: Any) -> Any:
+    middle = (times.sum(axis=-1, keepdims=True) + 1) / 2
+    x, y = (_ranks(values, times) - middle for values in (x, y))
+    return _share((times * x * y).sum(axis=-1), ((times * x**2).sum(-1) * (times * y**2).sum(-1)) ** 0.5)
 
 
-_OF_COUNTS: dict[str, Callable[[Any], float]] = {
+def _ranks(values: Any, times: Any) -> Any:
+    """Of the values that were drawn, equal ones sharing the mean of theirs: (rows,) -> (draws, rows)."""
+    import numpy as np
+
+    _, group = np.unique(values, return_inverse=True)
+    order = np.argsort(group, kind="stable")
+    begins = np.flatnonzero(np.diff(group[order], prepend=-1))
+    of_groups = np.add.reduceat(times[:, order], begins, axis=-1)
+    return (of_groups.cumsum(axis=-1) - (of_groups - 1) / 2)[:, group]
+
+
+def _mse(x: Any, y: Any, times: Any) -> Any:
+    return times @ (x - y) ** 2 / times.sum(axis=-1)
+
+
+def _perplexity(loss: Any, tokens: Any, right: Any) -> Any:
+    import numpy as np
+
+    return np.exp(np.minimum(loss / tokens, 700))
+
+
+_OF_COUNTS: dict[str, Callable[[Any, Any, Any], Any]] = {
     "accuracy": _accuracy,
     "f1": _f1,
     "f1_macro": _f1_macro,
     "matthews_correlation": _matthews,
 }
-_OF_NUMBERS: dict[str, Callable[[Any, Any], float]] = {
+_OF_NUMBERS: dict[str, Callable[[Any, Any, Any], Any]] = {
     "pearson": _correlation,
     "spearmanr": _rank_correlation,
     "mse": _mse,
 }
-_OF_ANSWERS: dict[str, Callable[[float, float, float], float]] = {
+_OF_ANSWERS: dict[str, Callable[[Any, Any, Any], Any]] = {
     "answer_loss": lambda loss, tokens, right: loss / tokens,
-    "perplexity": lambda loss, tokens, right: math.exp(min(loss / tokens, 700)),
+    "perplexity": _perplexity,
     "token_accuracy": lambda loss, tokens, right: right / tokens,
 }
