@@ -102,6 +102,9 @@ SETTINGS = [
     ("train.save_strategy=never", "Did you mean 'no'?"),
     ("train.logging_strategy=sometimes", "must be one of no, steps, epoch."),
     ("train={load_best_model_at_end: true, metric_for_best_model: acuracy}", "Did you mean 'accuracy'?"),
+    ("train={load_best_model_at_end: true, prediction_loss_only: true}", "is told by accuracy: leave it out"),
+    ("train.batch_eval_metrics=true", "scores are of all rows at once"),
+    ("train.eval_do_concat_batches=false", "scores are of all rows at once"),
     ('train={load_best_model_at_end: true, eval_strategy: "no"}', "needs evaluations to tell which is best: set"),
     (
         'train={load_best_model_at_end: true, save_strategy: "no"}',

@@ -181,9 +181,12 @@ def test_what_each_row_got_is_kept_in_the_data_s_order_however_batches_are_put_t
     uneven = [{"sentence1": "ab " * (1 + i * 7 % 11), "sentence2": "ba", "label": int(i % 3 == 0)} for i in range(24)]
     data = {"train": paraphrases(tmp_path / "train.jsonl", 16), "validation": write_jsonl(tmp_path / "v.jsonl", uneven)}
     training = {"max_steps": 1, "use_cpu": True, "train_sampling_strategy": "group_by_length"}
+    training |= {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 5}
+    training |= {"dataloader_drop_last": True, "prediction_loss_only": True, "skip_memory_metrics": False}
     trimtab("run", write_recipe(tmp_path, data=data, train=training, where=None))
     kept = read(tmp_path / "run", "predictions.json")["validation"]
     assert kept["label"] == [row["label"] for row in uneven]
+    assert set(read(tmp_path / "run", "metrics.json")["metrics"]) == {"loss", "accuracy", "f1"}
 
 
 def test_the_base_can_be_scored_before_there_is_a_run(tmp_path):

@@ -13,6 +13,7 @@ from ..errors import ExportError
 from . import judging, loading, model_facts, trainer_settings
 from .job import Job, data_of, fingerprint
 from .progress import progress_on
+from .report.data import NOT_SCORES
 from .report.words import number
 from .rows import by_length
 from .runfolder import RunFolder
@@ -155,7 +156,7 @@ def score(
         return {}
     with screen.stage(name) as stage:
         trainer = make_trainer(job, model, folder, callbacks=[progress_on(stage)])
-        trainer_settings.score_in_order(trainer.args)
+        trainer_settings.score_every_row(trainer.args)
         if is_sharded(model):
             trainer.is_fsdp_enabled = False  # there is nothing left to shard, and no optimizer to shard it with
         found: dict[str, float] = {}
@@ -169,8 +170,8 @@ def score(
                 rows, places = by_length(rows)
             trainer.compute_metrics = _keeping_rows(job, kept[split], places)
             got = trainer.evaluate(rows, metric_key_prefix="eval", ignore_keys=model_facts.unread_outputs(model))
-            skip = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
-            scores = {k.removeprefix("eval_"): v for k, v in got.items() if k.startswith("eval_") and k not in skip}
+            names = [name for name in got if name.startswith("eval_") and not name.endswith(NOT_SCORES)]
+            scores = {name.removeprefix("eval_"): got[name] for name in names}
             scores |= job.task.evaluate(model, job.tokenizer, job.rows, split, folder=answers, make_bar=stage.bar)
             found |= {prefix + name: float(value) for name, value in scores.items()}
             if constant := judging.constant(job.task, job.rows, split):

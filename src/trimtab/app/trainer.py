@@ -221,6 +221,9 @@ def _what_is_best(values: Mapping[str, Any], task: Task, stops_early: bool) -> d
     if name not in scores and len(scores) > 1:  # what a task of one's own takes, only that task knows
         near = did_you_mean(name, scores)
         raise ConfigError("train.metric_for_best_model", metric, f"must be one of {', '.join(scores)}.{near}")
+    if name != "loss" and values.get("prediction_loss_only"):
+        cure = f"the best checkpoint is told by {name}: leave it out, or set train.metric_for_best_model to loss"
+        raise ConfigError("train.prediction_loss_only", True, cure)
     greater = values.get("greater_is_better")
     if greater is None:
         headline = bool(getattr(task, "greater_is_better", True))

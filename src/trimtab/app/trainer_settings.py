@@ -82,9 +82,10 @@ def stock(values: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def score_in_order(args: Any) -> None:
-    """Rows are scored in the data's order, also where training groups them by length."""
+def score_every_row(args: Any) -> None:
+    """Every row is scored, in the order given, and its output kept, whatever evaluations while training leave out."""
     args.train_sampling_strategy, args.group_by_length = "random", False
+    args.dataloader_drop_last = args.prediction_loss_only = False
 
 
 def check(key: str, value: Any) -> Any:
@@ -155,6 +156,10 @@ def _type_words(parts: set[str]) -> str:
 
 def check_together(train: Mapping[str, Any]) -> None:
     """Raise `ConfigError` for fields that do not go together. ``train`` has the defaults in it."""
+    for key, value in (("batch_eval_metrics", True), ("eval_do_concat_batches", False)):
+        if train.get(key) is value:
+            cure = "scores are of all rows at once; leave it out (eval_accumulation_steps is what saves memory)"
+            raise ConfigError(f"train.{key}", value, cure)
     if train.get("bf16") and train.get("fp16"):
         raise ConfigError("train.fp16", True, "train.bf16 is set too; keep one of them")
     evals, saves = train["eval_strategy"], train["save_strategy"]

@@ -21,8 +21,9 @@ from .runfolder import RunFolder, flatten, read
 from .troubles import troubles
 from .words import change, count, duration, finite, moved, number, plural, progress, ranges, sentence
 
-NOT_SCORES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "epoch")
-"""Tails of names that Trainer puts among the metrics, but that measure speed."""
+NOT_SCORES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "epoch", "alloc_delta",
+              "peaked_delta")  # fmt: skip
+"""Tails of names that Trainer puts among the metrics, but that measure speed or memory."""
 
 
 @dataclass(frozen=True)
