@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from ..budget import figures, solve
 from ..errors import BudgetError, ConfigError
 from ..plans import Plan, Site, SitePlan, Where
-from ..train.rates import ROLES, check_roles
+from ..train.rates import check_roles
 from . import recipe as recipes
+from .parameters import adapted_sites, head_params, roles_of, site_params, token_params, vectors_of
 from .peft_config import (
     adapter_config,
     budget_of,
@@ -211,8 +212,8 @@ def with_layer_ratio(
         total_steps=horizon.total_steps,
         steps_per_epoch=horizon.steps_per_epoch,
         free=free,
-        vectors=_vectors(config),
-        beside=_token_params(model, config),
+        vectors=vectors_of(config),
+        beside=token_params(model, config),
     )
     return recipe.model_copy(update={"where": recipe.where.model_copy(update={"ratio": choice.ratio})})
 
@@ -241,7 +242,7 @@ def plan_of_run(
     Raises:
         BudgetError: the recipe's budget is not met.
     """
-    check_roles(recipe.rates or {}, _roles(model, config))
+    check_roles(recipe.rates or {}, roles_of(model, config))
     made = plan_model(model, config, horizon, optim=str(recipe.train.get("optim", "adamw")))
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     settings = {"recipe": recipe.model_dump(mode="json", exclude_none=True), "rows": rows, **made.settings}
@@ -261,7 +262,7 @@ def plan_model(model: nn.Module, config: PeftConfig, horizon: Horizon | None = N
     from ..rank.base import starter_of
 
     where = getattr(config, "where", None)
-    sites, ranks, own_costs = _adapted(model, config)
+    sites, ranks, own_costs = adapted_sites(model, config)
     notes: list[str] = []
     if own_costs is not None:
         costs = own_costs
@@ -271,7 +272,7 @@ def plan_model(model: nn.Module, config: PeftConfig, horizon: Horizon | None = N
         params, schedule = _constant(sum(costs.values())), tuple[dict[str, Any], ...]()
     else:
         methods: dict[str, Any] = {axis: getattr(config, axis, None) for axis in ("rank", "freeze")}
-        more: dict[str, Any] = {"vectors": _vectors(config), "beside": _token_params(model, config)}
+        more: dict[str, Any] = {"vectors": vectors_of(config), "beside": token_params(model, config)}
         budget, rank_params = getattr(config, "budget", None), None
         if budget is not None and horizon is not None:
             choice = solve(
@@ -287,10 +288,7 @@ def plan_model(model: nn.Module, config: PeftConfig, horizon: Horizon | None = N
             )
             methods, rank_params = {"rank": choice.rank, "freeze": choice.freeze}, choice.rank_params
             notes.extend(choice.explanation)
-        costs = {
-            site.name: initial_params(site, ranks[site.name], **methods) + site.out_features * more["vectors"]
-            for site in sites
-        }
+        costs = {site.name: site_params(site, ranks[site.name], config, **methods) for site in sites}
         initial = sum(costs.values()) + more["beside"]
         params, schedule = _predicted(sites, ranks, initial, horizon, **methods, rank_params=rank_params, **more)
     adapts = getattr(config, "is_adaptive", False)
@@ -298,7 +296,7 @@ def plan_model(model: nn.Module, config: PeftConfig, horizon: Horizon | None = N
         notes.append(idle)
     if (starter := starter_of(config)) is not None:
         notes.append(f"{_RANKS_OF} {starter.method} to say, from training rows; counted here: those of adapter.r")
-    head = _head_params(model, config)
+    head = head_params(model, config)
     if head:
         notes.append(f"the head (modules_to_save) trains {count(head)} parameters more, in every method alike")
     if adapts and horizon is None:
@@ -327,52 +325,19 @@ def with_initial_ranks(planned: Plan, started: Mapping[str, Any], config: PeftCo
         started: `trimtab.train.initialize.Started` as JSON.
     """
     ranks = started["ranks"]
-    methods: dict[str, Any] = {axis: getattr(config, axis, None) for axis in ("rank", "freeze")}
-    vectors = _vectors(config)
     sites = [
-        replace(p, r=r, trainable_params=initial_params(p.site, r, **methods) + p.site.out_features * vectors)
+        replace(p, r=ranks[p.site.name], trainable_params=site_params(p.site, ranks[p.site.name], config))
         for p in planned.sites
-        for r in [ranks[p.site.name]]
     ]
     notes = (started["told"], *(note for note in planned.notes if not note.startswith(_RANKS_OF)))
     if getattr(config, "budget", None) is None:
         beside = int(planned.params["initial"]) - sum(p.trainable_params for p in planned.sites)
         initial = sum(p.trainable_params for p in sites) + beside
-        more = {"vectors": vectors, "beside": beside}
-        params, schedule = _predicted([p.site for p in sites], ranks, initial, horizon, **methods, **more)
+        more: dict[str, Any] = {axis: getattr(config, axis, None) for axis in ("rank", "freeze")}
+        more |= {"vectors": vectors_of(config), "beside": beside}
+        params, schedule = _predicted([p.site for p in sites], ranks, initial, horizon, **more)
         planned = replace(planned, params=params, schedule=schedule)
     return replace(planned, sites=tuple(sites), notes=notes, settings={**planned.settings, "start": dict(started)})
-
-
-def _adapted(model: nn.Module, config: PeftConfig) -> tuple[list[Site], dict[str, int], dict[str, int] | None]:
-    """Sites, their ranks (or widths, or prompt tokens), and their parameters where these are no matter of a rank."""
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
-    if kind == "ADAPTION_PROMPT":
-        from ..adapters.prompts import prompt_sites
-
-        sites, tokens = prompt_sites(model, config), int(config.adapter_len)  # type: ignore[attr-defined]
-        return sites, {s.name: tokens for s in sites}, {s.name: tokens * s.in_features + 1 for s in sites}
-    if kind == "TRIMTAB_BOTTLENECK":
-        from ..adapters.places import norm_params
-
-        places = config.places(model).values()  # type: ignore[attr-defined]
-        widths = {p.name: config.width(p.size) if p.how else 0 for p in places}  # type: ignore[attr-defined]
-        costs = {p.name: p.params(widths[p.name], norm_params(model.get_submodule(p.name))) for p in places}
-        return [Site(p.name, p.size, p.size, p.stack, p.block, p.kind) for p in places], widths, costs
-    from ..host.adapted import site_rank
-    from ..host.sites import find_sites
-
-    sites = find_sites(model, config, getattr(config, "where", None))
-    return sites, {site.name: site_rank(site, config) for site in sites}, None
-
-
-def initial_params(site: Site, r: int, rank: Any, freeze: Any) -> int:
-    """Adapter parameters that train at a site in the first step: projections, and the diagonals that are at work."""
-    is_frozen = freeze is not None and freeze.initially_frozen(site.name)
-    has_b = freeze is not None and freeze.needs_output_diagonal and (is_frozen or not freeze.rests)
-    has_e = (rank is not None and rank.has_e) or has_b
-    projections = 0 if is_frozen else r * (site.in_features + site.out_features)
-    return projections + r * has_e + site.out_features * has_b
 
 
 def _predicted(
@@ -488,46 +453,6 @@ def _outside_backbone(model: nn.Module) -> tuple[str, ...]:
 
     _, backbone = backbone_of(model)
     return tuple(name for name, child in model.named_children() if child is not backbone and list(child.parameters()))
-
-
-def _head_params(model: nn.Module, config: PeftConfig) -> int:
-    from ..host.sites import HEADS
-
-    task_type = str(getattr(config.task_type, "value", config.task_type))
-    wanted = {*(getattr(config, "modules_to_save", None) or ()), *HEADS.get(task_type, ())}
-    inside = [module for name, module in model.named_modules() if name in wanted or name.rpartition(".")[2] in wanted]
-    return sum(p.numel() for p in {id(p): p for module in inside for p in module.parameters()}.values())
-
-
-def _vectors(config: PeftConfig) -> int:
-    """How many of ``out`` each train at every site beside its ranks."""
-    return sum(bool(getattr(config, name, False)) for name in ("use_dora", "lora_bias"))
-
-
-def _token_params(model: nn.Module, config: PeftConfig) -> int:
-    """What trains of embeddings, row by row."""
-    tokens = getattr(config, "trainable_token_indices", None) or {}
-    if not isinstance(tokens, dict):
-        return len(tokens) * model.get_input_embeddings().weight.shape[1]  # type: ignore[operator, union-attr]
-    return sum(
-        len(rows) * module.weight.shape[1]  # type: ignore[union-attr, index]
-        for key, rows in tokens.items()
-        for name, module in model.named_modules()
-        if f".{name}".endswith(f".{key}")
-    )
-
-
-def _roles(model: nn.Module, config: PeftConfig) -> set[str]:
-    """Roles that may train under a config. The model with its adapter says which do, once it is made."""
-    found = {
-        "VERA": {"vectors"}, "ADAPTION_PROMPT": {"vectors"}, "TRIMTAB_BOTTLENECK": {"A", "B"}, "LORA": {"A", "B"},
-    }.get(str(getattr(config.peft_type, "value", config.peft_type)), set(ROLES))  # fmt: skip
-    rank, freeze = getattr(config, "rank", None), getattr(config, "freeze", None)
-    with_vectors = ("use_dora", "trainable_token_indices", "monteclora_config", "kasa_config")
-    own = (rank is not None and rank.has_e) or (freeze is not None and freeze.needs_output_diagonal)
-    if own or any(getattr(config, key, None) for key in with_vectors):
-        found = found | {"vectors"}
-    return found | {"head"} if _head_params(model, config) else found - {"head"}
 
 
 def _rates_in_words(recipe: Recipe) -> list[str]:

@@ -48,7 +48,8 @@ def by_length(ready: Dataset) -> tuple[Dataset, list[int]]:
     n = len(ready)
     if "input_ids" not in ready.column_names:
         return ready, list(range(n))
-    lengths = [len(ids) for ids in ready["input_ids"][:]]
+    batches = ready.select_columns("input_ids").iter(1000)  # all at once, as lists, may not fit into memory
+    lengths = [len(ids) for batch in batches for ids in batch["input_ids"]]
     order = sorted(range(n), key=lengths.__getitem__)
     return ready.select(order), sorted(range(n), key=order.__getitem__)
 
