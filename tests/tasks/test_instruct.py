@@ -213,6 +213,15 @@ def test_questions_and_answers_are_one_whatever_their_columns(form, row):
     ]
 
 
+def test_an_instruction_is_asked_with_the_input_of_its_instance():
+    def asked(*instances):
+        return Reader(asking=True).conversations({"instruction": ["Sum."], "instances": [list(instances)]}, "x")
+
+    assert asked({"input": "1 2"})[0][0] == {"role": "user", "content": "Sum.", "input": "1 2"}
+    with pytest.raises(DataError, match="row 1 has 2 instances, and a row is given one answer; give each a row"):
+        asked({"input": "1 2"}, {"input": "3 4"})
+
+
 def test_columns_can_be_named_and_prompts_taken_as_they_stand(tmp_path):
     rows = [{"before": "2 + 2 =", "after": " 4"}] * 2
     _, ready, tokenizer = prepared(tmp_path, rows, {"prompt": "before", "answer": "after", "template": "plain"})

@@ -129,7 +129,7 @@ class Reader:
         if form in CHATS:
             self.read.add(form)
             return self.beside(table, [self._chat(turns, w) for turns, w in zip(table[form], wheres)], wheres)
-        if form == "instances" and not self.asking:
+        if form == "instances" and "instances" in table:
             self.read |= {"instruction", "instances"}
             return [
                 conversation
@@ -245,11 +245,16 @@ class Reader:
         return lack
 
     def _instances(self, prompt: Any, instances: Any, where: str) -> list[Conversation]:
+        if self.asking and len(instances or ()) != 1:
+            raise DataError(
+                f"{where} has {len(instances or ())} instances, and a row is given one answer; "
+                "give each a row of its own, with instruction and input"
+            )
         out = []
         for one in instances or ():
-            if not isinstance(one, dict) or "output" not in one:
+            if not isinstance(one, dict) or not (self.asking or "output" in one):
                 raise DataError(f"{where} has an instance that is no object with input and output")
-            out.append(self._turn(prompt, one["output"], one.get("input"), where))
+            out.append(self._turn(prompt, one.get("output"), one.get("input"), where))
         return out
 
     def _chat(self, turns: Any, where: str) -> Conversation:
