@@ -143,7 +143,7 @@ def _recipe(cell: Cell) -> str:
         else:
             parts[section] = given if isinstance(given, dict) else {"method": given}
     for values in parts.values():
-        values.pop("samples", None)  # the default, but for one task
+        values.pop("samples", None)  # the default, but for some tasks
         values.pop("alpha", None)  # 2 r, the default
     return json.dumps(parts, ensure_ascii=False).replace('"', "")[1:-1]
 

@@ -162,6 +162,27 @@ def _over(results: Results, names: list[str], one: Question, rate: str | None = 
 # -- the tables ----------------------------------------------------------------------------------------
 
 
+def whole(results: Results) -> list[str]:
+    """Tasks on which every row that a user chooses between is to be tuned."""
+    return [name for name in measured(results) if set(TUNED) <= set(TASKS[name].tuned)]
+
+
+def overview(results: Results) -> str:
+    """The scores of all tasks together, the best mean first, and how far each is from LoRA r 8 over them."""
+    names, found = whole(results), []
+    for row in (ROWS[name] for name in TUNED):
+        cells = [cell for name in names if (cell := results.cell(name, row.name))]
+        if len(cells) < len(names):
+            continue
+        apart = None if row.name == BASELINE else results.pooled(tuple(names), row.name, BASELINE)
+        held, sizes = (sum(cell.of("params", key) for cell in cells) / len(cells) for key in ("held", "average"))
+        mean = sum(cell.mean for cell in cells) / len(cells)
+        scores = [f"{100 * cell.mean:.1f}" for cell in cells]
+        found.append((-mean, [row.title, *scores, f"{100 * mean:.1f}", interval(apart), count(held), count(sizes)]))
+    columns = ["", *(TASKS[name].title for name in names), "mean", "points to LoRA r 8", "held", "trained on average"]
+    return table(columns, [cells for _, cells in sorted(found)])
+
+
 def swapped(results: Results) -> list[str]:
     """Tasks with rows to compare at the one rate, on drawn rows."""
     return [name for name, task in TASKS.items() if not (task.is_variant or task.is_decoder)
@@ -339,6 +360,7 @@ def drawn(results: Results) -> str:
 
 BLOCKS: dict[str, Callable[[Results], str]] = {
     "extent": extent,
+    "overview": overview,
     "untuned": untuned,
     "decoder": decoder,
     "questions": questions,
@@ -359,10 +381,10 @@ FIGURES = {
 
 
 def figures(results: Results) -> dict[str, str]:
-    """File name -> SVG, of the tasks on which every row is to be tuned."""
-    tasks = [name for name in measured(results) if set(TUNED) <= set(TASKS[name].tuned)]
+    """File name -> SVG, of the tasks on which every row is to be tuned, and of these rows."""
+    tasks = whole(results)
     titles = [TASKS[name].title for name in tasks]
-    rows = [row for row in ROWS.values() if any(results.cell(task, row.name) for task in tasks)]
+    rows = [row for row in ROWS.values() if row.name in TUNED and any(results.cell(t, row.name) for t in tasks)]
     others = [row for row in rows if row.name != BASELINE]
     apart = [[results.apart(task, row.name, BASELINE) for task in tasks] for row in others]
     differences, front = FIGURES
