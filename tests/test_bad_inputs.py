@@ -115,6 +115,8 @@ SETTINGS = [
         "train={load_best_model_at_end: on, eval_strategy: steps, eval_steps: 4, save_strategy: steps, save_steps: 6}",
         "load_best_model_at_end needs a multiple of the 4 steps",
     ),
+    ("train.batch_eval_metrics=true", "scores are taken of all rows together; leave it out"),
+    ("train.eval_do_concat_batches=false", "scores are taken of all rows together; leave it out"),
     ("train.report_to=wandb", "not installed here: pip install wandb"),
     ("train.report_to=tensorboard", "not installed here: pip install tensorboard"),
     ("train.report_to=[wandb, mlflow]", "not installed here: pip install wandb"),

@@ -145,6 +145,17 @@ def test_each_row_keeps_its_own_answer_though_rows_of_like_length_are_scored_tog
     assert given == [pytest.approx(p.tolist(), abs=1e-5) for p in shares]
 
 
+def test_every_row_is_scored_and_answered_whatever_training_leaves_out(moved):
+    rows, before = moved.parent / "dev.csv", read(moved, "metrics.json")["metrics"]
+    answered = trimtab("predict", moved, rows).stdout
+    left_out = ["train.dataloader_drop_last=true", "train.prediction_loss_only=true"]
+    left_out += ["train.per_device_eval_batch_size=5"]  # 36 rows
+    trimtab("eval", moved, *left_out)
+    assert read(moved, "metrics.json")["metrics"] == pytest.approx(before)
+    assert len(read(moved, "predictions.json")["validation"]["label"]) == 36
+    assert len(trimtab("predict", moved, rows, *left_out).stdout.splitlines()) == len(answered.splitlines()) == 36
+
+
 # -- data ------------------------------------------------------------------------------------------------
 
 

@@ -80,7 +80,7 @@ def _without_training(recipe: Recipe) -> Recipe:
 
 def _outputs(job: Job, folder: RunFolder, rows: Dataset) -> np.ndarray:
     trainer = make_trainer(job, job.model, folder, callbacks=[])
-    trainer_settings.score_in_order(trainer.args)
+    trainer_settings.score_every_row(trainer.args)
     rows, places = by_length(rows)
     predicted = trainer.predict(rows, ignore_keys=model_facts.unread_outputs(job.model)).predictions  # type: ignore[arg-type]
     return np.asarray(predicted[0] if isinstance(predicted, tuple) else predicted, np.float64)[places]

@@ -155,7 +155,7 @@ def score(
         return {}
     with screen.stage(name) as stage:
         trainer = make_trainer(job, model, folder, callbacks=[progress_on(stage)])
-        trainer_settings.score_in_order(trainer.args)
+        trainer_settings.score_every_row(trainer.args)
         if is_sharded(model):
             trainer.is_fsdp_enabled = False  # there is nothing left to shard, and no optimizer to shard it with
         found: dict[str, float] = {}

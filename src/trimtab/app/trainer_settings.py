@@ -82,9 +82,10 @@ def stock(values: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def score_in_order(args: Any) -> None:
-    """Rows are scored in the data's order, also where training groups them by length."""
+def score_every_row(args: Any) -> None:
+    """All rows are scored, in the data's order, whatever training leaves out or groups by length."""
     args.train_sampling_strategy, args.group_by_length = "random", False
+    args.dataloader_drop_last = args.prediction_loss_only = False
 
 
 def check(key: str, value: Any) -> Any:
@@ -157,6 +158,9 @@ def check_together(train: Mapping[str, Any]) -> None:
     """Raise `ConfigError` for fields that do not go together. ``train`` has the defaults in it."""
     if train.get("bf16") and train.get("fp16"):
         raise ConfigError("train.fp16", True, "train.bf16 is set too; keep one of them")
+    for key, by_batch in (("batch_eval_metrics", True), ("eval_do_concat_batches", False)):
+        if train.get(key) is by_batch:
+            raise ConfigError(f"train.{key}", by_batch, "scores are taken of all rows together; leave it out")
     evals, saves = train["eval_strategy"], train["save_strategy"]
     if saves == "best" and evals == "no":
         raise ConfigError("train.save_strategy", saves, "needs evaluations: set train.eval_strategy to epoch or steps")
