@@ -257,6 +257,24 @@ def test_what_was_exported_of_an_unfinished_run_gives_way_to_a_later_checkpoint(
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs if "lora_A" in key)  # B takes the scale
 
 
+def test_the_lines_that_load_a_run_load_what_it_ended_with(half, trained):
+    trimtab("export", half, "--format", "merged")  # of step 3
+    trimtab("run", half, "--resume")
+    assert "merged" not in read(half, "metrics.json")["load"] and "half/adapter" in read(half, "metrics.json")["load"]
+    trimtab("export", half, "--format", "merged")
+    trimtab("eval", half)
+    assert "half/merged" in read(half, "metrics.json")["load"]
+
+
+def test_the_page_of_a_run_says_what_it_was_scored_by_last(moved):
+    assert "test" not in (moved / "report.html").read_text().partition("rows: 36 train")[2][:40]
+    trimtab("eval", moved, f"data.test={moved.parent / 'dev.csv'}")
+    assert "rows: 36 train, 36 validation, 36 test" in (moved / "report.html").read_text()
+    (moved / "report.html").unlink()
+    trimtab("eval", moved)
+    assert not (moved / "report.html").exists()
+
+
 def test_an_early_stopped_run_is_finished(trained, tmp_path):
     settings = ("early_stopping=1", "train.eval_strategy=steps", "train.eval_steps=1", "train.save_steps=1")
     trimtab(

@@ -49,7 +49,7 @@ def evaluate(job: Job, trained: Trained, folder: RunFolder, screen: Screen) -> d
         **{name: part.model_dump(mode="json", exclude_none=True) if part else None for name, part in sections.items()},
         "seed": job.recipe.seed,
         "data": data_of(job),
-        "load": loading.lines(job, folder),
+        "load": loading.lines(job, folder, trained.steps),
         **({} if trained.is_finished else {"unfinished": trained.steps}),
     }
     folder.write(folder.metrics, result)
