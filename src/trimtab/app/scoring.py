@@ -15,7 +15,7 @@ from .job import Job, data_of, fingerprint
 from .progress import progress_on
 from .report.words import number
 from .rows import by_length
-from .runfolder import RunFolder
+from .runfolder import RunFolder, is_main
 from .screen import Screen
 from .session import what_was_scored
 from .trained import Trained
@@ -23,7 +23,6 @@ from .trainer import make_trainer
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
-    from peft import PeftModel
     from torch import nn
     from transformers import EvalPrediction
 
@@ -53,8 +52,8 @@ def evaluate(job: Job, trained: Trained, folder: RunFolder, screen: Screen) -> d
         **({} if trained.is_finished else {"unfinished": trained.steps}),
     }
     folder.write(folder.metrics, result)
-    if metrics and not folder.base.is_file():
-        _score_without_adapter(job, trained.model, folder, screen)
+    if metrics and not _stands_beside(job, trained, folder):
+        _score_without_adapter(job, trained, folder, screen)
     return result
 
 
@@ -87,7 +86,17 @@ def _of_base(job: Job, model: nn.Module, folder: RunFolder, screen: Screen) -> d
     }
 
 
-def _score_without_adapter(job: Job, model: PeftModel, folder: RunFolder, screen: Screen) -> None:
+def _stands_beside(job: Job, trained: Trained, folder: RunFolder) -> bool:
+    """Whether base.json is there, and of the rows that were scored, asked alike. One that holds scores of the adapter
+    on a part of them is of the steps that it has seen, too."""
+    if not folder.base.is_file():
+        return False
+    kept = folder.read(folder.base)
+    of_adapter = {"step": trained.steps.get("step")} if "with_adapter" in kept else {}
+    return {**what_was_scored(job.recipe), **of_adapter}.items() <= kept.items()
+
+
+def _score_without_adapter(job: Job, trained: Trained, folder: RunFolder, screen: Screen) -> None:
     """Scores of the trained model with its adapter off -> base.json; no second model is loaded.
 
     Where answers are written, which takes a base model long, the first ``base_rows`` of the headline split alone are
@@ -95,7 +104,9 @@ def _score_without_adapter(job: Job, model: PeftModel, folder: RunFolder, screen
     """
     from ..exporting.formats import refuse_a_changed_base
 
-    most, split = job.recipe.base_rows, job.task.eval_splits(job.ready)[0]
+    if is_main():
+        folder.base.unlink(missing_ok=True)
+    model, most, split = trained.model, job.recipe.base_rows, job.task.eval_splits(job.ready)[0]
     rows = len(job.rows[split])
     if most == 0 or job.modules_to_save:
         return
@@ -115,6 +126,7 @@ def _score_without_adapter(job: Job, model: PeftModel, folder: RunFolder, screen
                 shutil.copytree(folder.answers, kept, dirs_exist_ok=True)
             found |= {
                 "first_rows": most,
+                "step": trained.steps.get("step"),
                 "with_adapter": score(few, model, folder, screen, Path(kept), name="same rows"),
             }
     folder.write(folder.base, found)
