@@ -144,6 +144,14 @@ def test_the_base_is_scored_anew_where_other_rows_were_or_the_adapter_has_traine
         assert {key: value for key, value in found.items() if key != "mine"} == first
 
 
+def test_answers_are_kept_in_the_folder_that_the_task_names(answered, tmp_path):
+    run = shutil.copytree(answered[0] / "run", tmp_path / "run", ignore=shutil.ignore_patterns("answers", "base.json"))
+    trimtab("eval", run, f"task.generations={tmp_path / 'kept'}")
+    assert len((tmp_path / "kept" / "test_answers.jsonl").read_text().splitlines()) == 3
+    assert len((tmp_path / "kept" / "base" / "test_answers.jsonl").read_text().splitlines()) == 2
+    assert not (run / "answers").exists()
+
+
 @pytest.mark.parametrize("override", ["base_rows=0", "adapter.init=pissa"])
 def test_no_base_is_scored_where_it_is_not_wanted_or_no_longer_there(answered, tmp_path, override):
     trimtab("run", answered[0] / "recipe.yaml", override, f"output_dir={tmp_path / 'run'}", "train.max_steps=1")

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def evaluate(job: Job, trained: Trained, folder: RunFolder, screen: Screen) -> dict[str, Any]:
     """Scores on the task's labelled splits -> metrics.json."""
     _say_unscored(job, screen)
-    metrics = score(job, trained.model, folder, screen, folder.answers, folder.predictions)
+    metrics = score(job, trained.model, folder, screen, _kept_answers(job, folder), folder.predictions)
     sections = {name: getattr(job.recipe, name) for name in ("where", "rank", "freeze", "adapter")}
     result = {
         "metrics": metrics,
@@ -78,7 +78,7 @@ def evaluate_base(job: Job, folder: RunFolder, screen: Screen) -> dict[str, Any]
 
 def _of_base(job: Job, model: nn.Module, folder: RunFolder, screen: Screen) -> dict[str, Any]:
     return {
-        "metrics": score(job, model, folder, screen, folder.answers / "base", name="base"),
+        "metrics": score(job, model, folder, screen, _kept_answers(job, folder) / "base", name="base"),
         "metric": job.task.metric,
         "task": job.task.name,
         "seed": job.recipe.seed,
@@ -122,14 +122,20 @@ def _score_without_adapter(job: Job, trained: Trained, folder: RunFolder, screen
         found = _of_base(few, model, folder, screen)
     if few is not job:
         with tempfile.TemporaryDirectory() as kept:  # the answers that are there already
-            if folder.answers.is_dir():
-                shutil.copytree(folder.answers, kept, dirs_exist_ok=True)
+            if (answers := _kept_answers(job, folder)).is_dir():
+                shutil.copytree(answers, kept, dirs_exist_ok=True)
             found |= {
                 "first_rows": most,
                 "step": trained.steps.get("step"),
                 "with_adapter": score(few, model, folder, screen, Path(kept), name="same rows"),
             }
     folder.write(folder.base, found)
+
+
+def _kept_answers(job: Job, folder: RunFolder) -> Path:
+    """Where generated answers are kept: in the run's folder, or in the one that the task names."""
+    own = getattr(job.task, "generations", None)
+    return Path(own).expanduser() if own else folder.answers
 
 
 def _writes_answers(task: Task, rows: Dataset) -> bool:
