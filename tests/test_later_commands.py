@@ -145,6 +145,17 @@ def test_each_row_keeps_its_own_answer_though_rows_of_like_length_are_scored_tog
     assert given == [pytest.approx(p.tolist(), abs=1e-5) for p in shares]
 
 
+def test_every_row_is_scored_and_answered_whatever_training_leaves_out(moved):
+    rows, before = moved.parent / "dev.csv", read(moved, "metrics.json")["metrics"]
+    answered = trimtab("predict", moved, rows).stdout
+    left_out = ["train.dataloader_drop_last=true", "train.prediction_loss_only=true"]
+    left_out += ["train.per_device_eval_batch_size=5"]  # 36 rows
+    trimtab("eval", moved, *left_out)
+    assert read(moved, "metrics.json")["metrics"] == pytest.approx(before)
+    assert len(read(moved, "predictions.json")["validation"]["label"]) == 36
+    assert len(trimtab("predict", moved, rows, *left_out).stdout.splitlines()) == len(answered.splitlines()) == 36
+
+
 # -- data ------------------------------------------------------------------------------------------------
 
 
@@ -244,6 +255,24 @@ def test_what_was_exported_of_an_unfinished_run_gives_way_to_a_later_checkpoint(
         load_file(half / place / "adapter_model.safetensors") for place in ("adapter", "checkpoints/checkpoint-6")
     )
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs if "lora_A" in key)  # B takes the scale
+
+
+def test_the_lines_that_load_a_run_load_what_it_ended_with(half, trained):
+    trimtab("export", half, "--format", "merged")  # of step 3
+    trimtab("run", half, "--resume")
+    assert "merged" not in read(half, "metrics.json")["load"] and "half/adapter" in read(half, "metrics.json")["load"]
+    trimtab("export", half, "--format", "merged")
+    trimtab("eval", half)
+    assert "half/merged" in read(half, "metrics.json")["load"]
+
+
+def test_the_page_of_a_run_says_what_it_was_scored_by_last(moved):
+    assert "test" not in (moved / "report.html").read_text().partition("rows: 36 train")[2][:40]
+    trimtab("eval", moved, f"data.test={moved.parent / 'dev.csv'}")
+    assert "rows: 36 train, 36 validation, 36 test" in (moved / "report.html").read_text()
+    (moved / "report.html").unlink()
+    trimtab("eval", moved)
+    assert not (moved / "report.html").exists()
 
 
 def test_an_early_stopped_run_is_finished(trained, tmp_path):

@@ -1,6 +1,7 @@
 """A user's own file on the command line: what is said, shown, kept and loaded again without Trimtab."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -129,6 +130,26 @@ def test_the_base_is_scored_as_it_is_by_itself(answered, tmp_path):
     assert taken["metrics"] == pytest.approx(alone["metrics"], abs=1e-6)
     trained = json.loads((tmp_path / "run/metrics.json").read_text())["metrics"]
     assert trained["answer_loss"] != taken["metrics"]["answer_loss"]
+
+
+def test_the_base_is_scored_anew_where_other_rows_were_or_the_adapter_has_trained_on(answered, tmp_path):
+    folder = answered[0]
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    first = json.loads((run / "base.json").read_text())
+    for changed, is_kept in (({}, True), ({"step": 1}, False), ({"data": {}}, False)):
+        (run / "base.json").write_text(json.dumps({**first, **changed, "mine": 1}))
+        trimtab("eval", run)
+        found = json.loads((run / "base.json").read_text())
+        assert ("mine" in found) == is_kept, changed
+        assert {key: value for key, value in found.items() if key != "mine"} == first
+
+
+def test_answers_are_kept_in_the_folder_that_the_task_names(answered, tmp_path):
+    run = shutil.copytree(answered[0] / "run", tmp_path / "run", ignore=shutil.ignore_patterns("answers", "base.json"))
+    trimtab("eval", run, f"task.generations={tmp_path / 'kept'}")
+    assert len((tmp_path / "kept" / "test_answers.jsonl").read_text().splitlines()) == 3
+    assert len((tmp_path / "kept" / "base" / "test_answers.jsonl").read_text().splitlines()) == 2
+    assert not (run / "answers").exists()
 
 
 @pytest.mark.parametrize("override", ["base_rows=0", "adapter.init=pissa"])

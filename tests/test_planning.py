@@ -221,3 +221,8 @@ def test_a_plan_says_at_which_rates_its_roles_train():
 def test_the_shipped_configs_are_of_a_known_kind():
     for path in (RECIPES / "configs").glob("*.json"):
         AutoConfig.for_model(**json.loads(path.read_text()))
+
+
+def test_a_model_without_a_config_is_refused_in_one_line():
+    with pytest.raises(ConfigError, match="config=None: with a model goes the config"):
+        trimtab.plan(AutoModelForCausalLM.from_config(tiny_config("llama")))

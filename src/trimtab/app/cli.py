@@ -253,6 +253,7 @@ def evaluate(
             check_base_matches(chosen, RunFolder(path))
         with _screen(as_json) as screen, at_work(path):
             scored = scoring.evaluate_base(load(chosen, screen), RunFolder(path), screen)
+            _renew_report(RunFolder(path), screen)
         _show(as_json, {"folder": str(path), **scored}, lambda: [f"[dim]{RunFolder(path).base}[/]"])
         return
     with _screen(as_json) as screen:
@@ -260,6 +261,7 @@ def evaluate(
         job = load_run(recipe, folder, screen)
         with at_work(folder.path):
             runs.evaluate(job, load_trained(job, folder, screen), folder, screen)
+            _renew_report(folder, screen)
     _show_run(folder, as_json)
 
 
@@ -561,6 +563,14 @@ def _screen(as_json: bool) -> Iterator[Screen]:
     screen = Screen(quiet=as_json or not is_main())
     with screen.hush():
         yield screen
+
+
+def _renew_report(folder: RunFolder, screen: Screen) -> None:
+    """The page of a run that has one says what its files say now."""
+    from .run import write_report
+
+    if folder.report.is_file():
+        write_report(folder, screen)
 
 
 def _show_run(folder: RunFolder, as_json: bool) -> None:

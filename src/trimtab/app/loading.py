@@ -73,11 +73,16 @@ def is_export(place: Path, run: RunFolder, form: str) -> bool:
     return {"format": form, "folder": _place_of(run)}.items() <= origin(place).items()
 
 
-def lines(job: Job, folder: RunFolder) -> str:
-    """Python that loads the run's model; empty where the base has no checkpoint, or nothing was exported."""
+def lines(job: Job, folder: RunFolder, steps: Mapping[str, int]) -> str:
+    """Python that loads the run's model as it is after these steps; empty where the base has no checkpoint, or nothing
+    of these steps was exported."""
     auto, settings = job.task.auto_class, job.recipe.model
     reader = "AutoProcessor" if job.task.tokenizer_class == "AutoProcessor" else "AutoTokenizer"
-    if folder.merged.is_dir():
+
+    def is_there(place: Path) -> bool:  # an export is of the steps that the run had come to then
+        return place.is_dir() and origin(place).get("step") == steps.get("step")
+
+    if is_there(folder.merged):
         where = repr(str(folder.merged.resolve()))
         return "\n".join(
             (
@@ -86,7 +91,7 @@ def lines(job: Job, folder: RunFolder) -> str:
                 f"tokenizer = transformers.{reader}.from_pretrained({where})",
             )
         )
-    if settings.name_or_path is None or not folder.adapter.is_dir():
+    if settings.name_or_path is None or not is_there(folder.adapter):
         return ""
     return adapter_lines(job, None, str(folder.adapter.resolve()))
 

@@ -71,6 +71,8 @@ def plan(
     given = Horizon(total_steps, steps_per_epoch or total_steps) if total_steps else None
     if config is not None:
         return plan_model(source, config, given)  # type: ignore[arg-type]
+    if not isinstance(source, (Recipe, Mapping, str, Path)):
+        raise ConfigError("config", None, "with a model goes the config that peft.get_peft_model would get")
     chosen = source if isinstance(source, Recipe) else recipes.load(source, overrides)  # type: ignore[arg-type]
     return plan_recipe(chosen, given)
 

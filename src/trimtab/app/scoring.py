@@ -16,7 +16,7 @@ from .progress import progress_on
 from .report.data import NOT_SCORES
 from .report.words import number
 from .rows import by_length
-from .runfolder import RunFolder
+from .runfolder import RunFolder, is_main
 from .screen import Screen
 from .session import what_was_scored
 from .trained import Trained
@@ -24,7 +24,6 @@ from .trainer import make_trainer
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
-    from peft import PeftModel
     from torch import nn
     from transformers import EvalPrediction
 
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 def evaluate(job: Job, trained: Trained, folder: RunFolder, screen: Screen) -> dict[str, Any]:
     """Scores on the task's labelled splits -> metrics.json."""
     _say_unscored(job, screen)
-    metrics = score(job, trained.model, folder, screen, folder.answers, folder.predictions)
+    metrics = score(job, trained.model, folder, screen, _kept_answers(job, folder), folder.predictions)
     sections = {name: getattr(job.recipe, name) for name in ("where", "rank", "freeze", "adapter")}
     result = {
         "metrics": metrics,
@@ -50,12 +49,12 @@ def evaluate(job: Job, trained: Trained, folder: RunFolder, screen: Screen) -> d
         **{name: part.model_dump(mode="json", exclude_none=True) if part else None for name, part in sections.items()},
         "seed": job.recipe.seed,
         "data": data_of(job),
-        "load": loading.lines(job, folder),
+        "load": loading.lines(job, folder, trained.steps),
         **({} if trained.is_finished else {"unfinished": trained.steps}),
     }
     folder.write(folder.metrics, result)
-    if metrics and not folder.base.is_file():
-        _score_without_adapter(job, trained.model, folder, screen)
+    if metrics and not _stands_beside(job, trained, folder):
+        _score_without_adapter(job, trained, folder, screen)
     return result
 
 
@@ -80,7 +79,7 @@ def evaluate_base(job: Job, folder: RunFolder, screen: Screen) -> dict[str, Any]
 
 def _of_base(job: Job, model: nn.Module, folder: RunFolder, screen: Screen) -> dict[str, Any]:
     return {
-        "metrics": score(job, model, folder, screen, folder.answers / "base", name="base"),
+        "metrics": score(job, model, folder, screen, _kept_answers(job, folder) / "base", name="base"),
         "metric": job.task.metric,
         "task": job.task.name,
         "seed": job.recipe.seed,
@@ -88,7 +87,17 @@ def _of_base(job: Job, model: nn.Module, folder: RunFolder, screen: Screen) -> d
     }
 
 
-def _score_without_adapter(job: Job, model: PeftModel, folder: RunFolder, screen: Screen) -> None:
+def _stands_beside(job: Job, trained: Trained, folder: RunFolder) -> bool:
+    """Whether base.json is there, and of the rows that were scored, asked alike. One that holds scores of the adapter
+    on a part of them is of the steps that it has seen, too."""
+    if not folder.base.is_file():
+        return False
+    kept = folder.read(folder.base)
+    of_adapter = {"step": trained.steps.get("step")} if "with_adapter" in kept else {}
+    return {**what_was_scored(job.recipe), **of_adapter}.items() <= kept.items()
+
+
+def _score_without_adapter(job: Job, trained: Trained, folder: RunFolder, screen: Screen) -> None:
     """Scores of the trained model with its adapter off -> base.json; no second model is loaded.
 
     Where answers are written, which takes a base model long, the first ``base_rows`` of the headline split alone are
@@ -96,7 +105,9 @@ def _score_without_adapter(job: Job, model: PeftModel, folder: RunFolder, screen
     """
     from ..exporting.formats import refuse_a_changed_base
 
-    most, split = job.recipe.base_rows, job.task.eval_splits(job.ready)[0]
+    if is_main():
+        folder.base.unlink(missing_ok=True)
+    model, most, split = trained.model, job.recipe.base_rows, job.task.eval_splits(job.ready)[0]
     rows = len(job.rows[split])
     if most == 0 or job.modules_to_save:
         return
@@ -112,13 +123,20 @@ def _score_without_adapter(job: Job, model: PeftModel, folder: RunFolder, screen
         found = _of_base(few, model, folder, screen)
     if few is not job:
         with tempfile.TemporaryDirectory() as kept:  # the answers that are there already
-            if folder.answers.is_dir():
-                shutil.copytree(folder.answers, kept, dirs_exist_ok=True)
+            if (answers := _kept_answers(job, folder)).is_dir():
+                shutil.copytree(answers, kept, dirs_exist_ok=True)
             found |= {
                 "first_rows": most,
+                "step": trained.steps.get("step"),
                 "with_adapter": score(few, model, folder, screen, Path(kept), name="same rows"),
             }
     folder.write(folder.base, found)
+
+
+def _kept_answers(job: Job, folder: RunFolder) -> Path:
+    """Where generated answers are kept: in the run's folder, or in the one that the task names."""
+    own = getattr(job.task, "generations", None)
+    return Path(own).expanduser() if own else folder.answers
 
 
 def _writes_answers(task: Task, rows: Dataset) -> bool:
