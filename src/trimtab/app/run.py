@@ -181,7 +181,7 @@ def train(job: Job, where: Where | None, folder: RunFolder, screen: Screen, *, r
             callback,
             progress_on(stage, callback),
             save_at_end(),
-            *early_stopping(job),
+            *early_stopping(job, callback),
         ]
         trainer = make_trainer(job, model, folder, callbacks, recipe.rates, is_tracked=True)
         reset_peak_memory()

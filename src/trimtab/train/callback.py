@@ -166,7 +166,7 @@ class TrimCallback(TrainerCallback, ExportableState):
             self._run = uuid.uuid4().hex
         self._is_training = True
         if state.global_step >= state.max_steps:
-            self._take_no_step(_trainer())
+            self.take_no_step()
         config = adapter_config(model, self.controller.adapter_name)
         is_plain = config.peft_type == "LORA" and not isinstance(config, TrimConfig)
         if not self.controller.layers and is_plain:
@@ -525,8 +525,9 @@ class TrimCallback(TrainerCallback, ExportableState):
         self.controller.load_state_dict(tensors, facts)
         self._penalties = [torch.tensor(p) for p in facts.get("penalties", [])]
 
-    def _take_no_step(self, trainer: Any) -> None:
-        """Where a run at its end is resumed in the middle of an epoch, Trainer would take one more step."""
+    def take_no_step(self) -> None:
+        """For a run that is resumed at its end: in the middle of an epoch Trainer would take one more step."""
+        trainer: Any = _trainer()
         if trainer is not None:
             trainer.get_batch_samples = lambda *_, **__: ([], None)
             self._over = trainer
