@@ -303,6 +303,22 @@ def test_a_run_that_stops_early_is_resumed_to_the_same_end(tmp_path, last):
     assert ours["metrics"] == theirs["metrics"] and ours["params"] == theirs["params"]
 
 
+def test_the_best_model_is_had_back_that_was_scored_between_two_checkpoints(tmp_path):
+    """Trainer alone would have none of it, and leave the last one."""
+    recipe = write_recipe(
+        tmp_path,
+        where=None,
+        train={"max_steps": 4, "learning_rate": 0.05, "use_cpu": True, "eval_strategy": "steps", "eval_steps": 1,
+               "save_strategy": "steps", "save_steps": 4, "load_best_model_at_end": True},
+    )  # fmt: skip
+    trimtab("run", recipe)
+    rows = map(json.loads, (tmp_path / "run" / "history.jsonl").read_text().splitlines())
+    scored = {row["step"]: row["metrics"] for row in rows if row["event"] == "eval"}
+    best = max(scored, key=lambda step: scored[step]["eval_accuracy"])  # of equals the first
+    assert best < 4
+    assert read(tmp_path / "run", "metrics.json")["metrics"]["loss"] == pytest.approx(scored[best]["eval_loss"], 1e-5)
+
+
 def test_roles_train_at_their_rates_and_the_run_resumes_exactly(tmp_path):
     recipe = write_recipe(
         tmp_path,

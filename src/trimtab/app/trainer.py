@@ -234,7 +234,8 @@ _LOWER = ("loss", "mse", "perplexity")
 
 
 def save_at_end() -> Any:
-    """A run always ends with a checkpoint: export and evaluation can start from the folder."""""
+    """A run always ends with a checkpoint: export and evaluation can start from the folder. Where the best model is to
+    be had back, whatever is scored is saved: Trainer takes the last one if the best was scored between checkpoints."""
     from transformers import TrainerCallback
     from transformers.trainer_utils import SaveStrategy
 
@@ -243,6 +244,7 @@ def save_at_end() -> Any:
             is_last = state.global_step >= state.max_steps or control.should_training_stop
             if is_last and args.save_strategy != SaveStrategy.EPOCH:  # that one saves after the last step anyway
                 control.should_save = True
+            control.should_save |= args.load_best_model_at_end and control.should_evaluate
 
     return SaveAtEnd()
 
