@@ -112,6 +112,18 @@ def test_rows_that_are_grouped_by_length_go_on_in_the_order_of_their_epoch(tmp_p
     assert same(whole, again)
 
 
+def test_the_best_model_is_had_back_from_a_folder_that_was_moved(tmp_path):
+    scored = dict(save_steps=5, max_steps=20, eval_strategy="steps", eval_steps=5, load_best_model_at_end=True)
+    scored |= dict(metric_for_best_model="loss", greater_is_better=False)  # which rises from the first on
+    whole = runs.model_for("bert", "aflora")
+    _, logits = runs.train(whole, "bert", tmp_path / "run", **scored)
+    assert not torch.allclose(tiny.logits(whole, "bert"), logits[20], atol=1e-5)
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    again = runs.model_for("bert", "aflora")
+    runs.train(again, "bert", tmp_path / "moved", resume=True, **scored)
+    assert same(whole, again)
+
+
 def ranks(model: peft.PeftModel) -> dict[str, int]:
     return {name: layer.r["default"] for name, layer in adapter_layers(model)}
 

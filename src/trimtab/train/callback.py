@@ -515,6 +515,8 @@ class TrimCallback(TrainerCallback, ExportableState):
                     f"output_dir={str(own)!r}: its {other.name} is of another run than {str(folder)!r}, which is being "
                     "resumed; give the resumed run a folder of its own"
                 )
+        if state.best_global_step and (best := own / f"checkpoint-{state.best_global_step}").is_dir():
+            state.best_model_checkpoint = str(best)  # as Trainer says, at the next save: the folder may have been moved
         if facts["step"] != state.global_step:
             raise CheckpointError(
                 f"checkpoint {str(folder)!r}: it is of step {facts['step']}, Trainer resumes step "
