@@ -282,6 +282,46 @@ def test_a_resumed_run_ends_where_the_unbroken_one_did(finished, copied):
     assert read(copied, "metrics.json")["metrics"] == read(finished, "metrics.json")["metrics"]
 
 
+@pytest.mark.parametrize("last", [16, 24])
+def test_a_run_that_stops_early_is_resumed_to_the_same_end(tmp_path, last):
+    """Patience goes on where it was; where none was left, no step more is taken."""
+    recipe = write_recipe(
+        tmp_path,
+        where=None,
+        freeze={"method": "aflora", "warmup": 2, "final": 0.3},
+        early_stopping={"patience": 2, "threshold": 1},  # more than an accuracy can rise by
+        train={"num_train_epochs": 5, "learning_rate": 5e-3, "save_total_limit": 5, "use_cpu": True},
+    )
+    trimtab("run", recipe)
+    assert max(int(path.name.rpartition("-")[2]) for path in (tmp_path / "run" / "checkpoints").iterdir()) == 24
+    again = shutil.copytree(tmp_path / "run", tmp_path / "again")
+    for name in ("adapter", *(f"checkpoints/checkpoint-{step}" for step in range(last + 8, 25, 8))):
+        shutil.rmtree(again / name, ignore_errors=True)
+    (again / "metrics.json").unlink()
+    trimtab("run", again, f"output_dir={again}", "--resume")
+    assert (again / "history.jsonl").read_text() == (tmp_path / "run" / "history.jsonl").read_text()
+    ours, theirs = (load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("again", "run"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    ours, theirs = (read(tmp_path / run, "metrics.json") for run in ("again", "run"))
+    assert ours["metrics"] == theirs["metrics"] and ours["params"] == theirs["params"]
+
+
+def test_the_best_model_is_had_back_that_was_scored_between_two_checkpoints(tmp_path):
+    """Trainer alone would have none of it, and leave the last one."""
+    recipe = write_recipe(
+        tmp_path,
+        where=None,
+        train={"max_steps": 4, "learning_rate": 0.05, "use_cpu": True, "eval_strategy": "steps", "eval_steps": 1,
+               "save_strategy": "steps", "save_steps": 4, "load_best_model_at_end": True},
+    )  # fmt: skip
+    trimtab("run", recipe)
+    rows = map(json.loads, (tmp_path / "run" / "history.jsonl").read_text().splitlines())
+    scored = {row["step"]: row["metrics"] for row in rows if row["event"] == "eval"}
+    best = max(scored, key=lambda step: scored[step]["eval_accuracy"])  # of equals the first
+    assert best < 4
+    assert read(tmp_path / "run", "metrics.json")["metrics"]["loss"] == pytest.approx(scored[best]["eval_loss"], 1e-5)
+
+
 def test_roles_train_at_their_rates_and_the_run_resumes_exactly(tmp_path):
     recipe = write_recipe(
         tmp_path,

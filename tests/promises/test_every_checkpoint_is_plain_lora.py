@@ -19,6 +19,7 @@ import trimtab
 from fakes import Halving
 from trimtab import Controller, TrimConfig, Where
 from trimtab.errors import ConfigError, ModelError
+from trimtab.host.adapted import adapter_ranks
 from trimtab.host.config import portable_fields
 from trimtab.host.layers import TrimLayer, hosted_layers
 
@@ -43,6 +44,15 @@ def test_a_saved_adapter_is_plain_lora_of_the_same_function(family, tmp_path):
     assert not any(isinstance(m, TrimLayer) for m in reloaded.modules())
     assert torch.allclose(tiny.logits(model, family), tiny.logits(reloaded, family), atol=1e-5)
     assert set(peft.get_peft_model_state_dict(model)) == set(peft.get_peft_model_state_dict(reloaded))
+
+
+def test_the_first_of_two_patterns_counts_in_the_file_too(tmp_path):
+    first, all_others = r"layers\.0\.self_attn\.q_proj", "[qv]_proj"  # PEFT writes them sorted, the other way around
+    patterns = {"rank_pattern": {first: 2, all_others: 6}, "alpha_pattern": {first: 2, all_others: 12}}
+    model = adaptive("llama", rank=None, init_lora_weights=False, **patterns)
+    reloaded = plain_reload(model, "llama", tmp_path)
+    assert torch.allclose(tiny.logits(model, "llama"), tiny.logits(reloaded, "llama"), atol=1e-6)
+    assert [rank for _, rank in sorted(adapter_ranks(reloaded).items())][:5] == [4, 4, 2, 6, 4]
 
 
 def test_the_fold_is_exact_in_float64(tmp_path):

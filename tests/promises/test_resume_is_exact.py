@@ -19,6 +19,7 @@ import short_runs as runs
 import tiny
 import trimtab
 from trimtab import Controller, TrimCallback
+from trimtab.app.trainer_settings import stock
 from trimtab.errors import CheckpointError, ModelError, TrimtabError
 from trimtab.host.adapted import adapter_layers
 from trimtab.host.layers import hosted_layers
@@ -96,6 +97,31 @@ def test_a_restored_callback_goes_on_with_the_same_history_file(tmp_path):
         shutil.rmtree(tmp_path / f"checkpoint-{step}")
     run(tmp_path, resume=True, restore_callback_states_from_checkpoint=True)
     assert (tmp_path / "history.jsonl").read_text() == whole
+
+
+@pytest.mark.parametrize("resumed", [[12], [8, 12]])  # epochs have 8 steps
+def test_rows_that_are_grouped_by_length_go_on_in_the_order_of_their_epoch(tmp_path, resumed):
+    grouped = stock({"train_sampling_strategy": "group_by_length"}) | dict(save_steps=4, max_steps=20)
+    whole = runs.model_for("bert", "aflora")
+    runs.train(whole, "bert", tmp_path, **grouped)
+    for step in resumed:
+        for later in range(step + 4, 21, 4):
+            shutil.rmtree(tmp_path / f"checkpoint-{later}")
+        again = runs.model_for("bert", "aflora")
+        runs.train(again, "bert", tmp_path, resume=True, **grouped)
+    assert same(whole, again)
+
+
+def test_the_best_model_is_had_back_from_a_folder_that_was_moved(tmp_path):
+    scored = dict(save_steps=5, max_steps=20, eval_strategy="steps", eval_steps=5, load_best_model_at_end=True)
+    scored |= dict(metric_for_best_model="loss", greater_is_better=False)  # which rises from the first on
+    whole = runs.model_for("bert", "aflora")
+    _, logits = runs.train(whole, "bert", tmp_path / "run", **scored)
+    assert not torch.allclose(tiny.logits(whole, "bert"), logits[20], atol=1e-5)
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    again = runs.model_for("bert", "aflora")
+    runs.train(again, "bert", tmp_path / "moved", resume=True, **scored)
+    assert same(whole, again)
 
 
 def ranks(model: peft.PeftModel) -> dict[str, int]:

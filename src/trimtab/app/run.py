@@ -178,10 +178,10 @@ def train(job: Job, where: Where | None, folder: RunFolder, screen: Screen, *, r
         callbacks = [
             let_go_of_previous(folder),
             save_and_stop,
+            save_at_end(),
             callback,
             progress_on(stage, callback),
-            save_at_end(),
-            *early_stopping(job),
+            *early_stopping(job, callback),
         ]
         trainer = make_trainer(job, model, folder, callbacks, recipe.rates, is_tracked=True)
         reset_peak_memory()

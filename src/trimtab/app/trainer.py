@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import Trainer, TrainingArguments
 
+    from ..train.callback import TrimCallback
     from .job import Job
     from .tasks import Task
 
@@ -236,7 +237,8 @@ _LOWER = ("loss", "mse", "perplexity")
 
 
 def save_at_end() -> Any:
-    """A run always ends with a checkpoint: export and evaluation can start from the folder."""
+    """A run always ends with a checkpoint: export and evaluation can start from the folder. Where the best model is to
+    be had back, whatever is scored is saved: Trainer takes the last one if the best was scored between checkpoints."""
     from transformers import TrainerCallback
     from transformers.trainer_utils import SaveStrategy
 
@@ -245,6 +247,7 @@ def save_at_end() -> Any:
             is_last = state.global_step >= state.max_steps or control.should_training_stop
             if is_last and args.save_strategy != SaveStrategy.EPOCH:  # that one saves after the last step anyway
                 control.should_save = True
+            control.should_save |= args.load_best_model_at_end and control.should_evaluate
 
     return SaveAtEnd()
 
@@ -260,9 +263,19 @@ def let_go_of_previous(folder: RunFolder) -> Any:
     return LetGo()
 
 
-def early_stopping(job: Job) -> list[Any]:
+def early_stopping(job: Job, trim: TrimCallback) -> list[Any]:
     """What ends training when the watched score no longer gets better, if the recipe asks for it."""
-    from transformers import EarlyStoppingCallback
+    import transformers
+
+    class EarlyStoppingCallback(transformers.EarlyStoppingCallback):  # by this name its state is in checkpoints
+        """Counts on in a run that is resumed; where that had come to its end, no step more is taken."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            super().on_train_begin(args, state, control, **kwargs)
+            for name, value in state.stateful_callbacks["EarlyStoppingCallback"]["attributes"].items():
+                setattr(self, name, value)
+            if self.early_stopping_patience_counter >= self.early_stopping_patience:
+                trim.take_no_step()
 
     settings = job.recipe.early_stopping
     if settings is None:

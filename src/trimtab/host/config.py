@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig
 from peft.utils.constants import EMBEDDING_LAYER_NAMES, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import nn
 
@@ -251,7 +252,21 @@ class TrimConfig(LoraConfig):
                 out["target_parameters"] = sorted(parameters) or None
         if live and self.is_adaptive:
             out.update(portable_fields(live))
+        elif live:
+            out.update({key: _in_any_order(out[key], live) for key in ("rank_pattern", "alpha_pattern") if out[key]})
         return out
+
+
+def _in_any_order(pattern: dict[str, Any], sites: Iterable[str]) -> dict[str, Any]:
+    """The same for PEFT, which takes the first key that matches a site, and sorts keys when it writes them."""
+    keys = list(pattern)
+    if all(get_pattern_key(keys, site) == get_pattern_key(sorted(keys), site) for site in sites):
+        return pattern
+    made = {}
+    for n, key in enumerate(keys):  # each leaves out what those before it take
+        taken = "|".join(keys[:n])
+        made[rf"^(?!(?:.*\.)?(?:{taken})$)(?:.*\.)?(?:{key})" if taken else key] = pattern[key]
+    return made
 
 
 def _keys(weights: Path) -> list[str]:

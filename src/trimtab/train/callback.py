@@ -95,6 +95,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         self._optimizer: Any = None
         self._over: Any = None  # the Trainer, where it resumes a run that is at its end
         self._run = ""  # tells this run's checkpoints from another run's
+        self._draws: Tensor | None = None  # torch's generator as the epoch began that is not yet over
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is in no Trainer: accelerate's optimizer holds its data, and cannot be pickled."""
@@ -138,6 +139,7 @@ class TrimCallback(TrainerCallback, ExportableState):
             )
         self._refuse_a_second_callback(_trainer(), model)
         self._history, self._penalties, self._run = History(self.history), [], ""
+        self._draws = None
         self.figures = Figures()
         self._loss = None
         self._take_steps_again()  # after a run that was interrupted
@@ -164,7 +166,7 @@ class TrimCallback(TrainerCallback, ExportableState):
             self._run = uuid.uuid4().hex
         self._is_training = True
         if state.global_step >= state.max_steps:
-            self._take_no_step(_trainer())
+            self.take_no_step()
         config = adapter_config(model, self.controller.adapter_name)
         is_plain = config.peft_type == "LORA" and not isinstance(config, TrimConfig)
         if not self.controller.layers and is_plain:
@@ -180,6 +182,11 @@ class TrimCallback(TrainerCallback, ExportableState):
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         if self._over is not None:
             control.should_training_stop = True
+        # Rows that are grouped by length are put in order by torch's own generator, which Trainer brings back within a
+        # resumed epoch only after it has drawn the order.
+        if self._draws is not None:
+            torch.set_rng_state(self._draws)
+        self._draws = torch.get_rng_state()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
@@ -220,6 +227,8 @@ class TrimCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         self._refuse_silent_loop(state)
+        if state.epoch == int(state.epoch or 0):
+            self._draws = None
         if state.global_step >= state.max_steps or control.should_training_stop:
             self._finish(args, state)
         self._log_before_saving(args, control)
@@ -313,6 +322,7 @@ class TrimCallback(TrainerCallback, ExportableState):
                 tensors, facts = controller.state_dict()
                 facts["processes"], facts["run"] = args.world_size, self._run
                 facts["history_rows"] = self._history.count()
+                tensors["draws"] = torch.get_rng_state() if self._draws is None else self._draws
                 if self._penalties:  # the mean that the next log row will show must not lose its first part
                     facts["penalties"] = [float(p) for p in self._penalties]
                 write_state(folder, tensors, facts)
@@ -505,17 +515,21 @@ class TrimCallback(TrainerCallback, ExportableState):
                     f"output_dir={str(own)!r}: its {other.name} is of another run than {str(folder)!r}, which is being "
                     "resumed; give the resumed run a folder of its own"
                 )
+        if state.best_global_step and (best := own / f"checkpoint-{state.best_global_step}").is_dir():
+            state.best_model_checkpoint = str(best)  # as Trainer says, at the next save: the folder may have been moved
         if facts["step"] != state.global_step:
             raise CheckpointError(
                 f"checkpoint {str(folder)!r}: it is of step {facts['step']}, Trainer resumes step "
                 f"{state.global_step}; pass TrimCallback(resume_from=…) the folder you resume from"
             )
         self._cut_history(facts.get("history_rows", 0))
+        self._draws = tensors.pop("draws", None)
         self.controller.load_state_dict(tensors, facts)
         self._penalties = [torch.tensor(p) for p in facts.get("penalties", [])]
 
-    def _take_no_step(self, trainer: Any) -> None:
-        """Where a run at its end is resumed in the middle of an epoch, Trainer would take one more step."""
+    def take_no_step(self) -> None:
+        """For a run that is resumed at its end: in the middle of an epoch Trainer would take one more step."""
+        trainer: Any = _trainer()
         if trainer is not None:
             trainer.get_batch_samples = lambda *_, **__: ([], None)
             self._over = trainer
