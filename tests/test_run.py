@@ -172,8 +172,6 @@ def test_the_model_without_an_adapter_is_scored_beside_the_run(copied):
     assert found["metrics"].keys() == trained.keys()
     assert found["metrics"]["loss"] != trained["loss"]
     assert json.loads((copied / "base.json").read_text())["metrics"] == found["metrics"]
-    assert ">without adapter<" not in (copied / "report.html").read_text()
-    trimtab("report", copied)
     assert ">without adapter<" in (copied / "report.html").read_text()
 
 
