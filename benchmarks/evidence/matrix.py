@@ -167,7 +167,7 @@ TASKS = {
              held_back=500, base="snli", folder="stsb"),
         Task("rte-after", "RTE after SNLI", 900, 1, 0, AFTER, tuned=(*TUNED, "last-lora"),
              held_back=300, base="snli", folder="rte"),
-        Task("qnli-after", "QNLI after SNLI", 1100, 1, 0, AFTER, tuned=(*TUNED, "last-lora"),
+        Task("qnli-after", "QNLI after SNLI", 900, 1, 0, AFTER, tuned=(*TUNED, "last-lora"),
              held_back=300, base="snli", folder="qnli", splits=("validation", ""), scored=700, samples=512),
         Task("stsb", "STS-B", 3000, 2, 0, rate="5e-4",
              swapped=("lora-r8", "salientlora", "composition", "aflora", "aflora-late",
