@@ -200,6 +200,23 @@ def test_a_file_without_labels_is_said_not_to_be_scored(moved):
     assert "no labels" not in trimtab("eval", moved, f"data.test={moved.parent / 'dev.csv'}").stderr
 
 
+def test_the_lines_that_load_a_run_load_its_model_though_the_checkpoint_has_another_head_and_config(trained, tmp_path):
+    other = AutoModelForSequenceClassification.from_pretrained(trained / "model", num_labels=5, hidden_act="relu")
+    other.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(trained / "model").save_pretrained(tmp_path / "model")
+    model = f"model={{name_or_path: {tmp_path / 'model'}, config: {{hidden_act: gelu}}}}"
+    trimtab("run", trained / "recipe.yaml", model, f"output_dir={tmp_path / 'run'}")
+    loaded = {}
+    exec(read(tmp_path / "run", "metrics.json")["load"], loaded)
+    batch = loaded["tokenizer"](["the cat sat 0", "the dog sat 1", "the mat sat 1"], return_tensors="pt")
+    with torch.no_grad():
+        shares = loaded["model"].eval()(**batch).logits.softmax(-1)
+    (tmp_path / "new.csv").write_text("text\nthe cat sat 0\nthe dog sat 1\nthe mat sat 1\n")
+    found = [json.loads(row) for row in trimtab("predict", tmp_path / "run", tmp_path / "new.csv").stdout.splitlines()]
+    given = [list(row["probabilities"].values()) for row in found]
+    assert given == [pytest.approx(row, abs=1e-5) for row in shares.tolist()]
+
+
 # -- a run that is under way -----------------------------------------------------------------------------
 
 

@@ -37,6 +37,8 @@ class Job:
     modules_to_save: tuple[str, ...]
     ready: DatasetDict
     """Tokenised rows."""
+    has_other_head: bool = False
+    """Whether the base's checkpoint has a head of another shape."""
 
     @property
     def training_rows(self) -> Dataset:
@@ -89,7 +91,7 @@ def load(recipe: Recipe, screen: Screen, task: Task | None = None, *, with_rows:
         stage.result = " · ".join(filter(None, (recipe.model.name_or_path, counted and f"{counted} rows")))
     for note in (*task.notes, *loaded.notes):
         screen.note(note)
-    return Job(recipe, task, rows, tokenizer, loaded.model, loaded.modules_to_save, ready)
+    return Job(recipe, task, rows, tokenizer, loaded.model, loaded.modules_to_save, ready, loaded.has_other_head)
 
 
 def knows_classes(task: Task) -> bool:

@@ -103,7 +103,7 @@ def adapter_lines(job: Job, base: str | None, adapter: str) -> str:
         base: what to load the base model from; None is where this machine has it.
         adapter: where the adapter lies; with a ``base`` it may not be here, so class names are written out.
     """
-    from .models import source_of
+    from .models import overrides_of, source_of
 
     auto, settings = job.task.auto_class, job.recipe.model
     if settings.name_or_path is None:
@@ -114,11 +114,14 @@ def adapter_lines(job: Job, base: str | None, adapter: str) -> str:
         del kwargs["trust_remote_code"]
     if settings.dtype:
         kwargs["dtype"] = settings.dtype
+    labels = job.task.model_kwargs()
+    kwargs |= {key: value for key, value in overrides_of(model_spec(job.recipe)).items() if key not in labels}
+    if job.has_other_head:
+        kwargs["ignore_mismatched_sizes"] = True
     given = [repr(base or source), *(f"{key}={value!r}" for key, value in kwargs.items())]
     where = repr(adapter)
     needs_trimtab = job.recipe.adapter.type == "bottleneck"
     out = ["import json, peft, transformers"]
-    labels = job.task.model_kwargs()
     if "id2label" in labels:
         ids = f"json.load(open({str(Path(adapter) / LABELS)!r}))['label2id']" if base is None else labels["label2id"]
         out.append(f"labels = {ids}")

@@ -74,6 +74,8 @@ class LoadedModel:
     """Modules whose weights the checkpoint lacked; a reloaded adapter is wrong without them."""
     notes: tuple[str, ...] = ()
     """One-line remarks for the user."""
+    has_other_head: bool = False
+    """Whether the checkpoint has weights of another shape in their place, as a head for other classes."""
 
 
 def load_config(spec: ModelSpec, task: Task | None = None) -> PretrainedConfig:
@@ -228,7 +230,7 @@ def _pretrained(spec: ModelSpec, task: Task) -> LoadedModel:
     new = new_modules(model, {*report["missing_keys"], *mismatched}, str(spec.name_or_path))
     if new:
         notes.append(f"not in the checkpoint, so trained and saved with the adapter: {', '.join(new)}")
-    return LoadedModel(model, new, tuple(notes))
+    return LoadedModel(model, new, tuple(notes), bool(mismatched))
 
 
 def new_modules(model: PreTrainedModel, missing: Iterable[str], name: str = "") -> tuple[str, ...]:
@@ -422,6 +424,11 @@ def _inline(spec: ModelSpec) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     if spec.name_or_path is None:
         raise ConfigError("model.config", spec.config, "needs a model_type (llama, bert, deberta-v2, …)")
     return None, config
+
+
+def overrides_of(spec: ModelSpec) -> dict[str, Any]:
+    """What the recipe changes in the checkpoint's own config."""
+    return _inline(spec)[1]
 
 
 def _refuse_unknown(settings: dict[str, Any], config: PretrainedConfig, others: Iterable[str] = ()) -> None:
