@@ -270,3 +270,16 @@ def test_training_ends_early_where_the_watched_score_gets_no_better(classified, 
 def test_show_refuses_what_a_run_would_refuse(classified):
     result = trimtab("show", classified[0] / "recipe.yaml", "task.text=sentence", code=2)
     assert "no column 'sentence'" in result.stderr and result.stdout == ""
+
+
+def test_labels_that_are_numbers_are_not_smoothed(tmp_path):
+    (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"the cat sat {i},{i / 7}\n" for i in range(20)))
+    data = {"train": str(tmp_path / "rows.csv")}
+    recipe = write_recipe(
+        tmp_path,
+        model=str(tiny_model(tmp_path / "model")),
+        task={"name": "text_classification", "regression": True},
+        data=data,
+    )
+    said = trimtab("run", recipe, "train.label_smoothing_factor=0.1", code=2).stderr
+    assert said.splitlines()[-1].endswith("smooths classes, and these labels are numbers")

@@ -226,3 +226,13 @@ def test_the_shipped_configs_are_of_a_known_kind():
 def test_a_model_without_a_config_is_refused_in_one_line():
     with pytest.raises(ConfigError, match="config=None: with a model goes the config"):
         trimtab.plan(AutoModelForCausalLM.from_config(tiny_config("llama")))
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_of_the_base_that_train_are_told(bias):
+    base = meta_model(AutoConfig.for_model(**TINY["model"]["config"]), "AutoModel")
+    config = peft.LoraConfig(r=2, target_modules=["query", "output.dense"], bias=bias)
+    notes = trimtab.plan(base, config).notes
+    model = peft.get_peft_model(base, config)
+    n = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name)
+    assert f"bias={bias} trains {n:,} of the base's own parameters, too" in notes

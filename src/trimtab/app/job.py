@@ -74,6 +74,8 @@ def load(recipe: Recipe, screen: Screen, task: Task | None = None, *, with_rows:
         bar = stage.bar(None, "data")
         training_arguments(recipe, task, Path())  # before rows and weights are read
         rows = load_rows(recipe, task) if with_rows or not knows_classes(task) else DatasetDict()
+        if (share := recipe.train.get("label_smoothing_factor")) and getattr(task, "label_names", ()) is None:
+            raise ConfigError("train.label_smoothing_factor", share, "smooths classes, and these labels are numbers")
         if "train" in rows:
             plan_recipe(recipe, horizon_of(recipe, rows_known(task, rows)), task)
         bar.say("model")

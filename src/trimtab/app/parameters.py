@@ -58,6 +58,13 @@ def head_params(model: nn.Module, config: PeftConfig) -> int:
     return sum(p.numel() for p in {id(p): p for module in inside for p in module.parameters()}.values())
 
 
+def bias_params(model: nn.Module, config: PeftConfig, sites: list[Site]) -> int:
+    """Biases of the base that train, as PEFT's ``bias`` says; they are no part of an adapter's own numbers."""
+    kind, of_sites = getattr(config, "bias", "none"), {f"{site.name}.bias" for site in sites}
+    trains = {"all": lambda name: "bias" in name, "lora_only": of_sites.__contains__}.get(kind)
+    return sum(p.numel() for name, p in model.named_parameters() if trains(name)) if trains else 0
+
+
 def vectors_of(config: PeftConfig) -> int:
     """How many of ``out`` each train at every site beside its ranks."""
     return sum(bool(getattr(config, name, False)) for name in ("use_dora", "lora_bias"))

@@ -17,7 +17,7 @@ from ..errors import BudgetError, ConfigError
 from ..plans import Plan, Site, SitePlan, Where
 from ..train.rates import check_roles
 from . import recipe as recipes
-from .parameters import adapted_sites, head_params, roles_of, site_params, token_params, vectors_of
+from .parameters import adapted_sites, bias_params, head_params, roles_of, site_params, token_params, vectors_of
 from .peft_config import (
     adapter_config,
     budget_of,
@@ -301,6 +301,8 @@ def plan_model(model: nn.Module, config: PeftConfig, horizon: Horizon | None = N
     head = head_params(model, config)
     if head:
         notes.append(f"the head (modules_to_save) trains {count(head)} parameters more, in every method alike")
+    if biases := bias_params(model, config, sites):
+        notes.append(f"bias={config.bias} trains {count(biases)} of the base's own parameters, too")  # type: ignore[attr-defined]
     if adapts and horizon is None:
         notes.append("final and average parameters need the length of the run: they are those of the start here")
     rows = [SitePlan(site, ranks[site.name], costs[site.name], None if adapts else ranks[site.name]) for site in sites]
