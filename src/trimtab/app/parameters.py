@@ -50,6 +50,7 @@ def site_params(site: Site, r: int, config: PeftConfig, **methods: Any) -> int:
 
 
 def head_params(model: nn.Module, config: PeftConfig) -> int:
+    """Of a new head and the other modules that are trained whole; one that two names share counts once."""
     from ..host.sites import HEADS
 
     task_type = str(getattr(config.task_type, "value", config.task_type))

@@ -222,6 +222,7 @@ def _keeping_rows(job: Job, kept: dict[str, Any], places: Sequence[int] | None) 
 
 
 def _in_order(eval_pred: EvalPrediction, places: Sequence[int]) -> EvalPrediction:
+    """Outputs and labels, arrays (rows, …) in any nesting, with row i of the data as the i-th."""
     from transformers import EvalPrediction
 
     def ordered(values: Any) -> Any:
