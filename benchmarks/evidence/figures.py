@@ -68,7 +68,8 @@ def dots(rows: Sequence[str], columns: Sequence[str], apart: Sequence[Sequence[D
                 parts.append(_line(at(100 * d.low), y, at(100 * d.high), y, "clearline" if d.is_clear else "line"))
             parts.append(f'<circle cx="{at(100 * d.mean):.1f}" cy="{y}" r="4" class="{kind}"/>')
             if not low <= 100 * d.mean <= high:  # beyond the panel: the mark is on its edge, the number says where
-                parts.append(_text(at(100 * d.mean) + 10, y + 4, f"{100 * d.mean:+.1f}".replace("-", "−")))
+                end = at(100 * max(d.mean, d.mean if d.high is None else d.high))
+                parts.append(_text(end + 10, y + 4, f"{100 * d.mean:+.1f}".replace("-", "−")))
     parts += [_text(left - 14, top + step * j + 4, name, "end", "name") for j, name in enumerate(rows)]
     parts.append(_text(left, height - 2, "points to LoRA r 8, with 95 % intervals"))
     return _svg(width, height, "Differences to LoRA r 8", parts)
@@ -92,8 +93,9 @@ def pareto(marks: Sequence[tuple[str, float, float]], what: str) -> str:
     parts = []
     for tick in range(math.ceil(low), math.floor(high) + 1, max(1, round((high - low) / 6))):
         parts += [_line(left, y(tick), plot, y(tick), "grid"), _text(left - 8, y(tick) + 4, str(tick), "end")]
+    steps = (1, 2, 3, 5) if last - first < 2 else (1, 3)  # more would lie on one another
     for power in range(math.floor(first), math.ceil(last) + 1):
-        for size in (10**power, 2 * 10**power, 3 * 10**power, 5 * 10**power):
+        for size in (step * 10**power for step in steps):
             if first <= math.log10(size) <= last:
                 parts += [_line(x(size), top, x(size), height - bottom, "grid"),
                           _text(x(size), height - bottom + 16, short_count(size), "middle")]  # fmt: skip
