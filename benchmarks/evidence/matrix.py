@@ -158,6 +158,7 @@ DECODER = ("lora-r8", "cka-lora", "salientlora-late", "composition-latest", "sal
            "influence-composition-vectors", "aflora", "aflora-late", "aflora-late-vectors",
            "lora-r2", "uniform-lora")  # fmt: skip
 
+LONGER = (*FIRST, "lora-r2", "cka-lora")  # whether what the composition loses is for want of steps
 AFTER = ("train.warmup_steps=0.2",)  # as `trimtab init` writes it
 TASKS = {
     task.name: task
@@ -169,6 +170,9 @@ TASKS = {
              held_back=300, base="snli", folder="rte"),
         Task("qnli-after", "QNLI after SNLI", 900, 1, 0, AFTER, tuned=(*TUNED, "last-lora"),
              held_back=300, base="snli", folder="qnli", splits=("validation", ""), scored=700, samples=512),
+        Task("rte-whole", "RTE after SNLI, all of its rows", 2490, 1, 0, AFTER, swapped=LONGER, base="snli", folder="rte"),
+        Task("qnli-longer", "QNLI after SNLI, three times the rows", 2700, 1, 0, AFTER, swapped=LONGER, base="snli",
+             folder="qnli", splits=("validation", ""), scored=700, samples=512),
         Task("stsb", "STS-B", 3000, 2, 0, rate="5e-4",
              swapped=("lora-r8", "salientlora", "composition", "aflora", "aflora-late",
                       "influence-composition-vectors")),
