@@ -11,8 +11,9 @@ import yaml
 from trimtab.app.report.words import byte_size, count, listing, number
 
 from .matrix import ROWS, TASKS
-from .page import filled_with, interval, measured, spread, table
+from .page import filled_with
 from .results import BASELINE, Cell, Results
+from .words import interval, spread, table
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "chooser.md"
@@ -33,7 +34,7 @@ def filled(page: str, results: Results) -> str:
 
 def short(results: Results) -> str:
     """What the records say of plain LoRA and of the plainest ways to have less of it."""
-    tasks = measured(results)
+    tasks = results.measured
     apart = {(task, row): results.apart(task, row, BASELINE) for task in tasks for row in TASKS[task].tuned}
     above = [f"{ROWS[row].title} on {TASKS[task].title}" for (task, row), d in apart.items() if d and (d.low or 0) > 0]
     lines = [
@@ -107,7 +108,7 @@ def hours(results: Results) -> str:
 
 def _by_task(results: Results, title: str, size: Callable[[Cell], float], shown: Callable[[float], str]) -> str:
     parts = []
-    for task in measured(results):
+    for task in results.measured:
         cells = [cell for row in TASKS[task].tuned if (cell := results.cell(task, row))]
         best: list[Cell] = []
         for cell in sorted(cells, key=lambda cell: (size(cell), -cell.mean)):

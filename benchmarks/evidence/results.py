@@ -13,7 +13,7 @@ from typing import Any
 
 from trimtab.app.report.pairing import Difference, Scored, difference
 
-from .matrix import ROWS, TASKS, UNTUNED, Run, tuning_of
+from .matrix import ROWS, TASKS, TUNED, UNTUNED, Run, tuning_of
 
 BASELINE = "lora-r8"
 
@@ -121,6 +121,11 @@ class Cell:
         return difference(self.scored, other.scored, self.records[0]["metric"], ROWS[other.row].title)
 
 
+def seeds(cell: Cell | None) -> int:
+    """How many a cell was run with."""
+    return len(cell.records) if cell else 0
+
+
 class Results:
     """All records of a folder."""
 
@@ -161,6 +166,23 @@ class Results:
                         right.append(Scored(n, other["score"], {}))
                         n += 1
         return difference(left, right, "", ROWS[theirs].title) if left else None
+
+    @property
+    def measured(self) -> list[str]:
+        """Tasks with a tuned row."""
+        return [name for name, task in TASKS.items() if any(self.cell(name, row) for row in task.tuned)]
+
+    @property
+    def whole(self) -> list[str]:
+        """Tasks on which every row that a user chooses between is to be tuned."""
+        return [name for name in self.measured if set(TUNED) <= set(TASKS[name].tuned)]
+
+    @property
+    def swapped(self) -> list[str]:
+        """Tasks with rows to compare at the one rate, on drawn rows."""
+        return [name for name, task in TASKS.items() if not (task.is_variant or task.is_decoder)
+                and self.cell(name, BASELINE, UNTUNED)
+                and any(self.cell(name, row, UNTUNED) for row in task.swapped if row != BASELINE)]  # fmt: skip
 
     @property
     def cka_takes_the_last_half(self) -> str:
