@@ -55,6 +55,47 @@ def test_the_first_of_two_patterns_counts_in_the_file_too(tmp_path):
     assert [rank for _, rank in sorted(adapter_ranks(reloaded).items())][:5] == [4, 4, 2, 6, 4]
 
 
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {}),
+        ("bert", dict(use_rslora=True, rank_pattern={"query": 2}, alpha_pattern={"dense": 5})),
+        ("llama", dict(target_modules=["q_proj", "embed_tokens"])),
+        ("gpt2", dict(use_dora=True)),
+    ],
+)
+@pytest.mark.parametrize("safe", [True, False])
+def test_a_start_that_is_drawn_anew_is_in_the_file(family, settings, safe, tmp_path):
+    base = tiny.build(family)
+
+    def begun(seed: int) -> peft.PeftModel:
+        torch.manual_seed(seed)
+        config = TrimConfig(**dict(r=3, target_modules=tiny.FAMILIES[family].target_modules) | settings,
+                            init_lora_weights="pissa_niter_1")  # fmt: skip
+        return peft.get_peft_model(copy.deepcopy(base), config).eval()
+
+    model = begun(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.mul_(3)
+    trained = tiny.logits(model, family)
+    assert not torch.allclose(trained, tiny.logits(base, family), atol=1e-4)
+    model.save_pretrained(str(tmp_path), safe_serialization=safe)
+    torch.manual_seed(1)
+    stock = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).eval()
+    assert torch.allclose(tiny.logits(stock, family), trained, atol=1e-5)
+    resumed = begun(1)
+    for _ in range(2):
+        resumed.load_adapter(str(tmp_path), "default", is_trainable=True)
+        assert torch.allclose(tiny.logits(resumed.eval(), family), trained, atol=1e-5)
+    ours, theirs = (dict(m.named_parameters()) for m in (resumed, model))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours if "lora_" in name)
+    exported = trimtab.export(resumed, tmp_path / "exported")
+    stock = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(exported)).eval()
+    assert torch.allclose(tiny.logits(stock, family), trained, atol=1e-5)
+
+
 def test_the_fold_is_exact_in_float64(tmp_path):
     model = adaptive().double()
     before = tiny.logits(model, "bert")

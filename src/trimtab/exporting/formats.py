@@ -194,7 +194,7 @@ def _add_the_head_of_a_saved_embedding(base: Any, tensors: dict[str, Any]) -> No
 def _lora_parts(peft_model: PeftModel, name: str, tensors: dict[str, Tensor], form: str) -> Iterator[Part]:
     """Take what belongs to each LoRA layer out of ``tensors``, and put its scale into B."""
     from ..host.adapted import AttentionLora, ParameterLora, adapter_layers
-    from ..host.layers import changes_base
+    from ..host.layers import changes_base, without_start
 
     source: Any = peft_model.peft_config[name]
     inside: set[str] = set()  # the projection inside of an attention has its rank from there
@@ -210,19 +210,16 @@ def _lora_parts(peft_model: PeftModel, name: str, tensors: dict[str, Tensor], fo
             raise ExportError(
                 f"export.format={form!r}: {module}.{key} {what}; model.save_pretrained keeps PEFT's own form"
             )
-        own[up] = own[up] * layer.scaling[name]
-        if "lora_B.bias" in own:
-            own["lora_B.bias"] = own["lora_B.bias"] * layer.scaling[name]
-        start = getattr(layer, "initial_factors", {}).get(name)
-        if start is not None:
-            A0, B0 = (t.to(own[down].device, own[down].dtype) for t in start)
-            own[down] = torch.cat([own[down], A0])
-            own[up] = torch.cat([own[up], -B0 * layer.scaling[name]], dim=1)
+        if name in getattr(layer, "initial_factors", {}):
+            own[down], own[up] = without_start(cast(Any, layer), name, own[down], own[up])
         elif changes_base(source.init_lora_weights) and own[down].dim() == 2 and not is_embedding:
             raise ExportError(
                 f"export.format={form!r}: {module}.{down}: init_lora_weights={source.init_lora_weights!r} changed the "
                 "base's weights, and the start is not known here; use format 'merged'"
             )
+        own[up] = own[up] * layer.scaling[name]
+        if "lora_B.bias" in own:
+            own["lora_B.bias"] = own["lora_B.bias"] * layer.scaling[name]
         wrapped = isinstance(layer, ParameterLora)
         site = module.replace(".base_layer", "") + f".{cast(Any, layer).parameter_name}" if wrapped else module
         if isinstance(layer, AttentionLora):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import re
 import warnings
 import weakref
@@ -21,13 +22,14 @@ from peft import LoraConfig
 from peft.utils.constants import EMBEDDING_LAYER_NAMES, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..errors import ConfigError, ModelError
 from ..plans import Budget, Where
 from ..schedule import plain_numbers
 from .adapted import calls_of_peft, peft_model_of
-from .layers import ParamWrapper, TrimLayer, host, hosted_layers
+from .layers import PROJECTIONS, ParamWrapper, TrimLayer, host, hosted_layers, is_drawn, without_start
 from .sites import idle_layers, lists_meant
 
 # Initialisations that change the base weight or train only one factor; a rank or freeze method would
@@ -142,6 +144,8 @@ class TrimConfig(LoraConfig):
                 are not folded: stock PEFT would read another function out of them.
         """
         files = [Path(save_directory) / name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)]
+        for weights in filter(Path.is_file, files if self._holds_a_start() else ()):
+            _write_without_start(weights, self._live)
         for weights in filter(Path.is_file, files if self.is_adaptive else ()):
             raw = [key for key in _keys(weights) if re.search(r"\.lora_[eb](\.|$)", key)]
             if raw:
@@ -151,6 +155,16 @@ class TrimConfig(LoraConfig):
                     f"state_dict out, or give model.state_dict(), which is plain LoRA. {weights} is not"
                 )
         super().save_pretrained(save_directory, **kwargs)
+
+    def _holds_a_start(self) -> bool:
+        """Whether what is saved has to undo a start. An untrained adapter is kept as PEFT keeps it, whose
+        ``path_initial_model_for_weight_conversion`` reads it."""
+        layers = [(layer, name) for layer, name in self._live.layers() if name in layer.initial_factors]
+        return is_drawn(self.init_lora_weights) and any(
+            not torch.equal(trained, start.to(trained))
+            for layer, name in layers
+            for trained, start in zip(layer.factors(name), layer.initial_factors[name])
+        )
 
     def check_model(self, model: nn.Module | None = None) -> None:
         """Hold the selection of layers against the base model, once for each.
@@ -252,9 +266,23 @@ class TrimConfig(LoraConfig):
                 out["target_parameters"] = sorted(parameters) or None
         if live and self.is_adaptive:
             out.update(portable_fields(live))
+        elif self._holds_a_start():
+            out.update(init_lora_weights=True, **self._patterns_without_start(live))
         elif live:
             out.update({key: _in_any_order(out[key], live) for key in ("rank_pattern", "alpha_pattern") if out[key]})
         return out
+
+    def _patterns_without_start(self, live: dict[str, tuple[int, float]]) -> dict[str, Any]:
+        """Twice the rank at the same scale, for the sites that took a part of the base."""
+        of_rank = (lambda r: math.sqrt(2 * r)) if self.use_rslora else (lambda r: 2 * r)
+        started = {layer.site_name for layer, name in self._live.layers() if name in layer.initial_factors}
+        patterns: dict[str, dict[str, Any]] = {
+            "rank_pattern": {f"^{re.escape(site)}": 2 * live[site][0] for site in sorted(started)},
+            "alpha_pattern": {
+                f"^{re.escape(site)}": live[site][1] * of_rank(live[site][0]) for site in sorted(started)
+            },
+        }
+        return {key: _in_any_order(own | getattr(self, key), live) for key, own in patterns.items()}
 
 
 def _in_any_order(pattern: dict[str, Any], sites: Iterable[str]) -> dict[str, Any]:
@@ -267,6 +295,20 @@ def _in_any_order(pattern: dict[str, Any], sites: Iterable[str]) -> dict[str, An
         taken = "|".join(keys[:n])
         made[rf"^(?!(?:.*\.)?(?:{taken})$)(?:.*\.)?(?:{key})" if taken else key] = pattern[key]
     return made
+
+
+def _write_without_start(weights: Path, live: Live) -> None:
+    """Give a saved adapter twice the rank, on the base as it was; see `without_start`."""
+    is_pickle = weights.name == WEIGHTS_NAME
+    tensors = torch.load(weights, weights_only=True) if is_pickle else load_file(weights)
+    for layer, name in live.layers():
+        keys = [f"base_model.model.{layer.site_name}.{which}.weight" for which in PROJECTIONS]
+        if name in layer.initial_factors and keys[0] in tensors:
+            tensors.update(zip(keys, without_start(layer, name, *(tensors[key] for key in keys))))
+    if is_pickle:
+        torch.save(tensors, weights)
+    else:
+        save_file(tensors, weights, metadata={"format": "pt"})
 
 
 def _keys(weights: Path) -> list[str]:

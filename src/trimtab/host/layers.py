@@ -53,6 +53,12 @@ def changes_base(init: bool | str) -> bool:
     return isinstance(init, str) and init.startswith(("pissa", "corda", "olora", "lora_ga", "loftq"))
 
 
+def is_drawn(init: bool | str) -> bool:
+    """Whether such a start comes out otherwise each time: a saved adapter has to hold it, since the base that stock
+    PEFT would make of the original one is another than this run's."""
+    return isinstance(init, str) and init.startswith("pissa_niter")
+
+
 @dataclass
 class Hosted:
     """What a layer keeps for one adaptive adapter, beside its tensors."""
@@ -499,6 +505,8 @@ def _accept_plain_lora(layer: TrimLayer, state_dict: dict[str, Any], prefix: str
     for part in bare if bare and _is_of_an_adapted_model() else ():  # a finished one, nothing is around this site in it
         state_dict.setdefault(f"{prefix}base_layer.{part}", state_dict.pop(f"{prefix}{part}"))
     _name_what_is_nameless(layer, state_dict, prefix)
+    for name in layer.initial_factors:
+        _accept_a_start(layer, name, state_dict, prefix)
     for name in layer.finished:
         _refuse_another_rank(layer, name, state_dict, prefix)
     for name, hosted in layer.hosted.items():
@@ -559,6 +567,31 @@ def _name_what_is_nameless(layer: TrimLayer, state_dict: dict[str, Any], prefix:
                 which, dot, weight = ending.partition(".")
                 state_dict[f"{prefix}{which}.{name}{dot}{weight}"] = state_dict.pop(f"{prefix}{ending}")
             return
+
+
+@torch.no_grad()
+def _accept_a_start(layer: TrimLayer, name: str, state_dict: dict[str, Any], prefix: str) -> None:
+    """Take apart what `without_start` put together; the base becomes the one that was trained on."""
+    key_a, key_b = (f"{prefix}{which}.{name}.weight" for which in PROJECTIONS)
+    r = layer.r[name]
+    if key_a not in state_dict or key_b not in state_dict or state_dict[key_a].shape[0] != 2 * r:
+        return
+    (A, its_a), (B, its_b) = state_dict[key_a].split(r), state_dict[key_b].split(r, dim=1)
+    state_dict[key_a], state_dict[key_b] = A, B
+    own_a, own_b = layer.initial_factors[name]
+    its_a, its_b = its_a.to(own_a), -its_b.to(own_b)
+    if torch.equal(own_a, its_a) and torch.equal(own_b, its_b):
+        return
+    layer.initial_factors[name] = its_a, its_b
+    base: Any = layer.get_base_layer()
+    apart = layer.scaling[name] * (own_b @ own_a - its_b @ its_a)
+    base.weight.data += (apart.T if layer.fan_in_fan_out else apart).to(base.weight)
+
+
+def without_start(layer: TrimLayer, name: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """A layer's plain LoRA on the base as it was before the start: ``[A; A0]``, ``[B, -B0]``, at the same scale."""
+    A0, B0 = (t.to(A.device, A.dtype) for t in layer.initial_factors[name])
+    return torch.cat([A, A0]), torch.cat([B, -B0], dim=1)
 
 
 def _refuse_another_rank(layer: TrimLayer, name: str, state_dict: dict[str, Any], prefix: str) -> None:
