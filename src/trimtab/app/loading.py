@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import DataError
 from .planning import model_spec
@@ -119,6 +119,11 @@ def adapter_lines(job: Job, base: str | None, adapter: str) -> str:
     if job.has_other_head:
         kwargs["ignore_mismatched_sizes"] = True
     given = [repr(base or source), *(f"{key}={value!r}" for key, value in kwargs.items())]
+    if settings.quantization is not None:  # as it was trained: with the new head in full precision
+        left_whole = cast(Any, job.model).config.quantization_config.llm_int8_skip_modules
+        packing = settings.quantization | {"llm_int8_skip_modules": left_whole}
+        packed = ", ".join(f"{key}={value!r}" for key, value in packing.items())
+        given.append(f"quantization_config=transformers.BitsAndBytesConfig({packed})")
     where = repr(adapter)
     needs_trimtab = job.recipe.adapter.type == "bottleneck"
     out = ["import json, peft, transformers"]
