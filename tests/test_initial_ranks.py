@@ -50,6 +50,12 @@ def test_plan_report_card_and_adapter_say_the_ranks_and_a_resumed_run_looks_at_n
     for later in (8, 12, 16):
         shutil.rmtree(run / "checkpoints" / f"checkpoint-{later}")
     monkeypatch.setattr(runs, "initialize", lambda *_: pytest.fail("the rows were looked at again"))
+    with monkeypatch.context() as stopped:  # before it has trained a step
+        stopped.setattr(runs, "make_trainer", lambda *_, **__: 1 / 0)
+        trimtab("run", run, f"output_dir={run}", "--resume", code=1)
+    with monkeypatch.context() as stopped:
+        stopped.setattr("peft.get_peft_model", lambda *_: 1 / 0)
+        trimtab("run", run, f"output_dir={run}", "--resume", code=1)
     trimtab("run", run, f"output_dir={run}", "--resume")
     assert unbroken == {p.name: p.read_bytes() for p in (run / "history.jsonl", run / "plan.json")}
     again = load_file(run / "adapter" / "adapter_model.safetensors")

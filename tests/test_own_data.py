@@ -178,7 +178,7 @@ def test_the_printed_lines_quantise_the_base_as_it_was_trained(answered, tmp_pat
     quantised = ("model.quantization={load_in_8bit: true, llm_int8_threshold: 5.0}", f"output_dir={tmp_path / 'run'}")
     trimtab("run", answered[0] / "recipe.yaml", *quantised, "train.max_steps=1")
     lines = json.loads((tmp_path / "run/metrics.json").read_text())["load"]
-    done = fresh.python("-c", f"{lines}\nprint(base.model.layers[0].mlp.down_proj.base_layer.weight.quant_type)\n"
+    done = fresh.python("-c", f"{lines}\nprint(base.model.layers[0].mlp.down_proj.state.threshold)\n"
                         "print(type(base.lm_head).__name__)")  # fmt: skip
     assert done.stdout.split() == ["5.0", "Linear"], done.stderr
 

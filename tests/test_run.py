@@ -288,8 +288,9 @@ def test_a_run_that_stops_early_is_resumed_to_the_same_end(tmp_path, last):
         where=None,
         freeze={"method": "aflora", "warmup": 2, "final": 0.3},
         early_stopping={"patience": 2, "threshold": 1},  # more than an accuracy can rise by
-        train={"num_train_epochs": 5, "learning_rate": 5e-3, "save_total_limit": 5, "use_cpu": True},
-    )
+        train={"num_train_epochs": 5, "learning_rate": 5e-3, "save_total_limit": 5, "use_cpu": True,
+               "restore_callback_states_from_checkpoint": True},
+    )  # fmt: skip
     trimtab("run", recipe)
     assert max(int(path.name.rpartition("-")[2]) for path in (tmp_path / "run" / "checkpoints").iterdir()) == 24
     again = shutil.copytree(tmp_path / "run", tmp_path / "again")

@@ -160,7 +160,8 @@ def train(job: Job, where: Where | None, folder: RunFolder, screen: Screen, *, r
     planned = replace(plan_of_run(recipe, job.model, config, horizon_of(recipe, rows), rows), where=where)
     planned = replace(planned, settings={**planned.settings, "data": data_of(job)})
     started = folder.read(folder.plan)["settings"].get("start") if resume and folder.plan.is_file() else None
-    folder.write(folder.plan, planned.to_json())
+    if started is None:  # else the plan on the disk has the ranks that were begun with, which nothing could tell again
+        folder.write(folder.plan, planned.to_json())
     if recipe.budget is not None:  # what was chosen, and why
         for note in planned.notes:
             screen.note(note)

@@ -74,6 +74,8 @@ def fields() -> dict[str, str]:
 def stock(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values under the names that the installed `TrainingArguments` has: older ones say ``group_by_length``."""
     out = dict(values)
+    # Callbacks of a resumed run count on by themselves; the Trainer would put copies in their place.
+    out.pop("restore_callback_states_from_checkpoint", None)
     if _SAMPLING in out and _SAMPLING not in dataclass_fields(*_ARGUMENTS):
         word = out.pop(_SAMPLING)
         if word not in ("random", "group_by_length"):
