@@ -158,7 +158,7 @@ DECODER = ("lora-r8", "cka-lora", "salientlora-late", "composition-latest", "sal
            "influence-composition-vectors", "aflora", "aflora-late", "aflora-late-vectors",
            "lora-r2", "uniform-lora")  # fmt: skip
 
-LONGER = (*FIRST, "lora-r2", "cka-lora")  # whether what the composition loses is for want of steps
+LONGER = ("lora-r8", "cka-lora", "cka-salientlora-late", "composition-latest", "lora-r2")  # is it for want of steps?
 AFTER = ("train.warmup_steps=0.2",)  # as `trimtab init` writes it
 TASKS = {
     task.name: task
