@@ -158,6 +158,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         keep_inputs_out_of_the_graph(model)  # the Trainer has turned checkpointing on by now
         if state.global_step > 0:
             self._resume(args, state)
+            args.eval_on_start = False  # that was done when the run began
         else:
             self._start_history()
             if self.controller.layers:
