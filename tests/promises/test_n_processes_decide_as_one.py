@@ -127,6 +127,17 @@ def test_a_finished_run_is_resumed_by_two_processes(launched):
         assert all(torch.equal(weight, other["weights"][n]) for n, weight in one["weights"].items())
 
 
+def test_rows_that_are_grouped_by_length_are_taken_once_an_epoch(launched):
+    first, second = (process["grouped"]["seen"] for process in launched[1])
+    assert [sorted([*mine, *others]) for mine, others in zip(first, second)] == [[*range(3, 27)]] * 3
+
+
+@pytest.mark.parametrize("step", [4, 6])  # between two epochs, and within one
+def test_rows_that_are_grouped_by_length_are_resumed_exactly(launched, step):
+    for ends in (process["grouped"]["ends"] for process in launched[1]):
+        assert all(torch.equal(weight, ends[step][n]) for n, weight in ends[0].items())
+
+
 def test_processes_that_hold_other_adapters_are_refused(launched):
     said = [process["other sites"] for process in launched[1]]
     assert said[0] == said[1] and "process 1 holds other adapters than process 0" in said[0] and "pipeline" in said[0]
