@@ -354,6 +354,34 @@ def _grouped(folder: Path) -> dict[str, Any]:
     return {"seen": seen, "ends": weights}
 
 
+def _overflow(unscales_first: bool, fused: bool) -> dict[str, Any]:
+    """A loss scaler, whose gradients overflow at the first step and at a later one, on process 1 alone."""
+    model = _fake_model(rank=Halving(steps=(3,)), task_type="SEQ_CLS")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=fused)
+    events: list[dict] = []
+    controller = Controller(model, optimizer, total_steps=8, on_event=events.append)
+    wrapped, scaler = torch.nn.parallel.DistributedDataParallel(model), torch.amp.GradScaler("cpu", init_scale=64.0)
+    for step in range(8):
+        batch = {key: value.chunk(2)[dist.get_rank()] for key, value in tiny.batch("bert", seed=step).items()}
+        scaler.scale(wrapped(**batch).loss).backward()
+        if step in (0, 5) and dist.get_rank() == 1:
+            next(iter(controller.layers.values())).factors("default")[1].grad.fill_(float("inf"))
+        if unscales_first:
+            scaler.unscale_(optimizer)
+            controller.before_step()
+        else:
+            controller.before_step(scaler.get_scale())
+            scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        scaler.step(optimizer)
+        scaler.update()
+        controller.after_step()
+        optimizer.zero_grad()
+    weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    skipped = [event["step"] for event in events if event["event"] == "skipped"]
+    return {"weights": weights, "skipped": skipped, "scale": scaler.get_scale()}
+
+
 def _other_sites() -> str:
     """Two stages of a pipeline: each process adapts modules of its own."""
     base = tiny.build("bert")
@@ -393,6 +421,8 @@ def main(out: Path, cases: Collection[str]) -> None:
     results["same trainer"] = run("salientlora, llama", out / "runs" / "same", processes=2, again=4)
     results["finished"] = _finished(out / "runs" / "finished")
     results["other sites"] = _other_sites()
+    for way in ((first, fused) for first in (True, False) for fused in (True, False)):
+        results[f"overflow: {way}"] = _overflow(*way)
     results["grouped"] = _grouped(out / "runs" / "grouped")
     for result in results.values():
         if isinstance(result, dict):
