@@ -206,6 +206,16 @@ def test_debug_shows_the_traceback(monkeypatch, recipe):
     assert "Traceback" in result.stderr
 
 
+@pytest.mark.parametrize("process, begins", [("0", "error: train.bf16="), ("1", "error: process 1: train.bf16=")])
+def test_an_error_of_all_processes_is_left_to_the_first_one_to_tell(monkeypatch, recipe, process, begins):
+    waited = []
+    monkeypatch.setattr(ending.time, "sleep", waited.append)  # torchrun ends the others within it
+    monkeypatch.setenv("RANK", process)
+    result = CliRunner().invoke(cli, ["run", str(recipe), "train.bf16=yess"])
+    assert result.exit_code == 2 and result.stderr.startswith(begins)
+    assert bool(waited) == (process != "0")
+
+
 def test_ctrl_c_ends_quietly(monkeypatch, recipe):
     def interrupted(recipe, **given):
         raise KeyboardInterrupt

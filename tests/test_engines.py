@@ -281,3 +281,14 @@ def test_every_cell_of_the_engine_table_is_held_by_a_test(engine):
         assert "refuse" in test
     else:
         assert set(cells) == {"yes"} and set(COLUMNS) <= compared(engine)
+
+
+@pytest.mark.parametrize("carried, moved", [("cpu:gloo,cuda:gloo", []), ("cuda:nccl", ["cuda"])])
+def test_a_model_that_accelerate_has_not_moved_yet_is_sent_from_where_nccl_can(monkeypatch, carried, moved):
+    found = []
+    monkeypatch.setattr(dist, "get_backend_config", lambda: carried)
+    monkeypatch.setattr(dist, "broadcast", lambda tensor, src: tensor.fill_(7))
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: found.append(device) or tensor.clone())
+    parameter = nn.Parameter(torch.zeros(2))
+    parallel.broadcast([parameter])
+    assert found == moved and parameter.tolist() == [7, 7]

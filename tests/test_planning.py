@@ -128,6 +128,15 @@ def test_steps_are_counted_as_the_trainer_counts_them(train, rows, steps, per_ep
     assert planning.horizon_of(loaded, rows) == planning.Horizon(steps, per_epoch)
 
 
+@pytest.mark.parametrize("is_dropped, per_epoch", [(False, 5), (True, 4)])
+def test_several_processes_share_the_steps(is_dropped, per_epoch, monkeypatch):
+    train = {"gradient_accumulation_steps": 1, "dataloader_drop_last": is_dropped}
+    loaded = recipe.load({"model": "m", "train": train})
+    assert planning.horizon_of(loaded, 100, processes=3) == planning.Horizon(3 * per_epoch, per_epoch)
+    monkeypatch.setenv("WORLD_SIZE", "3")  # torchrun's
+    assert planning.horizon_of(loaded, 100) == planning.Horizon(3 * per_epoch, per_epoch)
+
+
 def test_a_hub_task_of_known_size_has_its_schedule_without_a_network():
     made = trimtab.plan(RECIPES / "cka_deberta-v3-base_cola.yaml")
     assert made.settings["total_steps"] == 25 * 268  # 8 551 rows in batches of 32

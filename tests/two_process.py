@@ -319,6 +319,69 @@ def _finished(folder: Path) -> dict[str, Any]:
     return {"runs": found}
 
 
+def _grouped(folder: Path) -> dict[str, Any]:
+    """Rows grouped by length, and dropout, which moves each process's generator by another number: the rows that this
+    process took in each epoch, and its weights at the end of a run left alone and of those resumed."""
+    lengths = torch.randint(3, 30, (24,), generator=torch.Generator().manual_seed(0)).tolist()
+    data = [{"input_ids": [3 + i] * n, "labels": i % 2} for i, n in enumerate(lengths)]
+    rows: list[int] = []
+
+    def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        rows.extend(row["input_ids"][0] for row in batch)
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row["input_ids"]) for row in batch], batch_first=True)
+        labels = torch.tensor([row["labels"] for row in batch])
+        return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels}
+
+    weights = {}
+    for begins_at in (0, 4, 6):  # an epoch has four steps
+        model = _fake_model(rank=Halving(steps=(3,)), task_type="SEQ_CLS")
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.1
+        how = {"train_sampling_strategy": "group_by_length"}
+        if "train_sampling_strategy" not in TrainingArguments.__dataclass_fields__:
+            how = {"group_by_length": True}
+        settings = TrainingArguments(
+            str(folder), num_train_epochs=3, report_to=[], use_cpu=True, disable_tqdm=True, save_steps=2, seed=0,
+            per_device_train_batch_size=3, **how,
+        )  # fmt: skip
+        trainer = Trainer(model, settings, train_dataset=data, data_collator=collate, callbacks=[TrimCallback()])
+        trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-{begins_at}" if begins_at else None)
+        dist.barrier()
+        weights[begins_at] = {n: t.clone() for n, t in model.state_dict().items() if "lora_" in n}
+        if not begins_at:
+            seen = [rows[i : i + 12] for i in (0, 12, 24)]
+    return {"seen": seen, "ends": weights}
+
+
+def _overflow(unscales_first: bool, fused: bool) -> dict[str, Any]:
+    """A loss scaler, whose gradients overflow at the first step and at a later one, on process 1 alone."""
+    model = _fake_model(rank=Halving(steps=(3,)), task_type="SEQ_CLS")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=fused)
+    events: list[dict] = []
+    controller = Controller(model, optimizer, total_steps=8, on_event=events.append)
+    wrapped, scaler = torch.nn.parallel.DistributedDataParallel(model), torch.amp.GradScaler("cpu", init_scale=64.0)
+    for step in range(8):
+        batch = {key: value.chunk(2)[dist.get_rank()] for key, value in tiny.batch("bert", seed=step).items()}
+        scaler.scale(wrapped(**batch).loss).backward()
+        if step in (0, 5) and dist.get_rank() == 1:
+            next(iter(controller.layers.values())).factors("default")[1].grad.fill_(float("inf"))
+        if unscales_first:
+            scaler.unscale_(optimizer)
+            controller.before_step()
+        else:
+            controller.before_step(scaler.get_scale())
+            scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        scaler.step(optimizer)
+        scaler.update()
+        controller.after_step()
+        optimizer.zero_grad()
+    weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    skipped = [event["step"] for event in events if event["event"] == "skipped"]
+    return {"weights": weights, "skipped": skipped, "scale": scaler.get_scale()}
+
+
 def _other_sites() -> str:
     """Two stages of a pipeline: each process adapts modules of its own."""
     base = tiny.build("bert")
@@ -358,6 +421,9 @@ def main(out: Path, cases: Collection[str]) -> None:
     results["same trainer"] = run("salientlora, llama", out / "runs" / "same", processes=2, again=4)
     results["finished"] = _finished(out / "runs" / "finished")
     results["other sites"] = _other_sites()
+    for way in ((first, fused) for first in (True, False) for fused in (True, False)):
+        results[f"overflow: {way}"] = _overflow(*way)
+    results["grouped"] = _grouped(out / "runs" / "grouped")
     for result in results.values():
         if isinstance(result, dict):
             result.pop("model", None)

@@ -127,6 +127,27 @@ def test_a_finished_run_is_resumed_by_two_processes(launched):
         assert all(torch.equal(weight, other["weights"][n]) for n, weight in one["weights"].items())
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("unscales_first", [True, False])
+def test_an_overflow_on_one_process_is_one_on_all(launched, unscales_first, fused):
+    first, second = (process[f"overflow: {(unscales_first, fused)}"] for process in launched[1])
+    assert first["skipped"] == second["skipped"] == [1, 6]
+    assert first["scale"] == second["scale"] == 16.0  # halved twice
+    for name, weight in first["weights"].items():
+        assert torch.isfinite(weight).all() and torch.equal(weight, second["weights"][name])
+
+
+def test_rows_that_are_grouped_by_length_are_taken_once_an_epoch(launched):
+    first, second = (process["grouped"]["seen"] for process in launched[1])
+    assert [sorted([*mine, *others]) for mine, others in zip(first, second)] == [[*range(3, 27)]] * 3
+
+
+@pytest.mark.parametrize("step", [4, 6])  # between two epochs, and within one
+def test_rows_that_are_grouped_by_length_are_resumed_exactly(launched, step):
+    for ends in (process["grouped"]["ends"] for process in launched[1]):
+        assert all(torch.equal(weight, ends[step][n]) for n, weight in ends[0].items())
+
+
 def test_processes_that_hold_other_adapters_are_refused(launched):
     said = [process["other sites"] for process in launched[1]]
     assert said[0] == said[1] and "process 1 holds other adapters than process 0" in said[0] and "pipeline" in said[0]

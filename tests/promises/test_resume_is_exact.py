@@ -99,6 +99,16 @@ def test_a_restored_callback_goes_on_with_the_same_history_file(tmp_path):
     assert (tmp_path / "history.jsonl").read_text() == whole
 
 
+def test_what_is_scored_as_a_run_starts_is_not_scored_again_as_it_goes_on(tmp_path):
+    scored = dict(eval_on_start=True, eval_strategy="steps", eval_steps=10) | OFTEN
+    runs.train(runs.model_for("bert", "aflora"), "bert", tmp_path, **scored)
+    whole = (tmp_path / "history.jsonl").read_text()
+    for step in (30, 40):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    runs.train(runs.model_for("bert", "aflora"), "bert", tmp_path, resume=True, **scored)
+    assert (tmp_path / "history.jsonl").read_text() == whole
+
+
 @pytest.mark.parametrize("resumed", [[12], [8, 12]])  # epochs have 8 steps
 def test_rows_that_are_grouped_by_length_go_on_in_the_order_of_their_epoch(tmp_path, resumed):
     grouped = stock({"train_sampling_strategy": "group_by_length"}) | dict(save_steps=4, max_steps=20)

@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 import textwrap
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -22,6 +23,8 @@ from ..errors import TrimtabError, did_you_mean, missing_extra
 from .stopping import Stopped, listening
 
 DEBUG = "TRIMTAB_DEBUG"
+_FIRST_ONE_SECONDS = 5
+_SIGNALLED = 128
 _SMALLER = (
     "halve train.per_device_train_batch_size and double train.gradient_accumulation_steps, which is the same run, "
     "shorten task.max_length, or set train.gradient_checkpointing=true"
@@ -81,6 +84,12 @@ class Commands(click.Group):
 
 def fail(*messages: str, code: int) -> NoReturn:
     """Ends the command with its errors, one line each."""
+    if (process := os.environ.get("RANK", "0")) != "0":
+        # Of what ends all of torchrun's processes the first one tells, and torchrun ends the others meanwhile.
+        if code > _SIGNALLED:
+            sys.exit(code)
+        time.sleep(_FIRST_ONE_SECONDS)
+        messages = tuple(f"process {process}: {message}" for message in messages)
     if os.environ.get(DEBUG):
         traceback.print_exc()
     for message in messages:

@@ -7,6 +7,7 @@ Parameters are those of adapters; a new head, which every method trains alike, i
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -92,8 +93,8 @@ def plan_recipe(
         horizon: length of the run; else it is counted from local rows.
         task: the recipe's task, if it has been made (and has seen its data).
         with_memory: forecast the memory of a step, too: ``settings["memory"]``.
-        processes, strategy: with several, what each holds and sends: ``settings["processes"]``; see
-            `memory.over_processes`.
+        processes, strategy: with several, the run's length, and what each holds and sends: ``settings["processes"]``;
+            see `memory.over_processes`.
     """
     from ..host.sites import HEADS
     from . import models
@@ -106,7 +107,7 @@ def plan_recipe(
         if recipe.data.has_own:  # some tasks learn their labels here
             rows = rows_known(task, load_rows(recipe, task))
     notes: list[str] = []
-    horizon = horizon or horizon_of(recipe, rows)
+    horizon = horizon or horizon_of(recipe, rows, processes if processes > 1 else None)
     is_packed = horizon is None and recipe.data.has_own and not getattr(task, "counts_rows", True)
     if horizon is None and task is not None:
         cure = "texts are cut into rows with the tokenizer at hand" if is_packed else "give data.train"
@@ -410,15 +411,19 @@ def auto_class_of(config: Any) -> str:
     return "AutoModel"
 
 
-def horizon_of(recipe: Recipe, rows: int | None) -> Horizon | None:
-    """Steps as the Trainer counts them on one process; None if rows are unknown and no steps are given."""
+def horizon_of(recipe: Recipe, rows: int | None, processes: int | None = None) -> Horizon | None:
+    """Steps as the Trainer counts them; None if rows are unknown and no steps are given.
+
+    Args:
+        processes: those that share the batches; None: as many as torchrun has started.
+    """
     train = recipe.train
     steps = int(train.get("max_steps", -1))
     if rows is None:
         return Horizon(steps, steps) if steps > 0 else None
-    batches = math.ceil(rows / int(train.get("per_device_train_batch_size", 8)))
-    if train.get("dataloader_drop_last"):
-        batches = rows // int(train.get("per_device_train_batch_size", 8))
+    processes = processes or int(os.environ.get("WORLD_SIZE", "1"))
+    batch = int(train.get("per_device_train_batch_size", 8)) * processes
+    batches = rows // batch if train.get("dataloader_drop_last") else math.ceil(rows / batch)
     per_epoch = max(1, math.ceil(batches / int(train.get("gradient_accumulation_steps", 1))))
     return Horizon(steps if steps > 0 else math.ceil(float(train.get("num_train_epochs", 3)) * per_epoch), per_epoch)
 

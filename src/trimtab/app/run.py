@@ -61,13 +61,16 @@ def run(recipe: Recipe, folder: Path, screen: Screen, *, overwrite: bool = False
 def select(job: Job, folder: RunFolder, screen: Screen, *, anew: bool = False) -> Where | None:
     """Which layers are adapted -> where.json. A selection already in the folder is taken as it is, unless ``anew``:
     then it is an earlier run's, which the main process may not have moved away yet."""
+    from ..train.parallel import of_process_0
+
     settings = job.recipe.where
     if settings is None:
         return None
     with screen.stage("select") as stage:
         saved = None if anew else folder.saved_where()
         among = None if saved else _among(job, settings)
-        where = saved or _choose(job, settings, stage, among)
+        # Process 0's holds: another one may have found what an earlier command left, or have rounded otherwise.
+        where = of_process_0(saved or _choose(job, settings, stage, among))
         if not saved:
             folder.write(folder.where, where.to_json())
         stage.result = _where_text(where) + (" (from where.json)" if saved else "")

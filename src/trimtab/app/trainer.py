@@ -93,7 +93,8 @@ def _answer_trainer() -> type[Trainer]:
     from .answer_head import AnswerHead, OtherTokens
 
     class AnswerTrainer(Trainer):
-        """The stock Trainer, but that while training the head is given only tokens that are learned (`AnswerHead`)."""
+        """The stock Trainer, but that while training the head is given only tokens that are learned (`AnswerHead`), and
+        that several processes' loss of an evaluation is a mean over its batches."""
 
         answer_head: AnswerHead | None = None
 
@@ -104,6 +105,10 @@ def _answer_trainer() -> type[Trainer]:
         def compute_loss(
             self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
+            if not model.training and self.args.world_size > 1:
+                # Trainer would divide by the tokens of all processes' batches, which is a mean only where all of them
+                # count alike: of the last batches it leaves some rows out.
+                num_items_in_batch = None
             # A replica of nn.DataParallel has hooks of its own, and a compiled model does not see new ones.
             is_plain = self.label_smoother is None and self.args.n_gpu <= 1 and not self.args.torch_compile
             head = self._head_for(model) if is_plain and model.training and not return_outputs else None

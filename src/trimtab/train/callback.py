@@ -49,6 +49,7 @@ from .parallel import (
     is_distributed,
     is_launched,
     keep_whole,
+    of_process_0,
     refuse_sharded_heads,
     whole_parameters,
 )
@@ -158,6 +159,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         keep_inputs_out_of_the_graph(model)  # the Trainer has turned checkpointing on by now
         if state.global_step > 0:
             self._resume(args, state)
+            args.eval_on_start = False  # that was done when the run began
         else:
             self._start_history()
             if self.controller.layers:
@@ -186,6 +188,8 @@ class TrimCallback(TrainerCallback, ExportableState):
         # resumed epoch only after it has drawn the order.
         if self._draws is not None:
             torch.set_rng_state(self._draws)
+        else:
+            _draw_alike(args)
         self._draws = torch.get_rng_state()
 
     def on_pre_optimizer_step(
@@ -229,6 +233,7 @@ class TrimCallback(TrainerCallback, ExportableState):
         self._refuse_silent_loop(state)
         if state.epoch == int(state.epoch or 0):
             self._draws = None
+            _draw_alike(args)  # here, too: this state is what a checkpoint between two epochs holds
         if state.global_step >= state.max_steps or control.should_training_stop:
             self._finish(args, state)
         self._log_before_saving(args, control)
@@ -566,6 +571,14 @@ class TrimCallback(TrainerCallback, ExportableState):
 def _reshard(model: nn.Module | None = None, **_: Any) -> None:
     if model is not None:
         reshard(model)
+
+
+def _draw_alike(args: Any) -> None:
+    """Rows that are grouped by length are put in order by each process's own generator, which dropout on a CPU moves on
+    by as many numbers as the process has tokens: in another order it would take rows that others have taken, too."""
+    # The first of transformers 5 have a flag for it.
+    if getattr(args, "train_sampling_strategy", "") == "group_by_length" or getattr(args, "group_by_length", False):
+        torch.set_rng_state(of_process_0(torch.get_rng_state()))
 
 
 def _being_saved(output_dir: Path, step: int) -> Path | None:

@@ -30,6 +30,7 @@ from .parallel import (
     AverageAfterBackward,
     agree,
     average,
+    broadcast,
     decision_bits,
     give_back_to_ddp,
     is_distributed,
@@ -695,8 +696,7 @@ class Controller:
         """Give every process what trains on process 0; DDP leaves the adapters alone, and FSDP2 what it is told to."""
         if not is_distributed():
             return
-        for p in (*self._tensors.parameters, *self._tensors.beside()):
-            torch.distributed.broadcast(p.data, src=0)
+        broadcast([*self._tensors.parameters, *self._tensors.beside()])
 
     def _add_penalty(self, loss_scale: float) -> None:
         self.last_penalty = None

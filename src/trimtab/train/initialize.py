@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..errors import ConfigError, ModelError, StaleAdapterError
@@ -15,7 +14,7 @@ from ..host.layers import hosted_layers
 from ..host.probe import Probe
 from ..host.sharding import is_sharded
 from ..rank.base import starter_of
-from .parallel import is_distributed
+from .parallel import of_process_0
 
 
 @dataclass(frozen=True)
@@ -71,11 +70,7 @@ def initialize_ranks(model: nn.Module, batches: Iterable[Mapping[str, Any]], ada
         cure = f"{active} is active, whose function would be looked at; activate this one with model.set_adapter"
         raise ConfigError("adapter_name", adapter_name, cure)
     probe = Probe(model, layers, adapter_name, batches)
-    chosen = starter.choose(probe)
-    if is_distributed():
-        held = [chosen]
-        torch.distributed.broadcast_object_list(held, src=0)
-        chosen = held[0]
+    chosen = of_process_0(starter.choose(probe))
     for name, layer in layers.items():
         layer.begin(adapter_name, *chosen.factors[name])
     loss = probe.first_losses()

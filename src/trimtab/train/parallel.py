@@ -60,6 +60,25 @@ def is_distributed() -> bool:
     return is_launched() and torch.distributed.get_world_size() > 1
 
 
+def of_process_0(value: Any) -> Any:
+    """What process 0 holds, on every process."""
+    if not is_distributed():
+        return value
+    held = [value]
+    torch.distributed.broadcast_object_list(held, src=0)
+    return held[0]
+
+
+def broadcast(parameters: Iterable[nn.Parameter]) -> None:
+    """Give every process the values of process 0, wherever they lie: NCCL carries nothing that is on a CPU, as a model
+    is before accelerate prepares it."""
+    carried = [part.partition(":")[0] for part in torch.distributed.get_backend_config().split(",")]
+    for p in parameters:
+        tensor = p.data if p.device.type in carried else p.data.to(carried[0])
+        torch.distributed.broadcast(tensor, src=0)
+        p.data.copy_(tensor)
+
+
 # -- before the model is wrapped ------------------------------------------------------------------------------
 
 

@@ -158,15 +158,19 @@ class StepWatch:
         if self._looks and self.scaler is None:
             self._looks -= 1
             self.scaler = _scaler_above()
-        if self.is_ready and not self.has_scaler:
+        if self.is_ready:
             held = [p for group in optimizer.param_groups for p in group["params"]]
             # Heads as well, whose gradients are complete only now. What is sharded is FSDP's.
             others = [p.grad for p in held if p.grad is not None and not is_dtensor(p.grad) and not p.grad.is_sparse]
             self._are_finite = _all_finite([*self.norms, *torch._foreach_norm(others)] if others else self.norms)
             if not self._are_finite:
-                # As a scaler does: Adam would keep a NaN for good, in its moments and in the weights.
+                # As a scaler does: Adam would keep a NaN for good, in its moments and in the weights. One that has
+                # unscaled before `before_step` has looked at this process alone.
                 for p in held:
                     p.grad = None
+                if (scaler := self._scaler()) is not None:
+                    for found in scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():
+                        found.fill_(1.0)
         if self.is_ready and (callable(kwargs.get("closure")) or any(callable(a) for a in args[1:])):
             own = (*args[:1], *(_same_after(a, optimizer) for a in args[1:]))
             return own, {key: _same_after(value, optimizer) for key, value in kwargs.items()}

@@ -23,6 +23,7 @@ import numpy as np
 
 from ...errors import ConfigError, DataError, did_you_mean
 from ..report.words import some
+from ..runfolder import is_main
 from .answer_loss import answer_scores, answer_sums, kept_sums
 from .chats import NO_ANSWER
 from .columns import Table
@@ -310,7 +311,7 @@ class Answering(Encoding):
         place = folder or self.generations
         file = Path(place).expanduser() / f"{split}_answers.jsonl" if place else None
         scores, scored = self.score(part, self.answers(model, tokenizer, part, split, file=file, make_bar=make_bar))
-        if file is not None:
+        if file is not None and is_main():
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scored)
             file.with_name(f"{split}_scored.jsonl").write_text(text, encoding="utf-8", newline="\n")
         return scores

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ...errors import ConfigError, did_you_mean
+from ..runfolder import is_main
 
 if TYPE_CHECKING:
     from torch import nn
@@ -261,7 +262,7 @@ def _finished(file: Path | None) -> dict[tuple[str, int, str], str]:
         return {}
     data = file.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
-    if whole != data:
+    if whole != data and is_main():
         with file.open("rb+") as out:
             out.truncate(len(whole))
     found = {}
@@ -275,7 +276,7 @@ def _finished(file: Path | None) -> dict[tuple[str, int, str], str]:
 
 
 def _keep(file: Path | None, rows: list[dict[str, Any]]) -> None:
-    if file is not None:
+    if file is not None and is_main():
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a", encoding="utf-8", newline="\n") as out:
             out.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
