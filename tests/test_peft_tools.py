@@ -356,3 +356,12 @@ def test_lora_fa_is_refused_where_a_layer_holds_more_than_a_and_b(method):
     model = runs.model_for("llama", method)
     with pytest.raises(ConfigError, match="optimizer='LoraFAOptimizer'"):
         Controller(model, create_lorafa_optimizer(model, 4, 8, 1e-2), total_steps=runs.STEPS)
+
+
+def test_the_config_of_a_finished_adapter_is_one_for_stock_layers():
+    model, controller = at_work("salientlora")
+    controller.finish(stopped_early=True)
+    other = peft.get_peft_model(tiny.build("llama"), model.peft_config["default"])
+    peft.set_peft_model_state_dict(other, peft.get_peft_model_state_dict(model))
+    assert torch.allclose(tiny.logits(other, "llama"), tiny.logits(model, "llama"), atol=1e-6)
+    assert not hosted_layers(other)
