@@ -100,6 +100,22 @@ def test_adapters_beside_one_that_adapts_are_joined_and_swapped(tmp_path):
     assert torch.allclose(tiny.logits(model, "llama"), tiny.logits(tiny.build("llama"), "llama"), atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [{"use_dora": True}, {"lora_bias": True}], ids=["dora", "bias"])
+def test_an_adapter_of_another_kind_is_whole_when_it_is_active_beside_one_that_adapts(kind, tmp_path):
+    model = moved("sora")
+    model.save_pretrained(str(tmp_path))
+    stock = peft.PeftModel.from_pretrained(tiny.build("llama"), str(tmp_path))
+    for one in (model, stock):
+        torch.manual_seed(4)
+        one.add_adapter("x", peft.LoraConfig(r=3, target_modules=["q_proj", "o_proj"], init_lora_weights=False, **kind))
+        with torch.no_grad():
+            for name, parameter in one.named_parameters():
+                if "magnitude" in name or name.endswith("lora_B.x.bias"):
+                    parameter.add_(torch.rand_like(parameter))
+        one.base_model.set_adapter(["default", "x"])
+    assert torch.allclose(tiny.logits(model, "llama"), tiny.logits(stock, "llama"), atol=1e-5)
+
+
 def test_adapters_in_different_layers_are_not_joined_in_those_of_the_first_alone():
     base = tiny.build("llama")
     one, other = ({"target_modules": ["q_proj"], "init_lora_weights": False, "where": w} for w in
@@ -340,3 +356,12 @@ def test_lora_fa_is_refused_where_a_layer_holds_more_than_a_and_b(method):
     model = runs.model_for("llama", method)
     with pytest.raises(ConfigError, match="optimizer='LoraFAOptimizer'"):
         Controller(model, create_lorafa_optimizer(model, 4, 8, 1e-2), total_steps=runs.STEPS)
+
+
+def test_the_config_of_a_finished_adapter_is_one_for_stock_layers():
+    model, controller = at_work("salientlora")
+    controller.finish(stopped_early=True)
+    other = peft.get_peft_model(tiny.build("llama"), model.peft_config["default"])
+    peft.set_peft_model_state_dict(other, peft.get_peft_model_state_dict(model))
+    assert torch.allclose(tiny.logits(other, "llama"), tiny.logits(model, "llama"), atol=1e-6)
+    assert not hosted_layers(other)

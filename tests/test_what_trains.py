@@ -78,6 +78,23 @@ def test_what_froze_stays_frozen_when_the_adapter_is_switched_in_mid_run():
     assert {name for name, p in named.items() if not p.requires_grad} == frozen
 
 
+def test_what_froze_stays_frozen_when_all_of_the_adapter_is_told_to_train():
+    model = runs.model_for("bert", "aflora", freeze=AFLoRA(warmup=2, final=30, interval_steps=2))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    controller = Controller(model, optimizer, total_steps=40)
+    runs.steps(model, controller, optimizer, 20, family="bert")
+    named = {f"{name}.{which}": getattr(layer, which)["default"].weight
+             for name, layer in adapter_layers(model) for which in ("lora_A", "lora_B")}  # fmt: skip
+    frozen, held = controller.frozen(), {name: p.detach().clone() for name, p in named.items()}
+    assert frozen
+    for name, p in model.named_parameters():  # as a loop does after a phase that trained the head alone
+        if "lora_" in name:
+            p.requires_grad_(True)
+    runs.steps(model, controller, optimizer, 1, family="bert")
+    assert {name for name, p in named.items() if torch.equal(p, held[name])} == frozen
+    assert frozen <= {name for name, p in named.items() if not p.requires_grad}
+
+
 # -- nobody decides -----------------------------------------------------------------------------------------------
 
 

@@ -392,6 +392,7 @@ def settle(model: nn.Module, adapter_name: str) -> None:
     for name in {f.name for f in dataclasses.fields(TrimConfig)} - {f.name for f in dataclasses.fields(LoraConfig)}:
         config.__dict__.pop(name, None)
     del config._live
+    config._custom_modules = None
     config.__class__ = cast(Any, LoraConfig)
 
 

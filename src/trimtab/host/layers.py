@@ -435,6 +435,8 @@ class TrimLayer(_Mixed):
     def _added(self, result: Tensor, name: str, x: Tensor) -> Tensor:
         """What the base gave, and the adapter's part."""
         A, B = self.factors(name)
+        if (variant := self.lora_variant.get(name)) is not None:  # of one beside an adaptive one: DoRA and the like
+            return variant.forward(self, active_adapter=name, x=self._cast_input_dtype(x, A.dtype), result=result)
         e, b = self.at_work(name)
         if e is not None and e.device.type == "meta" != x.device.type:
             raise ModelError(
@@ -446,7 +448,7 @@ class TrimLayer(_Mixed):
             return fused.lowrank_added(result, x, A, B, self.scaling[name], e, b, p)
         x = self.lora_dropout[name](self._cast_input_dtype(x, A.dtype))
         down, up = self.lora_A[name], self.lora_B[name]
-        if fused.is_plain_linear(down) and fused.is_plain_linear(up):
+        if fused.is_plain_linear(down) and fused.is_plain_linear(up) and up.bias is None:
             return result + lowrank_delta(x, A, B, self.scaling[name], e, b)
         h = down(x)  # hooks on the factors, and modules in their place, are called
         y = up(h if e is None else h * e)

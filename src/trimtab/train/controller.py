@@ -246,6 +246,7 @@ class Controller:
         if is_accumulating():
             return
         self._check_not_stale()
+        self._tensors.keep_frozen()
         if self._watch.has_stepped:
             raise StaleAdapterError(
                 "before_step: the optimizer has stepped since the last call of "

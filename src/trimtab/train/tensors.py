@@ -109,6 +109,13 @@ class AdapterTensors:
         ours = {id(p) for p in self.parameters}
         return [p for p in self.model.parameters() if p.requires_grad and id(p) not in ours and not is_dtensor(p)]
 
+    def keep_frozen(self) -> None:
+        """What froze stays so, whoever has set ``requires_grad`` of all parameters since; PEFT itself heeds it."""
+        for layer in self.layers.values():
+            for which in layer.hosted[self.adapter_name].frozen:
+                if getattr(layer, which)[self.adapter_name].weight.requires_grad:
+                    layer.freeze(self.adapter_name, which)
+
     # -- counted ------------------------------------------------------------------------------------
 
     def trainable_params(self) -> int:
