@@ -221,6 +221,8 @@ SETTLED = {
     "None as a word": ({}, {"missing": []}, "x.csv", separated(rows=with_labels("None", "yes")), {"None": 8, "yes": 8}),
     "missing words of one's own": ({}, {"missing": ["?"]}, "x.csv", separated(rows=with_labels("?", "no", "yes")), {"no": 8, "yes": 8}),
     "a number that stands for no label": ({}, {"missing": ["-1"]}, "x.jsonl", lines(with_labels(-1, 0, 1)), {"0": 8, "1": 8}),
+    "the same as pandas writes it": ({}, {"missing": ["-1"]}, "x.csv", separated(rows=with_labels("-1.0", "0.0", "1.0")), {"0": 8, "1": 8}),
+    "the same beside others that are missing": ({}, {"missing": ["-1"]}, "x.jsonl", lines(with_labels(-1.0, 0.0, 1.0, None)), {"0": 8, "1": 8}),
     "a separator that is said": ({}, {"separator": "~"}, "x.csv", separated("~"), EVEN),
     "a tab by its name": ({}, {"separator": "tab"}, "x.csv", separated("\t"), EVEN),
     "Windows' encoding": ({}, {"encoding": "cp1252"}, "x.csv", separated(rows=[(f"caf\xe9 {t}", la) for t, la in PAIRS]).encode("cp1252"), EVEN),
