@@ -3,6 +3,8 @@
 import json
 import random
 import re
+import shlex
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -270,3 +272,15 @@ def test_what_is_not_understood_is_refused_with_the_columns_that_were_seen(rows,
 def test_a_file_without_a_header_is_named_as_such(here, models):
     Path("rows.csv").write_text("".join(f"{words()},{i % 2}\n" for i in range(N)))
     assert "the first line of a file must name its columns" in refused("rows.csv", "--model", models["encoder"])
+
+
+def test_brackets_and_blanks_in_names_are_said_as_they_are(here, models):
+    model = shutil.copytree(models["encoder"], here / "tiny [/m]")
+    rows = [{"text [/b]": words(), "label [red]": "ab"[i % 2]} for i in range(N)]
+    write_jsonl(here / "my rows [2].jsonl", rows)
+    told = trimtab("init", "my rows [2].jsonl", "--model", model).stdout
+    assert "a text (text [/b]) and one of 2 classes (label [red])" in told
+    assert shlex.split(told)[-1] == "my rows [2].yaml"
+    assert "tiny [/m]" in trimtab("plan", "my rows [2].yaml").stdout
+    told = trimtab("select", "my rows [2].yaml", "where.ratio=0.5", "output_dir=out [/x]").stdout
+    assert told.splitlines()[-1] == "out [/x]/where.json"

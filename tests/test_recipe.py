@@ -205,3 +205,16 @@ def test_the_best_checkpoint_is_told_by_a_score_that_is_taken_while_training(tas
     made = recipe.load({"model": "m", "task": task, "train": train})
     args = training_arguments(made, get_task(made.task.model_dump()), Path())
     assert (args.metric_for_best_model, args.greater_is_better) == (best, greater)
+
+
+@pytest.mark.parametrize("said, evals, saves", [
+    ({"save_steps": 200}, "epoch", "steps"),
+    ({"eval_steps": 0.1}, "steps", "epoch"),
+    ({"save_steps": 200, "save_strategy": "epoch"}, "epoch", "epoch"),
+    ({"eval_steps": None, "report_to": None}, "epoch", "epoch"),
+])  # fmt: skip
+def test_who_says_after_how_many_steps_means_steps(said, evals, saves):
+    made = recipe.load({"model": "m", "task": "glue/mrpc", "train": {"use_cpu": True, **said}})
+    args = training_arguments(made, get_task(made.task.model_dump()), Path())
+    assert (args.eval_strategy, args.save_strategy, args.report_to) == (evals, saves, [])
+    assert args.save_steps == said.get("save_steps", 500)

@@ -2,6 +2,7 @@
 
 import json
 
+import pandas
 import pytest
 
 from tasks.stand_ins import byte_model, byte_tokenizer, tiny_config, write_jsonl
@@ -168,6 +169,44 @@ def test_a_system_message_that_stands_in_two_places_is_read_once_and_said(tmp_pa
 def test_answers_by_place_are_not_taken_for_missing_words(tmp_path):
     task, _ = load(tmp_path, [{"question": "Hi?", "choices": ["red", "blue"], "answer": 1}] * 2)
     assert task.notes[0] == "train: answers are the places of their choices, from 0, and learned by their letters"
+
+
+@pytest.mark.parametrize(
+    ("row", "read"),
+    [
+        ({"question": "Hi?", "choices": ["red", "a 'blue'"], "answer": 1}, ["Hi?\n\nA. red\nB. a 'blue'", "B"]),
+        (
+            {"question": "Hi?", "choices": {"text": ["red", "blue"], "label": ["1", "2"]}, "answer": "2"},
+            ["Hi?\n\n1. red\n2. blue", "2"],
+        ),
+        ({"messages": [user("Hi"), says("Yo\n'o'")]}, ["Hi", "Yo\n'o'"]),
+        ({"source": ["It rained.", "It's wet."], "target": ["Rain", "Wet"]}, ["It rained. It's wet.", "Rain"]),
+    ],
+)
+def test_what_pandas_makes_of_a_parquet_file_in_csv_is_the_same(tmp_path, row, read):
+    frame = pandas.DataFrame([row] * 4)
+    frame.to_parquet(tmp_path / "t.parquet")
+    pandas.read_parquet(tmp_path / "t.parquet").to_csv(tmp_path / "t.csv", index=False)  # lists as numpy prints them
+    for file in ("t.parquet", "t.csv"):
+        task = get_task({"name": "summarize" if "source" in row else "instruct"})
+        turns = task.load_data({"train": str(tmp_path / file)})["train"]["messages"][0]
+        assert [m["content"] for m in turns] == read or [turns[0]["input"], turns[1]["content"]] == read
+
+
+@pytest.mark.parametrize(
+    ("choices", "answers", "said"),
+    [
+        (["red", "blue"], [0, 1], ["A", "B"]),
+        (["red", "blue"], ["0", "1"], ["A", "B"]),  # all is text in CSV
+        (["red", "blue"], [0.0, None, 1.0], ["A", "B"]),  # as pandas writes it where one is missing
+        ([1, 2, 3], [2, 1], ["2", "1"]),  # in words
+        (["12 km", "13 km"], ["12", "13"], ["12", "13"]),
+    ],
+)
+def test_whole_numbers_are_places_of_choices_unless_they_are_choices(tmp_path, choices, answers, said):
+    rows = [{"question": f"Hi {i}?", "choices": choices, "answer": answer} for i, answer in enumerate(answers)]
+    _, rows = load(tmp_path, rows)
+    assert [turns[-1]["content"] for turns in rows["train"]["messages"]] == said
 
 
 @pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}, {"weight": "0"}])

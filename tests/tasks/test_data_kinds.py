@@ -221,6 +221,8 @@ SETTLED = {
     "None as a word": ({}, {"missing": []}, "x.csv", separated(rows=with_labels("None", "yes")), {"None": 8, "yes": 8}),
     "missing words of one's own": ({}, {"missing": ["?"]}, "x.csv", separated(rows=with_labels("?", "no", "yes")), {"no": 8, "yes": 8}),
     "a number that stands for no label": ({}, {"missing": ["-1"]}, "x.jsonl", lines(with_labels(-1, 0, 1)), {"0": 8, "1": 8}),
+    "the same as pandas writes it": ({}, {"missing": ["-1"]}, "x.csv", separated(rows=with_labels("-1.0", "0.0", "1.0")), {"0": 8, "1": 8}),
+    "the same beside others that are missing": ({}, {"missing": ["-1"]}, "x.jsonl", lines(with_labels(-1.0, 0.0, 1.0, None)), {"0": 8, "1": 8}),
     "a separator that is said": ({}, {"separator": "~"}, "x.csv", separated("~"), EVEN),
     "a tab by its name": ({}, {"separator": "tab"}, "x.csv", separated("\t"), EVEN),
     "Windows' encoding": ({}, {"encoding": "cp1252"}, "x.csv", separated(rows=[(f"caf\xe9 {t}", la) for t, la in PAIRS]).encode("cp1252"), EVEN),
@@ -286,7 +288,13 @@ GUESSED = {
     "columns in German": ("x.csv", separated(header=("Rezension", "Bewertung")), "a text (Rezension) and one of 2 classes (Bewertung)"),
     "a text and nothing else": ("x.jsonl", "".join(json.dumps({"text": t}) + "\n" for t, _ in PAIRS), "plain text (text)"),
 }  # fmt: skip
+GUESSED["a title above the text"] = ("x.csv", separated(rows=[(f"Film {i}", t, la) for i, (t, la) in enumerate(PAIRS)], header=("Title", "Plot", "Genre")), "a text (Plot) and one of 2 classes (Genre)")  # fmt: skip
 NOT_GUESSED = {
+    "a question, its choices and the letter of the right one": ("x.jsonl", "".join(json.dumps({"question_stem": t, "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "AB"[i % 2]}) + "\n" for i, (t, _) in enumerate(PAIRS)), "'choices' look like choices, and 'answerKey' like the right one: to learn it, task.name=instruct 'task.columns={question: question_stem, answer: answerKey}'"),
+    "ends of a text and the place of the right one": ("x.jsonl", "".join(json.dumps({"ctx": t, "endings": ["x", "y"], "label": str(i % 2)}) + "\n" for i, (t, _) in enumerate(PAIRS)), "task.name=instruct 'task.columns={question: ctx, choices: endings, answer: label}'"),
+    "choices in columns of their own": ("x.csv", separated(rows=[(t, "x", "y", i % 2) for i, (t, _) in enumerate(PAIRS)], header=("sentence", "option1", "option2", "answer")), "put them into one column of lists, choices, beside 'sentence' and answer"),
+    "a question, wrong answers, and the right one": ("x.csv", separated(rows=[(t, f"x {i}", f"y {i}") for i, (t, _) in enumerate(PAIRS)], header=("question", "distractor1", "correct_answer")), "'correct_answer' beside 'question': if one of them is to be learned from it, say 'task.prompt=question' 'task.answer=correct_answer'"),
+    "a title and a text of another name": ("x.csv", separated(rows=[(f"Film {i}", t) for i, (t, _) in enumerate(PAIRS)], header=("title", "plot")), "'plot' beside 'title': if one of them"),
     "answers to prefer one of": ("x.jsonl", json.dumps({"prompt": "Hi", "chosen": "Yo", "rejected": "No"}) + "\n", "task.name=instruct task.prompt=prompt task.answer=chosen"),
     "conversations to prefer one of": ("x.jsonl", json.dumps({"chosen": CHAT, "rejected": CHAT}) + "\n", "task.name=instruct 'task.columns={messages: chosen}'"),
     "answers that are not there": ("x.jsonl", "".join(json.dumps({"instruction": t, "output": ""}) + "\n" for t, _ in PAIRS), "'output' beside 'instruction' is called like what is to be learned"),
@@ -340,6 +348,14 @@ def test_another_job_is_never_taken_for_one_that_is_done_here(tmp_path, kind):
     with pytest.raises(TrimtabError) as error:
         guessed(tmp_path, name, content)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_choices_of_other_names_are_learned_as_init_says(tmp_path):
+    rows = [{"ctx": t, "endings": ["x", "y"], "label": str(i % 2)} for i, (t, _) in enumerate(PAIRS)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = get_task({"name": "instruct", "columns": {"question": "ctx", "choices": "endings", "answer": "label"}})
+    turns = task.load_data({"train": str(tmp_path / "t.jsonl")})["train"]["messages"]
+    assert [m["content"] for m in turns[1]] == [f"{rows[1]['ctx']}\n\nA. x\nB. y", "B"]
 
 
 @pytest.mark.parametrize(("name", "good", "bad"), [("label", True, False), ("label", 1, 0), ("is_correct", "1", "0")])

@@ -203,6 +203,7 @@ def test_layers_get_their_mode_back_and_progress_is_told():
         ({"max_new_tokens": 0}, r"task\.generation\.max_new_tokens=0: a whole number, at least 1"),
         ({"samples": True}, r"task\.generation\.samples=True: a whole number"),
         ({"stop": 3}, r"task\.generation\.stop=3: a text, or a list"),
+        ({1: 4}, r"task\.generation\.1=4: no such setting\."),
         ({"num_beam": 4}, r"task\.generation\.num_beam=4: no such setting\. Did you mean 'num_beams'\?"),
         ({"num_return_sequences": 2}, r"num_return_sequences=2: samples says how many"),
         ({"max_length": 20}, r"max_length=20: max_new_tokens says how long"),

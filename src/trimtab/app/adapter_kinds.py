@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, did_you_mean
@@ -51,6 +52,12 @@ _INSTEAD = {
     ("adaption_prompt", "target_modules"): "; it takes the attention of the last adapter_layers layers",
     ("adaption_prompt", "modules_to_save"): "; PEFT saves the prompts alone",
 }
+PATTERNS = ("rank_pattern", "alpha_pattern")
+_OWN_CALL = {
+    "eva": "set rank.method=eva, which chooses the ranks and factors in the run",
+    "corda": "needs PEFT's preprocess_corda, which no command calls; pissa needs nothing but the weights",
+}
+"""Starts of factors that PEFT leaves to a call of one's own."""
 # What people call an adapter type that is one of ours with a setting.
 _TYPES = {
     "qlora": "lora, with model.quantization: {load_in_4bit: true}",
@@ -83,9 +90,11 @@ def check_adapter(adapter: Adapter) -> None:
         if key not in fields:
             raise unknown_key(f"adapter.{key}", value, ["type", *words, *fields])
         _check_value(key, value, fields[key])
+        if key in PATTERNS:
+            _check_pattern(f"adapter.{key}", value, is_whole=key == "rank_pattern")
     _check_targets(adapter.target_modules)
-    if adapter.init == "eva":  # PEFT leaves its start to a call of one's own
-        raise ConfigError("adapter.init", "eva", "set rank.method=eva, which chooses the ranks and factors in the run")
+    if adapter.init in _OWN_CALL:
+        raise ConfigError("adapter.init", adapter.init, _OWN_CALL[adapter.init])
     if adapter.type in ("lora", "vera"):
         _check_value("init", adapter.init, fields[words["init"]])
     for ours in type(adapter).model_fields:
@@ -100,13 +109,27 @@ def _check_value(key: str, value: Any, kind: str) -> None:
     can_be = set(re.findall(r"\w+", re.sub(r"Literal\[[^]]*\]", "", kind.replace("[number of iters]", ""))))
     if isinstance(value, str) and words and "str" not in can_be:
         if not any(
-            value == word or (value.startswith(word.partition("[")[0] or "?") and "[" in word) for word in words
-        ):
+            re.fullmatch(re.sub(r"\[.*]", r"\\d+", word), value) for word in words
+        ):  # pissa_niter_[number of iters]
             raise ConfigError(
                 f"adapter.{key}", value, f"must be one of {', '.join(words)}.{did_you_mean(value, words)}"
             )
     elif can_be == {"bool"} and not isinstance(value, bool):
         raise ConfigError(f"adapter.{key}", value, "must be true or false")
+
+
+def _check_pattern(key: str, pattern: Any, is_whole: bool) -> None:
+    """Ranks or alphas by the names of modules, or by regexes that their names end in."""
+    if not isinstance(pattern, Mapping):
+        raise ConfigError(key, pattern, "names of modules, each with its own: {q_proj: 4}")
+    for name, value in pattern.items():
+        is_number = isinstance(value, int if is_whole else (int, float)) and not isinstance(value, bool)
+        if not is_number or value <= 0:
+            raise ConfigError(f"{key}.{name}", value, f"a {'whole ' * is_whole}number above 0")
+        try:
+            re.compile(name)
+        except re.error as error:
+            raise ConfigError(key, name, f"neither a name nor a regex ({error})") from None
 
 
 def _check_targets(targets: list[str] | str | None) -> None:

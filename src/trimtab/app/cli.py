@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -60,13 +61,15 @@ def init(data: Path, overrides: Sequence[str], model: str | None, out: Path | No
     for validation and test that stand beside train.csv are taken along. No file is ever overwritten.
     """
     from . import starting
+    from .screen import escape
 
     with _screen(as_json) as screen:
         made = starting.start(data, out, model, overrides)
         for note in made.notes:
             screen.note(note)
-    told = f"{made.path}: {made.told or made.task}, {made.rows} rows. Next: trimtab run {made.path}"
-    _show(as_json, made.to_json(), lambda: [told])
+    use = f"trimtab run {shlex.quote(str(made.path))}"
+    told = f"{made.path}: {made.told or made.task}, {made.rows} rows. Next: {use}"
+    _show(as_json, made.to_json(), lambda: [escape(told)])
 
 
 @cli.command()
@@ -160,6 +163,7 @@ def select(recipe: str, overrides: Sequence[str], overwrite: bool, methods: str 
     """Score the layers and choose among them."""
     from . import run as runs
     from .job import load
+    from .screen import aside
     from .session import session
     from .tables import where_tables
 
@@ -174,7 +178,7 @@ def select(recipe: str, overrides: Sequence[str], overwrite: bool, methods: str 
         folder = opened.begin()
         where = runs.select(job, folder, screen, anew=overwrite)
     assert where is not None
-    _show(as_json, where.to_json(), lambda: [*where_tables(where), f"[dim]{folder.where}[/]"])
+    _show(as_json, where.to_json(), lambda: [*where_tables(where), aside(folder.where)])
 
 
 def _compare_selections(chosen: Any, methods: str, as_json: bool) -> None:
@@ -202,6 +206,7 @@ def train(recipe: str, overrides: Sequence[str], overwrite: bool, resume: bool, 
     """
     from . import run as runs
     from .job import load, trained_on
+    from .screen import aside
     from .session import after_restart, session
     from .tables import plan_tables
 
@@ -214,7 +219,7 @@ def train(recipe: str, overrides: Sequence[str], overwrite: bool, resume: bool, 
         trained = runs.train(job, where, folder, screen, resume=resume)
         runs.export_run(job, trained, folder, screen)
         runs.warn(folder, screen)
-    _show(as_json, trained.plan.to_json(), lambda: [*plan_tables(trained.plan), f"[dim]{folder.adapter}[/]"])
+    _show(as_json, trained.plan.to_json(), lambda: [*plan_tables(trained.plan), aside(folder.adapter)])
     if reason := runs.unusable(folder):
         fail(reason, code=1)
 
@@ -241,6 +246,7 @@ def evaluate(
     from . import scoring
     from .job import load
     from .runfolder import RunFolder
+    from .screen import aside
     from .session import at_work, check_base_matches
     from .trained import load_run, load_trained
 
@@ -254,7 +260,7 @@ def evaluate(
         with _screen(as_json) as screen, at_work(path):
             scored = scoring.evaluate_base(load(chosen, screen), RunFolder(path), screen)
             _renew_report(RunFolder(path), screen)
-        _show(as_json, {"folder": str(path), **scored}, lambda: [f"[dim]{RunFolder(path).base}[/]"])
+        _show(as_json, {"folder": str(path), **scored}, lambda: [aside(RunFolder(path).base)])
         return
     with _screen(as_json) as screen:
         recipe, folder = _trained(source, overrides)
@@ -359,12 +365,13 @@ def compare(runs: Sequence[str], baseline: str | None, out: Path | None, as_json
     """
     from . import outputs
     from . import report as reports
-    from .screen import table
+    from .screen import aside, escape, table
 
     if out is not None:
         outputs.check_file(out, outputs.is_comparison, "page of trimtab compare")
     found = reports.compare(runs, out, baseline)
-    parts = (f"{found.finding}.", *found.notes, *(f"[dim]{text}[/]" for text in (found.legend, out) if text))
+    legend = [f"[dim]{escape(found.legend)}[/]"] if found.legend else []
+    parts = (*map(escape, (f"{found.finding}.", *found.notes)), *legend, *([aside(out)] if out else []))
     right = range(1, len(found.columns))
     _show(as_json, found.to_json(), lambda: [table(found.columns, found.cells, right=right), *parts])
 

@@ -259,11 +259,11 @@ def _print_table(found: CompareTable, page: Path) -> None:
     from rich.console import Console
 
     from .report.words import count, duration, number
-    from .screen import table
+    from .screen import aside, table
 
     rows = [[row.name, number(row.score), count(row.params["final"]), duration(row.seconds)] for row in found.rows]
     console = Console(highlight=False)
     columns = ["run", found.metric or "score", "trainable parameters", "training time"]
     console.print(table(columns, rows, right=(1, 2, 3)))
     console.print(f"Always naming one library scores {number(1 / len(LIBRARIES))}.", soft_wrap=True)
-    console.print(f"[dim]{page}[/]", soft_wrap=True)
+    console.print(aside(page), soft_wrap=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, did_you_mean
 from ..plans import Budget, Where
 from . import recipe as recipes
-from .adapter_kinds import ADAPTERS
+from .adapter_kinds import ADAPTERS, PATTERNS
 from .recipe import Adapter, Rank, Recipe
 
 if TYPE_CHECKING:
@@ -151,6 +152,24 @@ def _refuse_unknown_modules(adapter: Adapter, model: nn.Module) -> None:
             raise ConfigError("adapter.modules_to_save", name, f"no module of this name in the model.{near}")
 
 
+def _refuse_what_matches_nothing(adapter: Adapter, model: nn.Module, config: PeftConfig) -> None:
+    """A name in a pattern that no adapted module has, which PEFT passes over, and tokens that there are none of."""
+    from ..host.sites import base_of, matched_names, matched_parameters
+
+    for field in PATTERNS:
+        for name in adapter.options.get(field) or ():
+            experts = matched_parameters(base_of(model), config)
+            adapted = [*matched_names(base_of(model), config), *experts, *(one.rpartition(".")[0] for one in experts)]
+            if not any(re.fullmatch(rf"(.*\.)?({name})", one) for one in adapted):
+                near = did_you_mean(name, dict.fromkeys(one.rpartition(".")[2] for one in adapted))
+                raise ConfigError(f"adapter.{field}", name, f"no module that is adapted is called so.{near}")
+    tokens = adapter.options.get("trainable_token_indices")
+    n = model.get_input_embeddings().num_embeddings if isinstance(tokens, list) else 0  # type: ignore[operator]
+    for token in tokens if isinstance(tokens, list) else ():
+        if not isinstance(token, int) or not 0 <= token < n:
+            raise ConfigError("adapter.trainable_token_indices", token, f"ids of tokens, from 0 to {n - 1}")
+
+
 def adapter_config(
     recipe: Recipe,
     model: nn.Module,
@@ -184,6 +203,7 @@ def adapter_config(
 
         frees = tuple(key for key in free_settings(recipe) if key != "where.ratio")
         limits = {"budget": budget_of(recipe), "budget_frees": frees} if any(settings.values()) else {}
+        _refuse_what_matches_nothing(adapter, model, _built(TrimConfig, values))
         return _built(TrimConfig, {**values, **settings, **limits, "where": where})
     for axis, value in settings.items():
         if value is not None:

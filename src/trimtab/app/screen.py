@@ -227,11 +227,21 @@ def _plain(cell: Any) -> str:
     return " ".join((Text.from_markup(cell) if isinstance(cell, str) else Text(str(cell))).plain.split())
 
 
+def aside(text: object) -> Text:
+    """A path or a command, dim, to be copied as it is."""
+    return Text(str(text), style="dim")
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", right: Iterable[int] = ()) -> Table:
     """A plain table without rules; ``right`` names the columns (by index) that hold numbers."""
     numeric = set(right)
     made = _Table(
-        title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+        title=escape(title) or None,
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
     )
     for i, name in enumerate(columns):
         # Headings of figures stand word under word: on a narrow screen they may not push figures out.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,7 @@ def session(recipe: Recipe, path: Path, *, overwrite: bool = False, resume: bool
                 raise Stopped(error.number, f"{error}: {_how_to_go_on(folder, is_back)}") from None
             kept = None if is_back or isinstance(error, TrimtabError) else last_checkpoint(folder.checkpoints)
             if kept:
-                logger.warning(f"{Path(kept).name} is whole: `trimtab run {path} --resume` goes on from it")
+                logger.warning(_goes_on(kept, path))
             raise
         folder.let_go()
 
@@ -132,7 +133,11 @@ def _how_to_go_on(folder: RunFolder, is_back: bool) -> str:
     kept = last_checkpoint(folder.checkpoints)
     if kept is None:
         return "nothing was trained yet, so that the same command starts again"
-    return f"{Path(kept).name} is whole, and `trimtab run {folder.path} --resume` goes on from it"
+    return _goes_on(kept, folder.path)
+
+
+def _goes_on(kept: str, path: Path) -> str:
+    return f"{Path(kept).name} is whole, and `trimtab run {shlex.quote(str(path))} --resume` goes on from it"
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from ..plans import Plan, SitePlan, Where
 from .catalogue import Entry
 from .report.words import NOTHING, byte_size, count, duration, number, plural, progress, ranges, short_labels, thin
 from .runfolder import RunFolder
-from .screen import table
+from .screen import aside, table
 
 if TYPE_CHECKING:
     from .latency import Latency
@@ -165,7 +165,8 @@ def tune_tables(search: Search) -> list[Any]:
     equal = sum(one.score == search.ranked[0].score for one in search.ranked) - 1
     tie = f", the lowest loss of {equal + 1} that are equal" if equal else ""
     chosen = f"Chosen by {search.chosen_by} on {search.held_out_rows} training rows held out{tie}: [bold]{told}[/]"
-    return [tune_table(search), chosen, *map(escape, search.notes), f"[dim]trimtab run {search.recipe}[/]"]
+    use = f"trimtab run {shlex.quote(str(search.recipe))}"
+    return [tune_table(search), chosen, *map(escape, search.notes), aside(use)]
 
 
 def tune_table(search: Search) -> Any:

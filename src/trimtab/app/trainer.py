@@ -46,6 +46,10 @@ def make_trainer(
     # While training, one split is watched, and where there is another never the one for testing.
     watched = next((name for name in splits if not name.startswith("test")), splits[0] if splits else None)
     args = training_arguments(job.recipe, job.task, folder.checkpoints, has_eval=bool(splits))
+    n, batch = len(job.ready.get("train", ())), args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and 0 < n < batch:
+        cure = f"leaves nothing of {n} training rows in batches of {batch}: leave it out, or take smaller batches"
+        raise ConfigError("train.dataloader_drop_last", True, cure)
     if not is_tracked:
         args.report_to = []
     elif args.run_name is None:
@@ -167,7 +171,9 @@ def training_arguments(recipe: Recipe, task: Task, output_dir: Path, *, has_eval
     """
     import torch
 
-    values = {**TRAIN_DEFAULTS, **recipe.train}
+    # Who says after how many steps says that steps are counted.
+    by_steps = {f"{what}_strategy": "steps" for what in ("eval", "save") if recipe.train.get(f"{what}_steps")}
+    values = {**TRAIN_DEFAULTS, **by_steps, **recipe.train}
     if not has_eval and "eval_strategy" not in recipe.train:
         values["eval_strategy"] = "no"
     if recipe.early_stopping and has_eval and values["eval_strategy"] == "no":
@@ -186,9 +192,13 @@ def training_arguments(recipe: Recipe, task: Task, output_dir: Path, *, has_eval
 
 
 def _made(values: Mapping[str, Any]) -> TrainingArguments:
-    from transformers import Trainer, TrainingArguments
+    import torch
+    from transformers import Trainer, TrainingArguments, get_scheduler
 
     args = TrainingArguments(**trainer_settings.stock(values))
+    # Whether the schedule takes its settings.
+    stand_in, far = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], args.learning_rate), 10**9
+    get_scheduler(args.lr_scheduler_type, stand_in, 1, far, args.lr_scheduler_kwargs)  # type: ignore[arg-type]
     try:  # whether the optimizer's package is there
         Trainer.get_optimizer_cls_and_kwargs(args)
     except (ImportError, ValueError) as error:

@@ -59,7 +59,12 @@ _LIMITS: dict[str, tuple[str, Any]] = {
     "adam_epsilon": _ABOVE_0,
 }
 _SAMPLING = "train_sampling_strategy"
-_WORDS = {_SAMPLING: ("random", "sequential", "group_by_length", "batch_rebalance")}
+_LEVELS = ("debug", "info", "warning", "error", "critical", "passive")
+_WORDS = {
+    _SAMPLING: ("random", "sequential", "group_by_length", "batch_rebalance"),
+    "log_level": _LEVELS,
+    "log_level_replica": _LEVELS,
+}
 _CALLED = {"adam": "adamw_torch", "adamw": "adamw_torch", "adamw_hf": "adamw_torch", "true": "epoch", "never": "no"}
 _LISTS = ("report_to",)
 _PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "azure_ml": ("azureml",), "flyte": ("flytekit",)}
@@ -104,12 +109,14 @@ def check(key: str, value: Any) -> Any:
     name = f"train.{key}"
     if words := _words(key, parts):
         return _word(name, value, words)
+    if key == "report_to" and not value:  # `no`, or nothing
+        return "none"
     if value is None:
         if parts & {"None", "Optional"}:
             return None
         raise ConfigError(name, None, f"needs a value; leave the key out for the Trainer's own ({_type_words(parts)})")
     if key in _LISTS or parts & {"str", "dict", "list", "ParallelismConfig", "DebugOption"}:
-        return "none" if key == "report_to" and value is False else value
+        return value
     if parts & {"int", "float"}:
         return _number(name, key, value, whole="float" not in parts)
     if "bool" in parts and not isinstance(value, bool):
@@ -164,6 +171,10 @@ def check_together(train: Mapping[str, Any]) -> None:
             raise ConfigError(f"train.{key}", value, cure)
     if train.get("bf16") and train.get("fp16"):
         raise ConfigError("train.fp16", True, "train.bf16 is set too; keep one of them")
+    if train.get("dataloader_persistent_workers") and not train.get("dataloader_num_workers"):
+        raise ConfigError(
+            "train.dataloader_persistent_workers", True, "there are none: set train.dataloader_num_workers"
+        )
     evals, saves = train["eval_strategy"], train["save_strategy"]
     if saves == "best" and evals == "no":
         raise ConfigError("train.save_strategy", saves, "needs evaluations: set train.eval_strategy to epoch or steps")
@@ -193,7 +204,8 @@ def check_machine(train: Mapping[str, Any]) -> None:
     if train.get("fsdp") and int(os.environ.get("WORLD_SIZE", "1")) < 2:
         cure = "shards over several processes, and this is one: torchrun --nproc-per-node=2 -m trimtab run …"
         raise ConfigError("train.fsdp", train["fsdp"], cure)
-    _need_file("train.fsdp_config", train.get("fsdp_config"))
+    for key in ("fsdp_config", "accelerator_config"):
+        _need_file(f"train.{key}", train.get(key))
     report_to = train.get("report_to") or []
     known = dict_keys("transformers.integrations.integration_utils", "INTEGRATION_TO_CALLBACK")
     for tracker in [report_to] if isinstance(report_to, str) else report_to:

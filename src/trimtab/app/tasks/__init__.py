@@ -207,8 +207,20 @@ def get_task(spec: Mapping[str, Any]) -> Task:
                     options[key],
                     f"task {name!r} has no such setting.{near} It has {', '.join(others)}",
                 )
+        if name in TASKS:
+            _check_words(maker, options)
     try:  # bound first, so that a TypeError inside a user's function keeps its own traceback
         inspect.signature(maker).bind(**options)
     except TypeError as error:
         raise ConfigError("task.name", name, str(error)) from error
     return maker(**options)
+
+
+def _check_words(maker: Any, options: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` for a switch that is neither true nor false (``"no"`` would be true), and for no text."""
+    kinds = {f.name: str(f.type).removesuffix(" | None") for f in dataclasses.fields(maker)}
+    for key, value in options.items():
+        if kinds[key] == "bool" and not isinstance(value, bool | None):
+            raise ConfigError(f"task.{key}", value, "true or false")
+        if kinds[key] == "str" and not isinstance(value, str | None):
+            raise ConfigError(f"task.{key}", value, "a text")

@@ -14,7 +14,7 @@ from typing import Any
 
 from ...errors import DataError
 from .cells import flag, from_json, is_texts, loads, written_out
-from .choices import are_places, choices_of
+from .choices import choices_of
 from .columns import Columns, Table
 from .data import MISSING, is_missing
 from .forms import ABOUT, ANSWERS, CHATS, CHOICES, FORMS, PAIRS, PROMPTS, SYSTEMS
@@ -160,8 +160,8 @@ class Reader:
         if abouts is not None and (choices := choices_of(table, self.missing)):
             self.read |= set(choices.columns)
             prompts = choices.put_to(prompts)
-            if are_places(answers, self.missing):
-                answers, self._has_places = choices.letters(answers, wheres), True
+            if places := choices.places(answers, self.missing):
+                answers, self._has_places = choices.letters(places, wheres), True
         found = []
         for i, row in enumerate(zip(prompts, answers)):
             there = [value for name in abouts or () if not is_missing(value := table[name][i], self.missing)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import DataError
-from .cells import loads
+from .cells import loads, whole
 from .columns import Columns
 from .data import is_missing
 from .forms import CHOICES, LETTERS
@@ -30,6 +30,22 @@ class Choices:
             else prompt
             for prompt, own in zip(prompts, self.rows)
         ]
+
+    def places(self, answers: Sequence[Any], missing: frozenset[str]) -> list[Any] | None:
+        """Answers that are whole numbers, as the places of the right choices are; None where they are none.
+
+        They are none where each is one of its row's choices, or its letter; those that are texts, as all are in CSV,
+        must be places that there are.
+        """
+        found = [None if is_missing(value, missing) else whole(value) for value in answers]
+        there = [i for i, value in enumerate(answers) if not is_missing(value, missing)]
+        if all(str(answers[i]).strip() in {*self.rows[i], *self.rows[i].values()} for i in there):
+            return None
+        for i in there:
+            place = found[i]
+            if place is None or (isinstance(answers[i], str) and not 0 <= place < len(self.rows[i])):
+                return None
+        return found
 
     def letters(self, places: Sequence[Any], wheres: Sequence[str]) -> list[Any]:
         """The letters of answers that are places, counted from 0.
@@ -57,12 +73,6 @@ def choices_of(table: Columns, missing: frozenset[str]) -> Choices | None:
         return None
     each = zip(*(table[letter] for letter in letters))
     return Choices(letters, [{a: str(v) for a, v in zip(letters, row) if not is_missing(v, missing)} for row in each])
-
-
-def are_places(answers: Sequence[Any], missing: frozenset[str]) -> bool:
-    """Whether answers are whole numbers, as the places of the right choices are."""
-    there = [value for value in answers if not is_missing(value, missing)]
-    return bool(there) and all(isinstance(value, int) and not isinstance(value, bool) for value in there)
 
 
 def _read(value: Any, missing: frozenset[str]) -> dict[str, str] | None:

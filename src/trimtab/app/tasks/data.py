@@ -368,12 +368,16 @@ def is_missing(value: Any, words: frozenset[str] | set[str] = frozenset(MISSING)
 
     >>> [is_missing(value) for value in (None, float("nan"), "  ", "NA", "NAN bread", 0)]
     [True, True, True, True, False, False]
+    >>> [is_missing(value, {"-1"}) for value in (-1, "-1", -1.0, "-1.0", -1.5)]
+    [True, True, True, True, False]
     """
-    if isinstance(value, str):
-        return not value.strip() or value.strip() in words
-    if isinstance(value, int) and not isinstance(value, bool):  # -1, where the recipe says so
-        return str(value) in words
-    return value is None or (isinstance(value, float) and math.isnan(value))
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return True
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        return False
+    text = str(value).strip()
+    whole, _, zeros = text.partition(".")  # -1, where the recipe says so, is -1.0 where pandas met a missing one
+    return not text or text in words or (whole in words and whole.lstrip("-").isdigit() and not zeros.strip("0"))
 
 
 def with_points(values: Sequence[Any]) -> list[Any]:

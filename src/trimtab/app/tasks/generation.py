@@ -83,7 +83,7 @@ class Decoding:
                     raise ConfigError(
                         f"task.generation.{key}",
                         others[key],
-                        f"no such setting.{did_you_mean(key, known)} There is {', '.join(own)}, stop, "
+                        f"no such setting.{did_you_mean(str(key), known)} There is {', '.join(own)}, stop, "
                         "and every field of transformers' GenerationConfig",
                     )
         beams, heat = others.get("num_beams", 1), others.get("temperature", 1.0)

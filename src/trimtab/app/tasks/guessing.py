@@ -16,7 +16,7 @@ from ...errors import ConfigError, DataError
 from .cells import loads
 from .columns import Columns
 from .data import with_points
-from .forms import ABOUT, BESIDE, CHATS, CHOICES, FORMS, PAIRS
+from .forms import ABOUT, ANSWERS, BESIDE, CHATS, CHOICES, FORMS, PAIRS, PROMPTS
 from .json_rows import is_chat
 from .labels import unit_of, units, without_unit
 from .looks import Column, filled
@@ -24,6 +24,7 @@ from .math import gold_of
 from .names import (
     CLASSES,
     DOCUMENTS,
+    HEADINGS,
     IMAGES,
     LABELS,
     LEARNED,
@@ -33,6 +34,7 @@ from .names import (
     are_numbered,
     in_small,
     is_sentence,
+    names_choices,
     names_rows,
     stem,
 )
@@ -240,7 +242,14 @@ def _classified(file: _File) -> Guess | None:
         return None
     if not {"regression", "labels"} & given.keys():
         _refuse_unclear_numbers(label, source)
-    texts = _texts(file, {name: column for name, column in columns.items() if name != label.name})
+    beside = {name: column for name, column in columns.items() if name != label.name}
+    if not {"text", "name"} & given.keys() and (choices := list(filter(names_choices, beside))):
+        raise DataError(
+            f"{source}: {', '.join(map(repr, choices))} look like choices, and {label.name!r} like the right one: "
+            f"{_how_to_choose(label.name, choices, beside)}; if not, name text and label: task.text=… "
+            f"'task.label={label.name}'"
+        )
+    texts = _texts(file, beside)
     if not texts:
         raise DataError(
             f"{source}: no column of text beside the label {label.name!r}; its columns are {file.seen} (task.text)"
@@ -259,6 +268,19 @@ def _classified(file: _File) -> Guess | None:
         settings["regression"], what = True, "a number"
     what = f"{'a pair of texts' if len(texts) > 1 else 'a text'} ({' and '.join(texts)}) and {what} ({label.name})"
     return Guess("text_classification", settings, what)
+
+
+def _how_to_choose(label: str, choices: Sequence[str], columns: Mapping[str, Column]) -> str:
+    """How a model learns to answer with one of a row's choices."""
+    others = [name for name, column in columns.items() if name not in choices and column.is_free_text]
+    longest = max(others, key=lambda name: columns[name].length, default="…")
+    asked = next((name for name in columns if name.strip().lower() in PROMPTS), longest)
+    if len(choices) > 1:
+        return f"to learn it, put them into one column of lists, choices, beside {asked!r} and answer (its letter)"
+    ours = {"question": asked, "choices": choices[0], "answer": label}
+    known = {"question": PROMPTS, "choices": CHOICES, "answer": ANSWERS}
+    told = ", ".join(f"{name}: {theirs}" for name, theirs in ours.items() if theirs not in known[name])
+    return f"to learn it, task.name=instruct 'task.columns={{{told}}}'"
 
 
 def _refuse_unclear_numbers(label: Column, source: str) -> None:
@@ -283,6 +305,7 @@ def _label(file: _File) -> Column | None:
         if column is not None and column.is_plain and column.name not in taken:
             return column  # of one class, too: reading it says what is lacking
     free = [c for n, c in file.columns.items() if n not in taken and n.lower() not in TEXTS and not names_rows(n)]
+    free = [column for column in free if not names_choices(column.name)]
     classes = [column for column in free if column.repeats]
     classes = classes or [column for column in free if column.is_scale and not column.counts_rows]
     if len(classes) > 1:
@@ -302,6 +325,8 @@ def _texts(file: _File, columns: Mapping[str, Column]) -> list[str]:
         if set(pair) <= small.keys():
             return [small[name] for name in pair]
     named = [small[name] for name in TEXTS if name in small and columns[small[name]].is_plain]
+    if named and named[0].strip().lower() in HEADINGS:  # of a column of another name
+        named = [n for n in named if not any(c.is_prose and c.length > columns[n].length for c in columns.values())]
     free = sorted((column for column in columns.values() if column.is_free_text), key=lambda c: -c.length)
     if numbered := _numbered(columns, [] if named else free):
         return numbered
@@ -355,10 +380,21 @@ def _whole(file: _File) -> Guess | None:
             f"{source}: columns {', '.join(columns)}, of which {', '.join(lists)} hold lists; say what is learned: "
             f"task.name=text task.text={text} for that column alone, or task.prompt=… task.answer=…"
         )
+    of_it = columns[text]
+    rivals = [
+        c.name for c in columns.values()
+        if c is not of_it and c.is_free_text and not names_choices(c.name)
+        and (text.strip().lower() in PROMPTS or (c.is_prose and c.length > of_it.length))
+    ]  # fmt: skip
     small = in_small(file.table)  # with those that hold nothing
     if learned := [small[name] for name in LEARNED if name in small and small[name] != text]:
         raise DataError(
             f"{source}: {learned[0]!r} beside {text!r} is called like what is to be learned from it; if it is, say "
             f"'task.prompt={text}' 'task.answer={learned[0]}', else task.name=text 'task.text={text}'"
+        )
+    if rivals:
+        raise DataError(
+            f"{source}: {', '.join(map(repr, rivals))} beside {text!r}: if one of them is to be learned from it, say "
+            f"'task.prompt={text}' 'task.answer={rivals[0]}', else task.name=text 'task.text={text}'"
         )
     return found

@@ -83,7 +83,8 @@ class Math(Instruct):
         self.greater_is_better = self.metric != "answer_loss"
         if isinstance(self.marks, str):
             self.marks = [self.marks]
-        if not self.marks or not all(isinstance(mark, str) and mark for mark in self.marks):
+        is_list = isinstance(self.marks, list) and bool(self.marks)
+        if not is_list or not all(isinstance(mark, str) and mark for mark in self.marks):
             raise ConfigError("task.marks", self.marks, "a list of texts, such as ['####', 'The answer is:']")
 
     @property

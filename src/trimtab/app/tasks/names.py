@@ -30,7 +30,12 @@ LEARNED = (
 )  # fmt: skip
 """What is learned from another text, where it stands beside one."""
 DOCUMENTS = ("document", "article", "dialogue", "text", "content", "body", "passage", "transcript")
+HEADINGS = ("title", "headline")
+"""Texts that stand above another."""
 IMAGES = frozenset(("image", "images", "image_path", "png_base64", "image_id"))
+_CHOICE = re.compile(
+    "(choice|option|ending|alternative|candidate|distractor)(s|[_ ]?[0-9A-J])|(answer|sol)[_ ]?[0-9A-J]|op[A-E]", re.I
+)
 _OF_ROWS = re.compile(r"(.*[_ ])?(id|idx|index|guid|uid|uuid|key|row|date|time|timestamp|url|hash)|unnamed.*|", re.I)
 
 
@@ -49,6 +54,11 @@ def in_small(names: Iterable[str]) -> dict[str, str]:
 def names_rows(name: str) -> bool:
     """Whether a column only tells its rows apart: ``id``, ``created date``, ``page_url``."""
     return bool(_OF_ROWS.fullmatch(name))
+
+
+def names_choices(name: str) -> bool:
+    """Whether a column is called as answers to choose from are: ``endings``, ``option1``, ``answerC``."""
+    return bool(_CHOICE.fullmatch(name.strip()))
 
 
 def is_sentence(name: str) -> bool:

@@ -241,6 +241,7 @@ def first_tokens(text: str, n: int, tokenizer: Any) -> str:
 
 def _joined(value: Any, number: int, source: str) -> str:
     """A document: a text, or a list of sentences."""
+    value = loads(value) or value  # as pandas writes them into CSV
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
         value = " ".join(value)
     if not isinstance(value, str) or not value.strip():
