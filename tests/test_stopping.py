@@ -7,10 +7,12 @@ from signal import SIGINT, SIGTERM
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from commands import AtCall, Send, command
 from test_run import write_recipe
+from trimtab.app.cli import cli
 from trimtab.train.checkpoint import checkpoints, what_is_wrong
 
 pytestmark = pytest.mark.fault
@@ -111,6 +113,21 @@ def test_a_signal_before_training_stops_at_once_and_the_same_command_starts_agai
     code, said = command(tmp_path / "out", "run", unbroken.parent / "recipe.yaml", f"output_dir={tmp_path}/run")
     assert code == 0, said
     assert_same_end(tmp_path / "run", unbroken)
+
+
+def test_a_run_whose_checkpoints_cannot_be_resumed_says_so_when_it_is_stopped(unbroken, tmp_path):
+    code, said = stopped(unbroken, tmp_path, (STEP, 5), SIGTERM, options=["train.save_only_model=true"])
+    assert code == 143
+    assert said.splitlines()[-1].endswith("no complete checkpoint to go on from; start again with --overwrite")
+
+
+def test_another_number_of_processes_does_not_go_on_with_a_run(unbroken, tmp_path, monkeypatch):
+    shutil.copytree(unbroken, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-16")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = CliRunner().invoke(cli, ["run", str(tmp_path / "run"), "--resume"])
+    assert result.exit_code == 2 and result.stderr.startswith("error: processes=2: the run in")
+    assert "has 1, which share its batches" in result.stderr
 
 
 def test_a_run_that_was_to_be_replaced_is_back_after_a_signal(unbroken, tmp_path):

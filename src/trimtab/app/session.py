@@ -131,6 +131,8 @@ def _how_to_go_on(folder: RunFolder, is_back: bool) -> str:
     if is_back:
         return "the run that --overwrite was to replace is back"
     kept = last_checkpoint(folder.checkpoints)
+    if kept is None and folder.has_training:
+        return "there is no complete checkpoint to go on from; start again with --overwrite"
     if kept is None:
         return "nothing was trained yet, so that the same command starts again"
     return _goes_on(kept, folder.path)
@@ -212,6 +214,7 @@ def checkpoint_to_resume(folder: RunFolder) -> str:
 
     Raises:
         DataError: there is none, and what is wrong with the newest.
+        ConfigError: it is of another number of processes.
     """
     all_of_them = checkpoints(folder.checkpoints)
     found = last_checkpoint(folder.checkpoints)
@@ -223,8 +226,15 @@ def checkpoint_to_resume(folder: RunFolder) -> str:
         )
     if faults and all_of_them[0] != Path(found):
         logger.warning(f"{faults[0]}; going on from {Path(found).name}: the steps since then are trained again")
+    facts, now = read_facts(found), int(os.environ.get("WORLD_SIZE", "1"))
+    if (began := facts.get("processes", now)) != now and facts["step"] < facts["total_steps"]:
+        cure = (
+            f"the run in {str(folder.path)!r} has {began}, which share its batches, and would be another one; "
+            "start as many (torchrun --nproc-per-node), or start again with --overwrite"
+        )
+        raise ConfigError("processes", now, cure)
     rows = len(folder.history.read_bytes().splitlines()) if folder.history.is_file() else 0
-    if (lost := read_facts(found).get("history_rows", 0) - rows) > 0:
+    if (lost := facts.get("history_rows", 0) - rows) > 0:
         logger.warning(f"history.jsonl has lost {lost} rows: curves of the report lack them; the training does not")
     return found
 
