@@ -171,6 +171,15 @@ def test_two_adapted_models_in_one_module_are_refused():
         loop(pair)
 
 
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_an_adapted_model_that_was_adapted_once_more_is_named_as_that():
+    model = runs.model_for("bert", "aflora")
+    again = peft.get_peft_model(model, runs.config_for("aflora")(target_modules=["query"], task_type="SEQ_CLS"))
+    with pytest.raises(ModelError, match=r"given to peft.get_peft_model once more.*unload\(\)"):
+        Controller(again, torch.optim.SGD(again.parameters(), lr=1e-2), total_steps=40)
+
+
 def test_a_module_without_an_adapter_is_refused():
     with pytest.raises(ModelError, match="get_peft_model first"):
         loop(Pair(tiny.build("bert")))

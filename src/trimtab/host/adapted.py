@@ -71,6 +71,11 @@ def peft_model_of(model: nn.Module) -> PeftModel:
                 "inside: encoder[0].model = peft.get_peft_model(encoder[0].model, config)"
             )
         raise ModelError(f"model: {type(model).__name__} holds no PEFT adapter; call peft.get_peft_model first")
+    if any(inner in found[1:] for inner in found[0].modules()):
+        raise ModelError(
+            "model: a PeftModel was given to peft.get_peft_model once more, as by a notebook's cell that is run twice; "
+            "make the base model anew (or model.unload() it) before, and add a second adapter by model.add_adapter"
+        )
     if len(found) > 1:
         raise ModelError(
             f"model: {type(model).__name__} holds {len(found)} PEFT models; hand over the one that is meant, or put "
