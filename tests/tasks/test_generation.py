@@ -7,7 +7,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from tasks.stand_ins import byte_model, byte_tokenizer
+from tasks.stand_ins import byte_model, byte_tokenizer, write_jsonl
+from trimtab.app.tasks import get_task
 from trimtab.app.tasks.encoding import Padder
 from trimtab.app.tasks.generation import Decoding, Question, fingerprint, generate
 from trimtab.errors import ConfigError
@@ -209,6 +210,9 @@ def test_layers_get_their_mode_back_and_progress_is_told():
         ({"max_length": 20}, r"max_length=20: max_new_tokens says how long"),
         ({"eos_token_id": 5}, r"eos_token_id=5: tokenizer and model say which it is"),
         ({"use_cache": False}, r"use_cache=False: changes no answer"),
+        ({"do_sample": "no"}, r"task\.generation\.do_sample='no': true or false"),
+        ({"temperature": 0.7}, r"task\.generation\.temperature=0\.7: says how answers are drawn, and none is"),
+        ({"do_sample": True, "top_p": 2}, r"task\.generation\.top_p=2: above 0 and at most 1"),
         ({"num_beams": 0}, r"num_beams=0: a whole number, at least 1"),
         ({"samples": 2, "temperature": 0}, r"task\.generation\.temperature=0: a number above 0"),
         ({"temperature": "hot"}, r"task\.generation\.temperature='hot': a number above 0"),
@@ -225,3 +229,28 @@ def test_settings_go_over_the_tasks_defaults():
     read = Decoding.read(options, max_new_tokens=9, batch_size=2, stop=("X",))
     assert read == Decoding(max_new_tokens=5, batch_size=2, stop=("END",), others={"num_beams": 2})
     assert read.config([2], 0).num_beams == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"repetition_penalty": -1}, "has to be a strictly positive float"),
+        ({"num_beams": 2, "early_stopping": "maybe"}, "must be a boolean or 'never'"),
+        ({"num_beams": 2, "length_penalty": "long"}, "unsupported operand"),
+        ({"cache_implementation": "nonsense"}, "Invalid `cache_implementation`"),
+    ],
+)
+def test_what_generate_refuses_is_refused_before_training(tmp_path, settings, words):
+    rows = [{"question": "Hi", "answer": 2}] * 2
+    file = write_jsonl(tmp_path / "t.jsonl", rows)
+    task = get_task({"name": "math", "generation": settings})
+    with pytest.raises(ConfigError, match=words):
+        task.prepare(task.load_data({"train": file, "test": file}), byte_tokenizer(), byte_model())
+
+
+def test_trying_the_settings_out_draws_nothing_from_the_run():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    Decoding.read({"do_sample": True, "temperature": 0.7, "num_beams": 2}).try_out([2], 0, 261)
+    assert torch.equal(torch.rand(3), expected)

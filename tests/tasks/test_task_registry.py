@@ -54,6 +54,7 @@ def test_glue_has_its_nine_tasks():
         ({"name": "code", "allow_code_execution": "never"}, ["task.allow_code_execution='never'", "true or false"]),
         ({"name": "text_classification", "metric": ["accuracy"]}, ["task.metric=['accuracy']", "a text"]),
         ({"name": "math", "dataset": ["gsm8k"]}, ["task.dataset=['gsm8k']", "a text"]),
+        ({"name": "text", "text": ["title", "body"]}, ["task.text=['title', 'body']", "the name of a column"]),
         ({"name": "math", "marks": 4}, ["task.marks=4", "a list of texts"]),
         ({"name": "no_such_module:make"}, ["cannot import 'no_such_module'"]),
         ({"name": "json:lods"}, ["no 'lods'", "Did you mean 'loads'?"]),

@@ -216,11 +216,15 @@ def get_task(spec: Mapping[str, Any]) -> Task:
     return maker(**options)
 
 
+_TEXTS = ("metric", "dataset", "benchmark", "instruction", "prefix")
+"""Settings that are texts; names of columns are looked at where they are read."""
+
+
 def _check_words(maker: Any, options: Mapping[str, Any]) -> None:
     """Raises `ConfigError` for a switch that is neither true nor false (``"no"`` would be true), and for no text."""
     kinds = {f.name: str(f.type).removesuffix(" | None") for f in dataclasses.fields(maker)}
     for key, value in options.items():
         if kinds[key] == "bool" and not isinstance(value, bool | None):
             raise ConfigError(f"task.{key}", value, "true or false")
-        if kinds[key] == "str" and not isinstance(value, str | None):
+        if key in _TEXTS and not isinstance(value, str | None):
             raise ConfigError(f"task.{key}", value, "a text")

@@ -210,6 +210,8 @@ class Answering(Encoding):
         for split in self.eval_splits(rows):
             if self.needs_generation(rows[split]):
                 self._room(tokenizer, model)  # now, not after hours of training
+                text = self._text_tokenizer(tokenizer)
+                self.decoding_for(rows[split]).try_out(self._ends, text.pad_token_id, len(text))
         ready = {}
         for split, part in rows.items():
             cut = part.map(

@@ -36,6 +36,10 @@ _TAKEN = {
 """Fields of `GenerationConfig` that are settled here, with what to set instead."""
 
 
+_OF_DRAWS = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": 0.0, "typical_p": 1.0}
+"""Fields that say nothing where the likeliest token is taken, with what they are when not set."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
     """How answers are decoded: the recipe's ``task.generation``, checked."""
@@ -90,9 +94,18 @@ class Decoding:
         if not isinstance(beams, int) or isinstance(beams, bool) or beams < 1:
             raise ConfigError("task.generation.num_beams", beams, "a whole number, at least 1")
         draws = others.get("do_sample", values.get("samples", 1) > 1)
+        if not isinstance(draws, bool):
+            raise ConfigError("task.generation.do_sample", draws, "true or false")
         if not isinstance(heat, (int, float)) or heat < 0 or (draws and heat == 0):
             cure = "a number above 0; answers that are not drawn (samples: 1, do_sample: false) have none"
             raise ConfigError("task.generation.temperature", heat, cure)
+        for key in _OF_DRAWS if not draws else ():
+            if key in others and others[key] not in (None, _OF_DRAWS[key], 0):
+                cure = "says how answers are drawn, and none is: set do_sample: true, or samples above 1"
+                raise ConfigError(f"task.generation.{key}", others[key], cure)
+        share = others.get("top_p", 1.0)
+        if not isinstance(share, (int, float)) or not 0 < share <= 1:
+            raise ConfigError("task.generation.top_p", share, "above 0 and at most 1")
         return cls(**values, stop=tuple(stop), others=others)
 
     def config(self, ends: Sequence[int], pad: int) -> Any:
@@ -129,6 +142,28 @@ class Decoding:
             eos_token_id=list(ends),
             pad_token_id=pad,
         )
+
+    def try_out(self, ends: Sequence[int], pad: int, vocabulary: int) -> None:
+        """Takes two steps with a tiny model, so that what `generate` refuses is refused before training.
+
+        Raises:
+            ConfigError: it refuses a field of `GenerationConfig`.
+        """
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        if not self.others:
+            return
+        sizes = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **sizes))  # type: ignore[arg-type]
+            try:
+                config = self.config(ends, pad)
+                config.update(max_new_tokens=2, cache_implementation=None)  # that one hangs on the model
+                model.generate(torch.zeros(min(2, self.batch_size), 2, dtype=torch.long), generation_config=config)
+            except Exception as error:  # whatever it is made of
+                text = " ".join(str(error).split())[:300]
+                raise ConfigError("task.generation", dict(self.others), text) from error
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,8 @@ class PlainText(Answering):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("task.sample_by", self.sample_by, PARTS)
+        if not isinstance(self.text, str) or not self.text:
+            raise ConfigError("task.text", self.text, "the name of a column")
         if not isinstance(self.pack, bool):
             raise ConfigError("task.pack", self.pack, "true or false")
         for key, usual in (("template", "auto"), ("system", None)):
