@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import fresh
 import recipe_process
@@ -13,6 +15,7 @@ from tasks.stand_ins import WORDS, byte_model, byte_tokenizer, write_jsonl
 from test_run import read, trimtab
 
 pytestmark = pytest.mark.two_process
+TRAIN = {"num_train_epochs": 1, "learning_rate": 1e-2, "per_device_train_batch_size": 4, "use_cpu": True}
 
 
 def answered(path, n):
@@ -28,7 +31,7 @@ def decoder(folder, **sections):
         "task": {"name": "instruct", "max_length": 96},
         "data": {"train": str(folder / "train.jsonl"), "validation": str(folder / "validation.jsonl")},
         "adapter": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
-        "train": {"num_train_epochs": 1, "learning_rate": 1e-2, "per_device_train_batch_size": 4, "use_cpu": True},
+        "train": TRAIN,
         "base_rows": 0,
         **sections,
     }
@@ -47,7 +50,11 @@ def ran(tmp_path_factory):
     rows = [{"document": f"{word} again", "summary": word} for word in WORDS]
     write_jsonl(folder / "documents.jsonl", rows)
     recipes = {
-        "salient": decoder(folder, rank={"method": "salientlora", "target_r": 2, "warmup": 1, "allocation": 2}),
+        "salient": decoder(
+            folder,
+            rank={"method": "salientlora", "target_r": 2, "warmup": 1, "allocation": 2},
+            train=TRAIN | {"save_steps": 2},
+        ),
         "last": decoder(folder, where={"method": "last", "count": 2}),
         "written": decoder(
             folder,
@@ -82,6 +89,17 @@ def test_the_loss_of_rows_that_do_not_divide_is_one_process_s(ran):
     one, two = (read(ran / name, "metrics.json")["metrics"] for name in ("one", "salient"))
     assert two["answer_loss"] == pytest.approx(one["answer_loss"], rel=1e-5)
     assert two["loss"] == pytest.approx(one["loss"], rel=5e-3)  # rows that fill up a last batch
+
+
+def test_one_process_goes_on_with_a_step_of_as_many_rows(ran):
+    run = shutil.copytree(ran / "salient", ran / "fewer")
+    shutil.rmtree(run / "checkpoints/checkpoint-4")
+    on_one = (f"output_dir={run}", "--resume")
+    assert "has 2, and 8 rows a step, not 4" in trimtab("run", run, *on_one, code=2).stderr
+    trimtab("run", run, "train.gradient_accumulation_steps=2", *on_one)
+    ours, theirs = (load_file(folder / "adapter/adapter_model.safetensors") for folder in (run, ran / "salient"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.allclose(ours[key], theirs[key], atol=1e-4) for key in theirs)
 
 
 def test_all_processes_adapt_the_layers_of_the_first(ran):

@@ -127,7 +127,19 @@ def test_another_number_of_processes_does_not_go_on_with_a_run(unbroken, tmp_pat
     monkeypatch.setenv("WORLD_SIZE", "2")
     result = CliRunner().invoke(cli, ["run", str(tmp_path / "run"), "--resume"])
     assert result.exit_code == 2 and result.stderr.startswith("error: processes=2: the run in")
-    assert "has 1, which share its batches" in result.stderr
+    assert "has 1, and 8 rows a step, not 16; start as many" in result.stderr
+
+
+def test_a_step_of_as_many_rows_goes_on_with_a_run(unbroken, tmp_path):
+    shutil.copytree(unbroken, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-16")
+    other = ["train.per_device_train_batch_size=4", f"output_dir={tmp_path / 'run'}", "--resume"]
+    result = CliRunner().invoke(cli, ["run", str(tmp_path / "run"), *other])
+    assert result.exit_code == 2 and "train.per_device_train_batch_size=4: the run in" in result.stderr
+    result = CliRunner().invoke(cli, ["run", str(tmp_path / "run"), "train.gradient_accumulation_steps=2", *other])
+    assert result.exit_code == 0, result.stderr
+    ours, theirs = (json.loads((run / "adapter/trimtab.json").read_text()) for run in (tmp_path / "run", unbroken))
+    assert ours["step"] == theirs["step"] == ours["of"]
 
 
 def test_a_run_that_was_to_be_replaced_is_back_after_a_signal(unbroken, tmp_path):

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ _OF_A_RUN = ("where.json", "plan.json", "history.jsonl", "metrics.json", "base.j
 _NOBODYS = (".DS_Store", "Thumbs.db", "desktop.ini", ".gitkeep", ".gitignore", "lost+found")
 # What may differ between the recipe that began a run and the one that goes on with it.
 _FREE = ("base_rows", "output_dir", "export")
+# What may, too, as long as a step takes as many rows, so that another number of processes can go on.
+_SHARES = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,8 @@ def session(recipe: Recipe, path: Path, *, overwrite: bool = False, resume: bool
         raise ConfigError("--overwrite", True, "--resume goes on with what --overwrite deletes; give one of them")
     with at_work(path):
         if resume:
-            same_recipe(recipe, folder)
-            checkpoint_to_resume(folder)
+            same_recipe(recipe, folder, (*_FREE, *_SHARES))
+            _same_step(recipe, folder, checkpoint_to_resume(folder))
         elif not overwrite:
             _refuse_to_lose_a_run(folder)
         try:
@@ -214,7 +216,6 @@ def checkpoint_to_resume(folder: RunFolder) -> str:
 
     Raises:
         DataError: there is none, and what is wrong with the newest.
-        ConfigError: it is of another number of processes.
     """
     all_of_them = checkpoints(folder.checkpoints)
     found = last_checkpoint(folder.checkpoints)
@@ -226,15 +227,8 @@ def checkpoint_to_resume(folder: RunFolder) -> str:
         )
     if faults and all_of_them[0] != Path(found):
         logger.warning(f"{faults[0]}; going on from {Path(found).name}: the steps since then are trained again")
-    facts, now = read_facts(found), int(os.environ.get("WORLD_SIZE", "1"))
-    if (began := facts.get("processes", now)) != now and facts["step"] < facts["total_steps"]:
-        cure = (
-            f"the run in {str(folder.path)!r} has {began}, which share its batches, and would be another one; "
-            "start as many (torchrun --nproc-per-node), or start again with --overwrite"
-        )
-        raise ConfigError("processes", now, cure)
     rows = len(folder.history.read_bytes().splitlines()) if folder.history.is_file() else 0
-    if (lost := facts.get("history_rows", 0) - rows) > 0:
+    if (lost := read_facts(found).get("history_rows", 0) - rows) > 0:
         logger.warning(f"history.jsonl has lost {lost} rows: curves of the report lack them; the training does not")
     return found
 
@@ -261,19 +255,39 @@ def check_base_matches(recipe: Recipe, folder: RunFolder) -> None:
             )
 
 
-def same_recipe(recipe: Recipe, folder: RunFolder) -> None:
+def same_recipe(recipe: Recipe, folder: RunFolder, free: Sequence[str] = _FREE) -> None:
     """Raise `ConfigError` where the run in a folder began with another recipe."""
     text = folder.need(folder.recipe, "train").read_text(encoding="utf-8")
     if not recipes.is_as_written(text):
         logger.warning(f"{folder.recipe} is not as the run wrote it: going on with what it says now")
     began, goes_on = (_flat(r) for r in (recipes.load(folder.recipe), recipe))
     for key in sorted(began.keys() | goes_on.keys()):
-        if began.get(key) != goes_on.get(key) and key.partition(".")[0] not in _FREE:
-            cure = (
-                f"the run in {str(folder.path)!r} began with {began.get(key)!r}; resume with that, or start again "
-                "with --overwrite"
-            )
-            raise ConfigError(key, goes_on.get(key), cure)
+        if began.get(key) != goes_on.get(key) and not {key, key.partition(".")[0]} & set(free):
+            raise _other(key, goes_on.get(key), began.get(key), folder)
+
+
+def _same_step(recipe: Recipe, folder: RunFolder, checkpoint: str) -> None:
+    """Raise `ConfigError` where a step would take more rows than before, or fewer: the run would be another one."""
+    facts, began = read_facts(checkpoint), _flat(recipes.load(folder.recipe))
+    each, accumulated = (recipe.train.get(key.partition(".")[2]) for key in _SHARES)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    rows = int(each or 8) * int(accumulated or 1) * processes
+    before = facts.get("rows_a_step", rows)
+    if rows == before or facts["step"] == facts["total_steps"]:
+        return
+    if processes == facts["processes"]:
+        key = next(key for key in _SHARES if began.get(key) != _flat(recipe).get(key))
+        raise _other(key, _flat(recipe).get(key), began.get(key), folder)
+    cure = (
+        f"the run in {str(folder.path)!r} has {facts['processes']}, and {before} rows a step, not {rows}; start as "
+        f"many, or say so in {_SHARES[0]} or {_SHARES[1]}, or start again with --overwrite"
+    )
+    raise ConfigError("processes", processes, cure)
+
+
+def _other(key: str, value: Any, before: Any, folder: RunFolder) -> ConfigError:
+    cure = f"the run in {str(folder.path)!r} began with {before!r}; resume with that, or start again with --overwrite"
+    return ConfigError(key, value, cure)
 
 
 def _changed_data(recipe: Recipe, folder: RunFolder, before: Mapping[str, Any], now: Mapping[str, Any]) -> ConfigError:

@@ -326,6 +326,8 @@ class TrimCallback(TrainerCallback, ExportableState):
                 (folder / COMPLETE).unlink(missing_ok=True)  # of an earlier run that is being overwritten
                 tensors, facts = controller.state_dict()
                 facts["processes"], facts["run"] = args.world_size, self._run
+                rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+                facts["rows_a_step"] = rows * args.world_size
                 facts["history_rows"] = self._history.count()
                 tensors["draws"] = torch.get_rng_state() if self._draws is None else self._draws
                 if self._penalties:  # the mean that the next log row will show must not lose its first part
@@ -504,6 +506,8 @@ class TrimCallback(TrainerCallback, ExportableState):
             if args.ddp_find_unused_parameters is False:
                 raise ConfigError("ddp_find_unused_parameters", False, "must be unset or true when only adapters train")
             args.ddp_find_unused_parameters = True
+            if trainer is not None:
+                _leave_anchor_out_of_optimizers(trainer, peft_model_of(model).trim_anchor)
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         assert self.controller is not None
@@ -571,6 +575,19 @@ class TrimCallback(TrainerCallback, ExportableState):
 def _reshard(model: nn.Module | None = None, **_: Any) -> None:
     if model is not None:
         reshard(model)
+
+
+def _leave_anchor_out_of_optimizers(trainer: Trainer, anchor: Any) -> None:
+    """An optimizer's state is the same with and without a DDP, so that another number of processes takes it."""
+    create = trainer.create_optimizer
+
+    def without_anchor(*args: Any, **kwargs: Any) -> Any:
+        optimizer = create(*args, **kwargs)
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if p is not anchor]
+        return optimizer
+
+    trainer.create_optimizer = without_anchor  # type: ignore[method-assign]
 
 
 def _draw_alike(args: Any) -> None:
