@@ -145,6 +145,13 @@ def test_each_row_keeps_its_own_answer_though_rows_of_like_length_are_scored_tog
     assert given == [pytest.approx(p.tolist(), abs=1e-5) for p in shares]
 
 
+def test_of_torchrun_s_processes_one_prints_and_writes_the_answers(moved, tmp_path, monkeypatch):
+    rows, out = moved.parent / "dev.csv", tmp_path / "answers.jsonl"
+    monkeypatch.setenv("RANK", "1")
+    assert trimtab("predict", moved, rows).stdout == trimtab("predict", moved, rows, "--out", out).stdout == ""
+    assert trimtab("export", moved).stdout == "" and not out.exists()
+
+
 def test_every_row_is_scored_and_answered_whatever_training_leaves_out(moved):
     rows, before = moved.parent / "dev.csv", read(moved, "metrics.json")["metrics"]
     answered = trimtab("predict", moved, rows).stdout

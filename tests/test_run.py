@@ -497,3 +497,9 @@ def test_two_runs_of_one_seed_are_the_same_and_of_two_seeds_are_not(tmp_path):
     a, b, c = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in "abc")
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert not all(torch.equal(a[key], c[key]) for key in a)
+
+
+def test_a_head_in_float16_under_a_loss_scaler_is_refused_before_training(tmp_path):
+    recipe = write_recipe(tmp_path, where=None)
+    said = trimtab("run", recipe, "model.dtype=float16", "train.fp16=true", code=2).stderr.splitlines()[-1]
+    assert said.startswith("error: model.dtype='float16': classifier.weight trains in float16")

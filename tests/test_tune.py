@@ -82,6 +82,12 @@ def text_recipe(folder, **sections):
     return folder / "recipe.yaml"
 
 
+def test_a_search_in_several_processes_is_told_of_jobs(recipe, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = one_line_error("tune", recipe, RATES)
+    assert said.startswith("error: processes=2: ") and "--jobs" in said
+
+
 def test_packed_texts_are_not_counted_as_rows_before_they_are_cut(tmp_path):
     recipe = text_recipe(tmp_path, freeze={"method": "aflora", "warmup": 8, "final": 10})
     search = tune._laid_out(str(recipe), ["adapter.r=2,4"], tmp_path / "out")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -319,7 +320,7 @@ def predict(source: str, file: Path, overrides: Sequence[str], out: Path | None,
     and the training rows are not read.
     """
     from . import outputs, predicting
-    from .runfolder import write_text
+    from .runfolder import is_main, write_text
 
     recipe, folder = _trained(source, overrides, needs_rows=False)
     if out is not None:
@@ -327,12 +328,12 @@ def predict(source: str, file: Path, overrides: Sequence[str], out: Path | None,
     with _screen(as_json) as screen:
         found = predicting.predict(recipe, folder, file, screen)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
-    if out is not None:
+    if out is not None and is_main():
         write_text(out, text)
     if as_json:
         _print_json({"path": str(out), "rows": len(found)} if out is not None else found)
     else:
-        click.echo(str(out) if out is not None else text, nl=out is not None)
+        _echo(str(out) if out is not None else text, nl=out is not None)
 
 
 @cli.command()
@@ -349,7 +350,7 @@ def report(source: str, overrides: Sequence[str], as_json: bool) -> None:
     if as_json:
         _print_json(reports.load(folder.path).to_json())
     else:
-        click.echo(str(path))
+        _echo(str(path))
 
 
 @cli.command()
@@ -401,6 +402,9 @@ def tune(recipe: str, settings: Sequence[str], jobs: int, out: Path | None, over
     from .runfolder import default_folder
     from .tables import tune_tables
 
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        cure = "each trial is a process of its own, and --jobs says how many at a time; start it without torchrun"
+        raise ConfigError("processes", processes, cure)
     if out is None:
         folder = Path(recipe) if Path(recipe).is_dir() else default_folder(recipes.load(recipe), recipe)
         out = folder.with_name(f"{folder.name}-tune")
@@ -601,7 +605,7 @@ def _show_path(as_json: bool, path: Path, **facts: Any) -> None:
     if as_json:
         _print_json({**facts, "path": str(path)})
     else:
-        click.echo(str(path))
+        _echo(str(path))
 
 
 def _print(*parts: Any) -> None:
@@ -618,10 +622,15 @@ def _print(*parts: Any) -> None:
 
 
 def _print_json(data: dict[str, Any] | Iterable[Any]) -> None:
+    _echo(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+
+
+def _echo(text: str, nl: bool = True) -> None:
+    """Of torchrun's processes the first one prints: rows that are answered would be there N times."""
     from .runfolder import is_main
 
     if is_main():
-        click.echo(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+        click.echo(text, nl=nl)
 
 
 def main() -> NoReturn:

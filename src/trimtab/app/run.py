@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from ..errors import ConfigError
 from ..plans import Plan, SitePlan, Where
 from . import card, loading, model_facts, runfolder, scoring, stopping
 from . import recipe as recipes
@@ -171,6 +172,7 @@ def train(job: Job, where: Where | None, folder: RunFolder, screen: Screen, *, r
     set_seed(recipe.seed)
     callback = trimtab.TrimCallback(history=folder.history)
     model = peft.get_peft_model(job.model, config)
+    _refuse_what_cannot_be_scaled(recipe, model)
     checkpoint = checkpoint_to_resume(folder) if resume else None
     if (starter := starter_of(config)) is not None:
         if checkpoint is None:
@@ -204,6 +206,20 @@ def train(job: Job, where: Where | None, folder: RunFolder, screen: Screen, *, r
         )
     last = trainer.state.global_step
     return Trained(model, final, seconds, peak_memory(), {"step": last, "of": last})
+
+
+def _refuse_what_cannot_be_scaled(recipe: Recipe, model: PeftModel) -> None:
+    """Raise `ConfigError` where a scaler would meet float16 gradients, as a head has: PEFT widens adapters alone."""
+    import torch
+
+    narrow = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
+    if recipe.train.get("fp16") and narrow:
+        what = narrow[0].replace(".modules_to_save.default", "").removeprefix("base_model.model.")
+        cure = (
+            f"{what} trains in float16, whose gradients train.fp16 cannot scale; use float32, which it computes "
+            "in float16 all the same, or bfloat16 with train.bf16"
+        )
+        raise ConfigError("model.dtype", recipe.model.dtype, cure)
 
 
 def initialize(job: Job, model: PeftModel, starter: StartSettings, screen: Screen) -> dict[str, Any]:
