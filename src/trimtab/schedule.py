@@ -80,5 +80,12 @@ def resolve_steps(value: StepLength, total_steps: int, steps_per_epoch: int | No
     return _whole(number * steps_per_epoch)
 
 
+def what_fits(least: int, total_steps: int) -> str:
+    """Lengths of at least ``least`` steps that leave one step of the run after them, in words."""
+    if least >= total_steps:
+        return f"it takes a run of at least {least + 1}"
+    return f"{least} to {total_steps - 1} can be met"
+
+
 def _whole(steps: float) -> int:
     return math.floor(steps * (1 + 1e-12) + 1e-9)  # 0.29 · 100 is 28.999999999999996 in binary

@@ -156,6 +156,12 @@ def test_settings_that_cannot_be_are_refused(options, said):
         GradES(**options).build(NUMELS, STEPS, None)
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_run_that_is_too_short_for_any_setting_is_told_how_long_one_is(steps):
+    with pytest.raises(ConfigError, match=f"of the run's {steps} steps; it takes a run of at least 3"):
+        GradES().build(NUMELS, steps, None)
+
+
 def test_a_budget_holds_whether_sites_settle_or_not():
     settings = GradES(tau=1e-9, alpha=BEFORE, interval_steps=INTERVAL)
     for k in (10, 30, 59):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from ..errors import ConfigError
-from ..schedule import StepLength, check_length, plain_numbers, resolve_steps
+from ..schedule import StepLength, check_length, plain_numbers, resolve_steps, what_fits
 from .base import Curve, Freezer, FreezeSettings
 
 
@@ -32,7 +32,7 @@ class FreezeAt(FreezeSettings):
             raise ConfigError(
                 "freeze.at",
                 self.at,
-                f"that is {at} of the run's {total_steps} steps; 1 to {total_steps - 1} can be met",
+                f"that is {at} of the run's {total_steps} steps; {what_fits(1, total_steps)}",
             )
         return at
 

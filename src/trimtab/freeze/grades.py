@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, TrimtabError
-from ..schedule import StepLength, check_length, plain_numbers, resolve_steps
+from ..schedule import StepLength, check_length, plain_numbers, resolve_steps, what_fits
 from .base import Curve, Freezer, FreezeSettings
 
 MOVEMENTS = ("gradient_change", "gradient", "weight_change")
@@ -78,7 +78,7 @@ class GradES(FreezeSettings):
             raise ConfigError(
                 "freeze.alpha",
                 self.alpha,
-                f"that is {before} of the run's {total_steps} steps; {least} to {total_steps - 1} can be met",
+                f"that is {before} of the run's {total_steps} steps; {what_fits(least, total_steps)}",
             )
         if self.latest is None:
             return before, total_steps
