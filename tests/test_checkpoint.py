@@ -19,6 +19,7 @@ import trimtab
 from trimtab import AFLoRA, SalientLoRA
 from trimtab.errors import CheckpointError
 from trimtab.train.checkpoint import checkpoints, read_state, what_is_wrong, write_state
+from trimtab.train.history import History
 
 pytestmark = pytest.mark.fault
 
@@ -246,3 +247,26 @@ def test_a_finished_run_that_is_resumed_in_mid_epoch_takes_no_step(tmp_path):
     saved = load_file(tmp_path / "checkpoint-30" / "adapter_model.safetensors")
     held = peft.get_peft_model_state_dict(again)
     assert held.keys() == saved.keys() and all(torch.equal(held[key], saved[key]) for key in saved)
+
+
+@pytest.mark.parametrize(
+    ("rows", "content", "says"),
+    [
+        (2, b'{"step": 1}\n{"st\xff\n{"step": 3}\n', "line 2 is damaged"),
+        (3, b'{"step": 1}\n{"step": 2}\n{"st', "has 2 of the checkpoint's 3 rows"),
+    ],
+)
+def test_a_damaged_history_is_one_line_with_the_cure(tmp_path, rows, content, says):
+    (tmp_path / "history.jsonl").write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{says}.*move the file away"):
+        History(tmp_path / "history.jsonl").cut_file(rows)
+    assert (tmp_path / "history.jsonl").read_bytes() == content
+
+
+def test_a_line_that_a_full_disk_cut_off_is_not_written_on(tmp_path):
+    (tmp_path / "history.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    (tmp_path / "timing.jsonl").write_text('{"step": 1, "seconds": 1.0, "aside": 0}\n{"step": 2, "sec')
+    history = History(tmp_path / "history.jsonl")
+    assert history.cut_file(2) == [{"step": 1}, {"step": 2}]
+    history.write_time(3)
+    assert [json.loads(line)["step"] for line in (tmp_path / "timing.jsonl").read_text().splitlines()] == [1, 3]

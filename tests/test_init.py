@@ -284,3 +284,14 @@ def test_brackets_and_blanks_in_names_are_said_as_they_are(here, models):
     assert "tiny [/m]" in trimtab("plan", "my rows [2].yaml").stdout
     told = trimtab("select", "my rows [2].yaml", "where.ratio=0.5", "output_dir=out [/x]").stdout
     assert told.splitlines()[-1] == "out [/x]/where.json"
+
+
+def test_what_stands_beside_can_be_left_out_and_another_adapter_keeps_to_its_own_keys(here, models):
+    for name, classes in (("train", "ab"), ("test", "abc")):
+        write_jsonl(here / f"{name}.jsonl", [{"text": words(), "label": classes[i % len(classes)]} for i in range(N)])
+    assert "label 'c', which no training row has" in refused("train.jsonl", "--model", models["encoder"])
+    for i, adapter in enumerate(("adapter=vera", "adapter.type=bottleneck", "train=null")):
+        trimtab("init", "train.jsonl", "data.test=null", adapter, "--model", models["encoder"], "-o", f"{i}.yaml")
+        assert json.loads(trimtab("plan", f"{i}.yaml", "--json").stdout)["params"]["initial"] > 0
+        assert "test" not in yaml.safe_load(Path(f"{i}.yaml").read_text())["data"]
+    assert "data='x.jsonl': must hold keys and values" in refused("train.jsonl", "data=x.jsonl")

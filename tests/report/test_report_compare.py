@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,15 @@ def test_runs_that_differ_only_by_seed_are_one_row(tmp_path: Path) -> None:
     [row] = compare(folders).rows
     assert row.score == pytest.approx(0.6) and row.score_se == pytest.approx(0.1 / 3**0.5)  # n − 1
     assert row.score_text == "0.6 ± 0.058" and row.seeds == [0, 1, 2] and row.seconds == 20.0
+
+
+def test_a_run_that_is_there_twice_is_one_seed(tmp_path: Path) -> None:
+    """A folder that was copied, or a recipe that was run again elsewhere."""
+    folders = [runs.plain_run(tmp_path / f"s{s}", seed=s, score=v) for s, v in ((0, 0.5), (1, 0.7))]
+    again = shutil.copytree(folders[1], tmp_path / "again")
+    table = compare([*folders, again])
+    assert table.rows[0].seeds == [0, 1] and table.rows[0].score_se == pytest.approx(0.1)
+    assert table.notes == [f"Left out: `{again}` has settings and seed of `{folders[1]}`."]
 
 
 def test_settings_of_one_method_are_told_only_among_its_rows() -> None:

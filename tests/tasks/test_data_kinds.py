@@ -14,7 +14,7 @@ from decimal import Decimal
 
 import pytest
 
-from trimtab.app.tasks import get_task, labels, names
+from trimtab.app.tasks import cells, files, get_task, labels, names
 from trimtab.app.tasks.columns import Table
 from trimtab.app.tasks.files import read_file
 from trimtab.app.tasks.guessing import guess
@@ -324,7 +324,7 @@ NOT_GUESSED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("module", [labels, names])
+@pytest.mark.parametrize("module", [cells, files, labels, names])
 def test_the_examples_of_names_and_labels_hold(module):
     found = doctest.testmod(module)
     assert found.attempted and not found.failed
@@ -560,12 +560,20 @@ def test_folders_and_patterns_stand_for_their_files(tmp_path):
 
 @pytest.mark.parametrize(
     "ours, theirs",
-    [("train/a.csv", "test/a.csv"), ("my_train.csv", "my_test.csv"), ("train/pos/1.csv", "val/pos/1.csv")],
+    [
+        ("train/a.csv", "test/a.csv"),
+        ("my_train.csv", "my_test.csv"),
+        ("train/pos/1.csv", "val/pos/1.csv"),
+        ("trainset.csv", "testset.csv"),
+        ("traindata.csv", "eval.csv"),
+    ],
 )
 def test_rows_of_a_folder_that_are_for_scoring_are_not_trained_on(tmp_path, ours, theirs):
     for name, rows in ((ours, PAIRS), (theirs, with_labels("good", "bad"))):
         (tmp_path / "rows" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "rows" / name).write_text(separated(rows=rows))
+    (tmp_path / "rows" / "README.txt").write_text("what the rows are")
+    (tmp_path / "rows" / "dataset_infos.json").write_text("{}")
     task, split = get_task({"name": "text_classification"}), "test" if "test" in theirs else "validation"
     rows = task.load_data({"train": str(tmp_path / "rows"), split: str(tmp_path / "rows")})
     assert sum(len(part) for name, part in rows.items() if name != split) == 20 and len(rows[split]) == 16

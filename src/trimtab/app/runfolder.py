@@ -185,8 +185,11 @@ class RunFolder:
 
     def read(self, path: Path) -> dict[str, Any]:
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError(f"holds a {type(found).__name__}, not an object")
+            return found
+        except ValueError as error:  # what JSON and UTF-8 refuse is one, too
             again = next((f" and run {command}" for name, command in _MADE_BY.items() if path.name == name), "")
             raise DataError(f"{path}: damaged, not JSON ({error}); delete it{again} to have it made again") from None
 

@@ -257,10 +257,10 @@ def check_base_matches(recipe: Recipe, folder: RunFolder) -> None:
 
 def same_recipe(recipe: Recipe, folder: RunFolder, free: Sequence[str] = _FREE) -> None:
     """Raise `ConfigError` where the run in a folder began with another recipe."""
-    text = folder.need(folder.recipe, "train").read_text(encoding="utf-8")
-    if not recipes.is_as_written(text):
+    saved = recipes.load(folder.need(folder.recipe, "train"))
+    if not recipes.is_as_written(folder.recipe.read_text(encoding="utf-8")):
         logger.warning(f"{folder.recipe} is not as the run wrote it: going on with what it says now")
-    began, goes_on = (_flat(r) for r in (recipes.load(folder.recipe), recipe))
+    began, goes_on = _flat(saved), _flat(recipe)
     for key in sorted(began.keys() | goes_on.keys()):
         if began.get(key) != goes_on.get(key) and not {key, key.partition(".")[0]} & set(free):
             raise _other(key, goes_on.get(key), began.get(key), folder)

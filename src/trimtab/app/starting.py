@@ -17,6 +17,7 @@ import yaml
 
 from ..errors import ConfigError, DataError
 from . import recipe as recipes
+from .adapter_kinds import ADAPTERS
 from .lookup import parse_yaml
 from .tasks.columns import Table
 from .tasks.data import DataSpec
@@ -81,17 +82,20 @@ def start(data: Path, out: Path | None = None, model: str | None = None, overrid
         raise ConfigError("recipe", str(target), "is there already and stays as it is; name another with --out")
     said: dict[str, Any] = {}
     recipes.override(said, overrides)
-    for section, key in (("task", "name"), ("model", "name_or_path")):
-        said[section] = {key: said[section]} if isinstance(said.get(section), str) else said.get(section) or {}
+    for section, key in (("task", "name"), ("model", "name_or_path"), ("adapter", "type"), ("data", ""), ("train", "")):
+        said[section] = {key: said[section]} if key and isinstance(said.get(section), str) else said.get(section) or {}
+        if not isinstance(said[section], Mapping):
+            raise ConfigError(section, said[section], "must hold keys and values")
     if model is not None:
         said["model"]["name_or_path"] = model
-    places = {"train": str(data), **_beside(data, files), **(said.get("data") or {})}
+    places = {"train": str(data), **_beside(data, files), **said["data"]}
+    places, said["data"] = ({k: v for k, v in found.items() if v is not None} for found in (places, said["data"]))
     table, found = _understood(places, said["task"])
     n = len(next(iter(table.values())))
     lines = [
         *_task_lines(found, table),
         *_data_lines(found, places, target),
-        *_method_lines(),
+        *_method_lines(said["adapter"].get("type")),
         *_training_lines(found, n),
     ]
     text = _written(_with_said([*_model_lines(found, said["model"]), *lines], said), _heading(data, n, found, target))
@@ -234,8 +238,10 @@ def _from_recipe(value: Any, target: Path) -> Any:
     return Path(os.path.relpath(path.absolute(), target.absolute().parent)).as_posix()
 
 
-def _method_lines() -> list[Line]:
-    return [
+def _method_lines(kind: Any = None) -> list[Line]:
+    """Of an adapter's lines those that its type takes."""
+    takes = ("type", *ADAPTERS[kind if kind in ADAPTERS else "lora"][2])
+    lines = [
         Line("adapter.type", "lora", "or vera, bottleneck, adaption_prompt"),
         Line("adapter.r", 8, "rank at the start"),
         Line("adapter.alpha", 16, "its output counts alpha / r times"),
@@ -245,6 +251,7 @@ def _method_lines() -> list[Line]:
         Line("rank", {"method": "salientlora", "target_r": 4}, "from r to this rank in the mean", False),
         Line("freeze", {"method": "aflora"}, "stop training, one by one, what has settled", False),
     ]  # fmt: skip
+    return [line for line in lines if not line.key.startswith("adapter.") or line.key.partition(".")[2] in takes]
 
 
 def _training_lines(found: Guess, n: int) -> list[Line]:
@@ -302,7 +309,7 @@ def _with_said(lines: list[Line], said: Mapping[str, Any]) -> list[Line]:
             }
             key = section
         if at is not None:
-            lines[at] = Line(key, value, lines[at].does)
+            lines[at] = Line(key, value, lines[at].does if value is not None else "")
             continue
         last = max((i for i, line in enumerate(lines) if line.key.partition(".")[0] == section), default=len(lines) - 1)
         lines.insert(last + 1, Line(key, value))

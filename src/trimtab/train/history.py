@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..errors import CheckpointError
 from .controller import Event
 
 # Of what Trainer logs, what a resumed run does not repeat exactly.
@@ -20,6 +21,16 @@ _CLOCK = ("runtime", "per_second", "model_preparation_time", "total_flos")
 def without_clock(logs: dict[str, Any]) -> dict[str, Any]:
     """A log row's figures without clock times, and without the epoch, which a history row has of its own."""
     return {k: v for k, v in logs.items() if k != "epoch" and not any(word in k for word in _CLOCK)}
+
+
+def _whole_lines(file: Path) -> list[bytes]:
+    return [line for line in file.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def _replace(file: Path, content: bytes) -> None:
+    temporary = file.with_suffix(".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, file)
 
 
 class History:
@@ -57,14 +68,29 @@ class History:
             self._timing.unlink(missing_ok=True)
 
     def cut_file(self, rows: int) -> list[Event]:
-        """Drop what a killed run wrote after its last checkpoint, which the resumed run writes again; what is left."""
-        if self.file is None or not self.file.exists():
+        """Drop what a killed run wrote after its last checkpoint, which the resumed run writes again; what is left.
+
+        Raises:
+            CheckpointError: of the rows before that one is damaged or missing.
+        """
+        if self.file is None:
             return []
-        kept = self.file.read_text(encoding="utf-8").split("\n")[:rows]
-        temporary = self.file.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self.file)
-        return [json.loads(line) for line in kept if line.strip()]
+        if self._timing.exists():  # a line that was cut off, by a full disk, say
+            _replace(self._timing, b"".join(_whole_lines(self._timing)))
+        if not self.file.exists():
+            return []
+        kept = _whole_lines(self.file)[:rows]
+        found = []
+        cure = "move the file away, and the run goes on without what it tells"
+        for number, line in enumerate(kept, 1):
+            try:
+                found.append(json.loads(line))
+            except ValueError as error:
+                raise CheckpointError(f"{self.file}: line {number} is damaged ({error}); {cure}") from None
+        if len(found) < rows:
+            raise CheckpointError(f"{self.file}: has {len(found)} of the checkpoint's {rows} rows; {cure}")
+        _replace(self.file, b"".join(kept))
+        return found
 
     # -- clock times --------------------------------------------------------------------------------
 

@@ -205,6 +205,10 @@ def table_of_runs(run_folders: Iterable[str | Path], baseline: str | None = None
         key = json.dumps({k: v for k, v in settings_of(run).items() if k not in SAME_RUN}, sort_keys=True, default=str)
         groups.setdefault(key, []).append(run)
     groups = {f"{key} {i}": part for key, group in groups.items() for i, part in enumerate(_of_same_data(group))}
+    again: dict[Path, Path] = {}
+    for key, group in groups.items():
+        groups[key], doubles = _one_a_seed(group)
+        again |= doubles
     settings = [{k: v for k, v in settings_of(group[0]).items() if k not in SAME_RUN} for group in groups.values()]
     names = _unique(names_of(settings), [group[0].path for group in groups.values()])
     rows = [
@@ -217,6 +221,7 @@ def table_of_runs(run_folders: Iterable[str | Path], baseline: str | None = None
         f"Left out: `{folder}` is no run, but holds {plural(len(inside), 'run')}."
         for folder, inside in left_out.items()
     ]
+    notes += [f"Left out: `{run}` has settings and seed of `{other}`." for run, other in again.items()]
     return replace(table, notes=[*table.notes, *notes])
 
 
@@ -323,6 +328,19 @@ def _progress(run: RunFolder) -> str:
     if total and run.last_step >= total:
         return "trained, not scored yet"
     return f"unfinished, step {count(run.last_step)}" + (f" of {count(total)}" if total else "")
+
+
+def _one_a_seed(group: list[RunFolder]) -> tuple[list[RunFolder], dict[Path, Path]]:
+    """The runs without those that are another's again, which tell nothing of chance; each of these with the other."""
+    kept: dict[Any, RunFolder] = {}
+    doubles = {}
+    for run in sorted(group, key=lambda run: not run.is_finished):
+        seed = header_of(run).seed
+        if seed is not None and seed in kept:
+            doubles[run.path] = kept[seed].path
+        else:
+            kept[run.path if seed is None else seed] = run
+    return [run for run in group if run.path not in doubles], doubles
 
 
 def _of_same_data(group: list[RunFolder]) -> list[list[RunFolder]]:

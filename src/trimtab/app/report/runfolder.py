@@ -197,7 +197,7 @@ def _yaml(path: Path) -> dict[str, Any]:
         return {}
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(data, (dict, type(None))):
         raise DataError(f"{path}: holds a {type(data).__name__}, expected settings by name")

@@ -44,6 +44,8 @@ _MARKS = (  # longest first: a UTF-32 mark begins like a UTF-16 one
     (b"\xff\xfe", "utf-16"),
     (b"\xfe\xff", "utf-16"),
 )
+_ABOUT = re.compile("readme|licen[cs]e|changelog|citation|dataset_infos?|dataset_dict|state", re.I)
+"""Files beside rows that tell of them."""
 _FASTTEXT = re.compile(r"(?:__label__\S+[ \t]+(?!__label__)\S.*\n|\s*\n)+(?:__label__\S+[ \t]+(?!__label__)\S.*)?")
 
 
@@ -94,7 +96,8 @@ def existing_files(key: str, path: str | Path, split: str) -> list[Path]:
 
 def is_data(path: Path) -> bool:
     """Whether a file's name is that of rows."""
-    return not path.name.startswith((".", "_")) and _suffix(path) in SUFFIXES
+    is_about = _ABOUT.fullmatch(path.name.partition(".")[0])
+    return not is_about and not path.name.startswith((".", "_")) and _suffix(path) in SUFFIXES
 
 
 def is_saved(folder: Path) -> bool:
@@ -108,7 +111,9 @@ def _suffix(path: Path) -> str:
     return Path(path.stem).suffix.lower() if suffix in _PACKED else suffix
 
 
-SPLIT = re.compile(r"(?<![a-z0-9])(train|training|validation|valid|val|dev|test|testing)(?![a-z])", re.I)
+SPLIT = re.compile(
+    r"(?<![a-z0-9])(train|training|validation|valid|val|dev|eval|evaluation|test|testing)(?:set|data)?(?![a-z])", re.I
+)
 """A split's name, as a word of a file's."""
 
 
@@ -117,11 +122,14 @@ def split_of(path: str | Path) -> str | None:
 
     >>> [split_of(path) for path in ("test/pos/my_train.txt", "my_train.csv", "dev-set/a.csv", "trained.csv")]
     ['test', 'train', 'validation', None]
+    >>> [split_of(path) for path in ("trainset.csv", "testdata.csv", "eval.csv", "retrieval.csv")]
+    ['train', 'test', 'validation', None]
     """
     *folders, name = Path(path).parts
     words = [*filter(SPLIT.fullmatch, folders), name, *folders]
     found = next((found[1].lower() for word in words if (found := SPLIT.search(word))), None)
-    other = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation", "testing": "test"}
+    other = dict.fromkeys(("valid", "val", "dev", "eval", "evaluation"), "validation")
+    other |= {"training": "train", "testing": "test"}
     return other.get(found, found) if found else None
 
 
