@@ -483,5 +483,8 @@ def _check_budget(recipe: Recipe, made: Plan) -> None:
     for kind, figure in (("final", "held"), ("average", "average")):
         limit = getattr(recipe.budget, f"{kind}_params")
         if limit is not None and made.params[figure] > limit:
-            cure = f"this recipe needs {made.params[figure]:.0f}; lower adapter.r or where.ratio, or set rank or freeze"
+            adapter = recipe.adapter
+            takes_methods = adapter.type == "lora" and adapter.init is True and not adapter.options.get("use_dora")
+            cure = f"this recipe needs {made.params[figure]:.0f}; lower adapter.r or where.ratio"
+            cure += ", or set rank or freeze" if takes_methods else ""
             raise BudgetError(f"budget.{kind}_params", limit, cure)
