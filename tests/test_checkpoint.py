@@ -252,7 +252,7 @@ def test_a_finished_run_that_is_resumed_in_mid_epoch_takes_no_step(tmp_path):
 def test_a_damaged_history_is_one_line_with_the_cure(tmp_path):
     content = b'{"step": 1}\n{"st\xff\n{"step": 3}\n'
     (tmp_path / "history.jsonl").write_bytes(content)
-    with pytest.raises(CheckpointError, match="line 2 is damaged.*move the file away"):
+    with pytest.raises(CheckpointError, match=r"line 2 is damaged.*move the file away"):
         History(tmp_path / "history.jsonl").cut_file(2)
     assert (tmp_path / "history.jsonl").read_bytes() == content
 

@@ -189,7 +189,7 @@ def test_all_that_peft_trains_beside_the_projections_is_counted(more):
 
 
 def test_a_budget_that_is_not_met_is_refused_with_the_number_needed():
-    with pytest.raises(BudgetError, match="needs 2048; .*, or set rank or freeze$"):
+    with pytest.raises(BudgetError, match=r"needs 2048; .*, or set rank or freeze$"):
         trimtab.plan({**TINY, "budget": {"final_params": 2000}})
     with pytest.raises(BudgetError, match=r"needs 2176; lower adapter.r or where.ratio$"):
         trimtab.plan({**TINY, "adapter": {"use_dora": True}, "budget": {"final_params": 2048}})
