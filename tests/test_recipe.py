@@ -207,6 +207,11 @@ def test_the_best_checkpoint_is_told_by_a_score_that_is_taken_while_training(tas
     assert (args.metric_for_best_model, args.greater_is_better) == (best, greater)
 
 
+def test_a_number_that_stands_for_nothing_needs_no_quotes():
+    for said, read in (("[-1, NA]", ["-1", "NA"]), ("-1", "-1"), ("[]", [])):
+        assert recipe.load({"model": "m"}, [f"data.missing={said}"]).data.missing == read
+
+
 @pytest.mark.parametrize("said, evals, saves", [
     ({"save_steps": 200}, "epoch", "steps"),
     ({"eval_steps": 0.1}, "steps", "epoch"),

@@ -212,7 +212,7 @@ def test_rows_without_a_question_or_an_answer_are_left_out(folder):
     assert "train: 2 of 4 rows have no answer and were left out" in task.notes
 
 
-@pytest.mark.parametrize("answer", [1, "B", "fire"])
+@pytest.mark.parametrize("answer", [1, "B", "fire", "1", 1.0])
 @pytest.mark.parametrize("name", ["choices", "options"])
 def test_the_right_option_is_named_by_its_place_its_letter_or_its_words(folder, name, answer):
     row = {"question": "Which is warm?", name: ["ice", "fire"], "answer": answer, "image": "red.png"}

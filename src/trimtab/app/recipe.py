@@ -134,6 +134,13 @@ class Data(Section):
             raise ValueError("a share of the training rows (0.2), or a number of them (200)")
         return value
 
+    @field_validator("missing", mode="before")
+    @classmethod
+    def _words(cls, missing: Any) -> Any:  # an unquoted -1 reaches us as a number
+        words = missing if isinstance(missing, list) else [missing]
+        words = [str(word) if isinstance(word, int) and not isinstance(word, bool) else word for word in words]
+        return words if isinstance(missing, list) else words[0]
+
     @property
     def to_load(self) -> dict[str, Any] | None:
         """What a task's `load_data` takes."""
@@ -444,7 +451,7 @@ def _wanted(message: str) -> str:
 
 def _key(place: tuple[int | str, ...]) -> str:
     """The dotted key of a pydantic location, without the type names that it appends for a union."""
-    if len(place) < 2 or place[0] not in Recipe.model_fields:
+    if len(place) < 2 or place[0] not in Recipe.model_fields or _section_class(str(place[0])) is Section:
         return str(place[0])
     return f"{place[0]}.{place[1]}"
 

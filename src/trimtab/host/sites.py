@@ -473,12 +473,16 @@ def _check_targets(target_modules: Any, linears: dict[str, nn.Module]) -> None:
     known = _endings(linears)
     if isinstance(target_modules, str):
         if not any(re.fullmatch(target_modules, name) for name in linears):
+            names = re.split(r"[,\s]+", target_modules.strip())
+            near = f" As names they go into a list: [{', '.join(names)}]" if set(names) <= set(known) else ""
             raise ModelError(
                 f"target_modules: no linear matches {target_modules!r} as a regex for the whole name. "
-                f"Linears here end in {', '.join(known)}."
+                f"Linears here end in {', '.join(known)}.{near}"
             )
         return
     for target in sorted(target_modules):
+        if target == "all-linear":
+            raise ModelError("target_modules: 'all-linear' stands alone, not in a list")
         if not any(name == target or name.endswith(f".{target}") for name in linears):
             raise ModelError(
                 f"target_modules: no linear named {target!r} in this model. "

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ...errors import ConfigError, DataError, ModelError
 from ..model_facts import forward_names
 from .answering import Answering, check_choice, mean_of
-from .cells import loads
+from .cells import loads, whole
 from .chats import NO_ANSWER, NO_PROMPT, Conversation, Reader
 from .data import Columns, DataSpec, is_missing, text_of
 from .encoding import Padder
@@ -430,6 +430,8 @@ def _letter(value: Any, options: Sequence[str], where: str) -> str:
         return LETTERS[options.index(value)]
     if isinstance(value, str) and len(value) == 1 and value in LETTERS[: len(options)]:
         return value
+    if (place := whole(value)) is not None and 0 <= place < len(options):  # as CSV has it
+        return LETTERS[place]
     raise DataError(
         f"{where} has answer {value!r}, not the number of one of its choices, from 0, nor its letter or words"
     )
