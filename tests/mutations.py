@@ -192,6 +192,13 @@ FAULTS = [
         "promises/test_n_processes_decide_as_one.py",
     ),
     Fault("train/controller.py", "if not has_penalty:", "if True:", "test_bare_loops.py"),
+    Fault("train/steps.py", "found.fill_(1.0)", "pass", "promises/test_n_processes_decide_as_one.py"),
+    Fault(
+        "train/callback.py",
+        "torch.set_rng_state(of_process_0(torch.get_rng_state()))",
+        "pass",
+        "promises/test_n_processes_decide_as_one.py",
+    ),
     # -- save, load, resume, export --------------------------------------------------------------------
     Fault(
         "train/controller.py",

@@ -184,6 +184,12 @@ def test_a_state_dict_of_a_model_that_a_process_group_trains_goes_into_one_made_
     model.load_state_dict(model.state_dict())
 
 
+def test_the_anchor_of_ddp_is_nothing_that_trains_to_the_end(group):
+    model = runs.model_for("llama", "adalora+at, svd", rank=None)
+    with pytest.raises(ConfigError, match="nothing would be left to train"):
+        Controller(model, None, runs.STEPS)
+
+
 def test_a_ddp_that_refused_its_module_is_no_matter(group):
     with pytest.raises(RuntimeError, match="is not needed") as kept:  # as a notebook keeps it
         DistributedDataParallel(torch.nn.Linear(1, 1).requires_grad_(False))

@@ -16,6 +16,7 @@ from test_run import read, trimtab
 
 pytestmark = pytest.mark.two_process
 TRAIN = {"num_train_epochs": 1, "learning_rate": 1e-2, "per_device_train_batch_size": 4, "use_cpu": True}
+REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
 
 
 def answered(path, n):
@@ -55,7 +56,7 @@ def ran(tmp_path_factory):
             rank={"method": "salientlora", "target_r": 2, "warmup": 1, "allocation": 2},
             train=TRAIN | {"save_steps": 2},
         ),
-        "last": decoder(folder, where={"method": "last", "count": 2}),
+        "last": decoder(folder, where={"method": "last", "count": 2}, train=TRAIN | REENTRANT),
         "written": decoder(
             folder,
             model=str(folder / "encoder-decoder"),
@@ -111,3 +112,7 @@ def test_all_processes_adapt_the_layers_of_the_first(ran):
 def test_one_process_keeps_the_answers(ran):
     rows = [json.loads(line) for line in (ran / "written/answers/validation_answers.jsonl").read_text().splitlines()]
     assert sorted(row["id"] for row in rows) == sorted(f"validation/{i}" for i in range(len(WORDS)))
+
+
+def test_plain_lora_trains_under_reentrant_checkpointing(ran):
+    assert (ran / "last" / "adapter" / "adapter_model.safetensors").is_file()

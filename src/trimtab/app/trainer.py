@@ -54,6 +54,11 @@ def make_trainer(
         args.report_to = []
     elif args.run_name is None:
         args.run_name = folder.run_name()
+    is_reentrant = cast(Any, args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    is_adaptive = job.recipe.rank is not None or job.recipe.freeze is not None  # then DDP holds no adapter
+    if is_reentrant and not is_adaptive and args.ddp_find_unused_parameters is None:
+        # It would find parameters once more in every backward within another; Trainer knows that of bare models alone.
+        args.ddp_find_unused_parameters = False
     trainer = _reaching_the_hub(
         args,
         _answer_trainer() if job.task.task_type == "CAUSAL_LM" else Trainer,

@@ -146,4 +146,8 @@ def refuse_dead_start(adapter: AdapterTensors, freeze: FreezeSettings | None) ->
 
 def _trains_to_the_end(adapter: AdapterTensors) -> bool:
     projections = {id(p) for p in adapter.projections().values()}
-    return any(p.requires_grad and id(p) not in projections for p in adapter.model.parameters())
+    return any(
+        p.requires_grad and id(p) not in projections
+        for name, p in adapter.model.named_parameters()
+        if not name.endswith("trim_anchor")  # DDP's, and part of nothing
+    )
