@@ -22,7 +22,7 @@ from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 import short_runs as runs
 import tiny
 from trimtab import AdaLoRA, AFLoRA, Controller, TrimCallback, TrimConfig
-from trimtab.errors import ConfigError, ModelError, StaleAdapterError
+from trimtab.errors import CheckpointError, ConfigError, ModelError, StaleAdapterError
 from trimtab.train.steps import NOT_FINITE_LIMIT
 
 ADALORA = AdaLoRA(target_r=2, start="svd", warmup=2, final=6, interval_steps=1)  # adds a penalty
@@ -408,6 +408,23 @@ def test_a_controller_for_each_epoch_is_refused(method):
     steps(model, optimizer, resumed, 4)
     resumed.finish()
     assert resumed.step == 12
+
+
+@pytest.mark.parametrize("method", [{"rank": ADALORA}, {"freeze": AFLoRA(warmup=2, final=4, interval_steps=2)}])
+def test_a_run_that_still_adapts_is_not_resumed_with_the_plain_layers_of_its_checkpoint(method, tmp_path, caplog):
+    model, optimizer, controller, _ = made(method=method)
+    steps(model, optimizer, controller, 4)
+    model.save_pretrained(str(tmp_path))
+    loaded = peft.PeftModel.from_pretrained(tiny.build("bert"), str(tmp_path), is_trainable=True)
+    optimizer = torch.optim.AdamW([p for p in loaded.parameters() if p.requires_grad], lr=1e-2)
+    resumed = Controller(loaded, optimizer, 12)
+    assert [record.getMessage() for record in caplog.records if record.name == "trimtab"] == [
+        "these are plain LoRA layers: they train on at their ranks, and nothing is decided"
+    ]
+    with pytest.raises(CheckpointError, match=r"still adapts \(step 4\).*get_peft_model makes of the run's TrimConfig"):
+        resumed.load_state_dict(controller.state_dict())
+    steps(loaded, optimizer, resumed, 4)  # without the state it trains on
+    assert resumed.step == 4 and not resumed.ranks()
 
 
 @pytest.mark.parametrize(

@@ -170,9 +170,6 @@ class TrimCallback(TrainerCallback, ExportableState):
         if state.global_step >= state.max_steps:
             self.take_no_step()
         config = adapter_config(model, self.controller.adapter_name)
-        is_plain = config.peft_type == "LORA" and not isinstance(config, TrimConfig)
-        if not self.controller.layers and is_plain:
-            logger.warning("these are plain LoRA layers: they train on at their ranks, and nothing is decided")
         if self.controller.layers and not self.controller.is_finished:
             self._hooks = [
                 module.register_forward_hook(Weakly(self._watch_output))

@@ -11,6 +11,7 @@ both. The controller knows no method by name: it calls settings objects through 
 
 from __future__ import annotations
 
+import logging
 import operator
 import warnings
 from collections.abc import Callable, Mapping
@@ -61,7 +62,14 @@ from .refusals import (
     refuse_while_merged,
     take_charge,
 )
-from .state import fingerprint, refuse_another_run, refuse_other_tensors, restore_factors, saved_factors
+from .state import (
+    fingerprint,
+    refuse_another_run,
+    refuse_other_tensors,
+    refuse_to_go_on_undecided,
+    restore_factors,
+    saved_factors,
+)
 from .steps import (
     NOT_FINITE_LIMIT,
     UNSEEN_LIMIT,
@@ -76,6 +84,8 @@ from .tensors import AdapterTensors, active_adapter
 if TYPE_CHECKING:
     from ..freeze.base import FreezeSettings
     from ..rank.base import Decision, Factors, RankSettings
+
+logger = logging.getLogger("trimtab")
 
 Event = dict[str, Any]
 _WHOLE = 0.9
@@ -184,6 +194,8 @@ class Controller:
         config = own_config(model, adapter_name)
         if isinstance(config, TrimConfig):  # PEFT's own layers, where another adapter made them, have not asked for it
             config.check_model(peft_model_of(model).get_base_model())
+        elif not self.layers and config.peft_type == "LORA":
+            logger.warning("these are plain LoRA layers: they train on at their ranks, and nothing is decided")
         for layer in self.layers.values():
             layer.hosted[adapter_name].is_decided = True
         if isinstance(config, TrimConfig) and config.is_adaptive:
@@ -467,6 +479,8 @@ class Controller:
             tensors, meta = tensors
         assert meta is not None
         refuse_while_merged(self._tensors)
+        if not self.layers:
+            refuse_to_go_on_undecided(meta)
         self._take_start(meta["sites"])
         if self.layers:  # a finished run may also have been loaded as the plain LoRA that it left
             refuse_another_run(meta, self.settings(), self._sites, self._horizon())

@@ -58,6 +58,16 @@ def refuse_another_run(
         raise CheckpointError(f"checkpoint: its fingerprint is {meta['fingerprint']!r}, its plan gives {mine!r}")
 
 
+def refuse_to_go_on_undecided(meta: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` where the state of a run that is not over meets layers on which nothing is decided."""
+    if meta["sites"] and not meta["is_finished"]:
+        raise CheckpointError(
+            f"checkpoint: its run still adapts (step {meta['step']}), and this model holds plain LoRA layers, as "
+            "PeftModel.from_pretrained gives them; resume with the model that peft.get_peft_model makes of the run's "
+            "TrimConfig, or train on in these without the checkpoint's state"
+        )
+
+
 def refuse_other_tensors(adapter: AdapterTensors, tensors: Mapping[str, Tensor]) -> None:
     """Raise `CheckpointError` where the saved raw factors do not fold to what was loaded into the layers.
 
