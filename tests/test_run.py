@@ -496,3 +496,19 @@ def test_two_runs_of_one_seed_are_the_same_and_of_two_seeds_are_not(tmp_path):
     a, b, c = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in "abc")
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert not all(torch.equal(a[key], c[key]) for key in a)
+
+
+def test_what_peft_refuses_is_one_line(tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path / "mamba")
+    byte_model("mamba", state_size=4).save_pretrained(tmp_path / "mamba")
+    rows = [{"prompt": f"What is {i}?", "completion": "so"} for i in range(8)]
+    recipe = write_recipe(
+        tmp_path,
+        model=str(tmp_path / "mamba"),
+        task={"name": "instruct", "max_length": 64},
+        data={"train": write_jsonl(tmp_path / "t.jsonl", rows)},
+        adapter={"r": 2, "target_modules": "all-linear"},
+        where=None,
+    )
+    [error] = [line for line in trimtab("run", recipe, code=2).stderr.splitlines() if line.startswith("error: ")]
+    assert "adapter: " in error and "'out_proj' is incompatible with Mamba-based models" in error
