@@ -503,3 +503,19 @@ def test_a_head_in_float16_under_a_loss_scaler_is_refused_before_training(tmp_pa
     recipe = write_recipe(tmp_path, where=None)
     said = trimtab("run", recipe, "model.dtype=float16", "train.fp16=true", code=2).stderr.splitlines()[-1]
     assert said.startswith("error: model.dtype='float16': classifier.weight trains in float16")
+
+
+def test_what_peft_refuses_is_one_line(tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path / "mamba")
+    byte_model("mamba", state_size=4).save_pretrained(tmp_path / "mamba")
+    rows = [{"prompt": f"What is {i}?", "completion": "so"} for i in range(8)]
+    recipe = write_recipe(
+        tmp_path,
+        model=str(tmp_path / "mamba"),
+        task={"name": "instruct", "max_length": 64},
+        data={"train": write_jsonl(tmp_path / "t.jsonl", rows)},
+        adapter={"r": 2, "target_modules": "all-linear"},
+        where=None,
+    )
+    [error] = [line for line in trimtab("run", recipe, code=2).stderr.splitlines() if line.startswith("error: ")]
+    assert "adapter: " in error and "'out_proj' is incompatible with Mamba-based models" in error

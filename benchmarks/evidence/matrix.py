@@ -172,8 +172,6 @@ TASKS = {
              held_back=300, base="snli", folder="qnli", splits=("validation", ""), scored=700, samples=512),
         Task("rte-whole", "RTE after SNLI, all of its rows", 2490, 1, 0, AFTER, swapped=LONGER, base="snli",
              folder="rte"),
-        Task("qnli-longer", "QNLI after SNLI, three times the rows", 2700, 1, 0, AFTER, swapped=LONGER, base="snli",
-             folder="qnli", splits=("validation", ""), scored=700, samples=512),
         Task("stsb", "STS-B", 3000, 2, 0, rate="5e-4",
              swapped=("lora-r8", "salientlora", "composition", "aflora", "aflora-late",
                       "influence-composition-vectors")),

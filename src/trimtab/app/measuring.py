@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..plans import Plan
-from .peft_config import adapter_config, choose_without_data, layers_to_choose_from, reads_rows
+from .peft_config import adapted, adapter_config, choose_without_data, layers_to_choose_from, reads_rows
 from .recipe import Recipe
 from .screen import Screen
 
@@ -25,7 +25,6 @@ def with_time(plan: Plan, recipe: Recipe, screen: Screen) -> Plan:
     Layers that only data can choose are as many of the first ones; nothing is pruned or frozen yet, which makes later
     steps cheaper.
     """
-    import peft
     import torch
     from transformers import TrainerCallback
 
@@ -58,7 +57,7 @@ def with_time(plan: Plan, recipe: Recipe, screen: Screen) -> Plan:
             ends.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as folder, screen.stage("measure") as stage:
-        model = peft.get_peft_model(job.model, config)
+        model = adapted(job.model, config)
         make_trainer(job, model, RunFolder(Path(folder)), [Clock()]).train()
         each = [after - before for before, after in itertools.pairwise(ends)]
         stage.result = f"{len(ends)} steps"

@@ -8,14 +8,14 @@ import re
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, did_you_mean
+from ..errors import ConfigError, ModelError, TrimtabError, did_you_mean
 from ..plans import Budget, Where
 from . import recipe as recipes
 from .adapter_kinds import ADAPTERS, PATTERNS
 from .recipe import Adapter, Rank, Recipe
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftModel
     from torch import nn
 
     from ..where.controls import Among
@@ -279,3 +279,19 @@ def _built(config: type[PeftConfig], values: dict[str, Any]) -> PeftConfig:
         raise
     except (TypeError, ValueError) as error:
         raise ConfigError("adapter", values, " ".join(str(error).split())) from None
+
+
+def adapted(model: Any, config: PeftConfig) -> PeftModel:
+    """`peft.get_peft_model`.
+
+    Raises:
+        ModelError: PEFT refuses the config for this model.
+    """
+    import peft
+
+    try:
+        return peft.get_peft_model(model, config)
+    except TrimtabError:
+        raise
+    except ValueError as error:
+        raise ModelError(f"adapter: {' '.join(str(error).split())}") from error

@@ -19,7 +19,7 @@ from ..plans import Plan, SitePlan, Where
 from . import card, loading, model_facts, runfolder, scoring, stopping
 from . import recipe as recipes
 from .job import Job, data_of, load, trained_on
-from .peft_config import adapter_config, choose_own, choose_without_data, layers_to_choose_from, reads_rows
+from .peft_config import adapted, adapter_config, choose_own, choose_without_data, layers_to_choose_from, reads_rows
 from .planning import chosen_among, horizon_of, plan_of_run, with_initial_ranks
 from .progress import progress_on
 from .recipe import Recipe
@@ -146,7 +146,6 @@ def _where_text(where: Where) -> str:
 
 def train(job: Job, where: Where | None, folder: RunFolder, screen: Screen, *, resume: bool = False) -> Trained:
     """Trains -> history.jsonl, timing.jsonl, checkpoints/, and plan.json with what was decided."""
-    import peft
     from transformers import set_seed
 
     import trimtab
@@ -171,7 +170,7 @@ def train(job: Job, where: Where | None, folder: RunFolder, screen: Screen, *, r
             screen.note(note)
     set_seed(recipe.seed)
     callback = trimtab.TrimCallback(history=folder.history)
-    model = peft.get_peft_model(job.model, config)
+    model = adapted(job.model, config)
     _refuse_what_cannot_be_scaled(recipe, model)
     checkpoint = checkpoint_to_resume(folder) if resume else None
     if (starter := starter_of(config)) is not None:
