@@ -249,17 +249,11 @@ def test_a_finished_run_that_is_resumed_in_mid_epoch_takes_no_step(tmp_path):
     assert held.keys() == saved.keys() and all(torch.equal(held[key], saved[key]) for key in saved)
 
 
-@pytest.mark.parametrize(
-    ("rows", "content", "says"),
-    [
-        (2, b'{"step": 1}\n{"st\xff\n{"step": 3}\n', "line 2 is damaged"),
-        (3, b'{"step": 1}\n{"step": 2}\n{"st', "has 2 of the checkpoint's 3 rows"),
-    ],
-)
-def test_a_damaged_history_is_one_line_with_the_cure(tmp_path, rows, content, says):
+def test_a_damaged_history_is_one_line_with_the_cure(tmp_path):
+    content = b'{"step": 1}\n{"st\xff\n{"step": 3}\n'
     (tmp_path / "history.jsonl").write_bytes(content)
-    with pytest.raises(CheckpointError, match=f"{says}.*move the file away"):
-        History(tmp_path / "history.jsonl").cut_file(rows)
+    with pytest.raises(CheckpointError, match=r"line 2 is damaged.*move the file away"):
+        History(tmp_path / "history.jsonl").cut_file(2)
     assert (tmp_path / "history.jsonl").read_bytes() == content
 
 
@@ -267,6 +261,6 @@ def test_a_line_that_a_full_disk_cut_off_is_not_written_on(tmp_path):
     (tmp_path / "history.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
     (tmp_path / "timing.jsonl").write_text('{"step": 1, "seconds": 1.0, "aside": 0}\n{"step": 2, "sec')
     history = History(tmp_path / "history.jsonl")
-    assert history.cut_file(2) == [{"step": 1}, {"step": 2}]
+    assert history.cut_file(3) == [{"step": 1}, {"step": 2}]
     history.write_time(3)
     assert [json.loads(line)["step"] for line in (tmp_path / "timing.jsonl").read_text().splitlines()] == [1, 3]

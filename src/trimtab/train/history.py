@@ -71,7 +71,7 @@ class History:
         """Drop what a killed run wrote after its last checkpoint, which the resumed run writes again; what is left.
 
         Raises:
-            CheckpointError: of the rows before that one is damaged or missing.
+            CheckpointError: of the rows before that one is damaged.
         """
         if self.file is None:
             return []
@@ -81,14 +81,14 @@ class History:
             return []
         kept = _whole_lines(self.file)[:rows]
         found = []
-        cure = "move the file away, and the run goes on without what it tells"
         for number, line in enumerate(kept, 1):
             try:
                 found.append(json.loads(line))
             except ValueError as error:
-                raise CheckpointError(f"{self.file}: line {number} is damaged ({error}); {cure}") from None
-        if len(found) < rows:
-            raise CheckpointError(f"{self.file}: has {len(found)} of the checkpoint's {rows} rows; {cure}")
+                raise CheckpointError(
+                    f"{self.file}: line {number} is damaged ({error}); move the file away, and the run goes on without "
+                    "what it tells"
+                ) from None
         _replace(self.file, b"".join(kept))
         return found
 
