@@ -261,6 +261,6 @@ def test_a_line_that_a_full_disk_cut_off_is_not_written_on(tmp_path):
     (tmp_path / "history.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
     (tmp_path / "timing.jsonl").write_text('{"step": 1, "seconds": 1.0, "aside": 0}\n{"step": 2, "sec')
     history = History(tmp_path / "history.jsonl")
-    assert history.cut_file(2) == [{"step": 1}, {"step": 2}]
+    assert history.cut_file(3) == [{"step": 1}, {"step": 2}]
     history.write_time(3)
     assert [json.loads(line)["step"] for line in (tmp_path / "timing.jsonl").read_text().splitlines()] == [1, 3]

@@ -198,6 +198,23 @@ def test_a_run_goes_on_with_the_same_rows_wherever_they_lie(trained, stopped):
     assert read(stopped, "run.json")["data"] == read(trained / "run", "run.json")["data"]
 
 
+def test_rows_that_were_trained_on_are_not_scored_as_if_they_were_split_off(trained, tmp_path):
+    """The validation rows are split off the training file, which grew since; or are split off otherwise."""
+    rows, run = tmp_path / "train.csv", tmp_path / "run"
+    rows.write_text(ROWS)
+    trimtab("run", trained / "recipe.yaml", f"data.train={rows}", "data.validation=null", f"output_dir={run}")
+    trimtab("eval", run)
+    trimtab("eval", run, "data.max_samples=3")
+    told = f"the rows to score may be some that the run in '{run}' was trained on"
+    for override in ("data.validation_share=0.5", "data.held_out=0.3", "data.stratify=false"):
+        assert told in trimtab("eval", run, override, code=2).stderr
+    before = read(run, "metrics.json")
+    rows.write_text(ROWS + "".join(f"the mat ran {i},good\n" for i in range(9)))
+    assert told in trimtab("eval", run, code=2).stderr
+    assert read(run, "metrics.json") == before
+    trimtab("eval", run, f"data.validation={trained / 'dev.csv'}")
+
+
 def test_a_file_without_labels_is_said_not_to_be_scored(moved):
     (moved.parent / "new.csv").write_text("text\nthe cat\nthe dog\n")
     shown = trimtab("eval", moved, f"data.test={moved.parent / 'new.csv'}")

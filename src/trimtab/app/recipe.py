@@ -124,7 +124,7 @@ class Data(Section):
     held_out: float | int | None = None
     """A share of the training rows (0.2), or a number of them, scored in place of validation and test: for choices
     that those may not see. `trimtab tune` sets it."""
-    held_out_seed: int | None = None
+    held_out_seed: Annotated[int, Field(ge=0)] | None = None
     """Draws them; 0 when not given. Not the run's seed, so that runs over several seeds are scored on the same rows."""
 
     @field_validator("held_out")
@@ -212,7 +212,7 @@ class Where(Section):
     """Layers never chosen; auto leaves out layer 0 where every row's first token is the same."""
     degenerate: Literal["exclude", "include"] = "exclude"
     """Layers whose similarity says nothing, since one row outweighs the rest."""
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=0)] | None = None
     """Draws the layers of ``random`` (the run's when not given), or which rows are read (the first when not given)."""
 
     @field_validator("mask", mode="before")

@@ -12,7 +12,8 @@ from ..errors import ConfigError, DataError
 from ..plans import Plan
 from ..train.checkpoint import checkpoints, what_is_wrong
 from . import loading
-from .job import Job, load
+from . import recipe as recipes
+from .job import Job, load, trained_on
 from .recipe import Recipe
 from .report.words import count, some
 from .runfolder import RunFolder
@@ -63,7 +64,26 @@ def load_run(recipe: Recipe, folder: RunFolder, screen: Screen, *, with_rows: bo
             f"task {job.task.name!r}: has the classes {some([*map(repr, today)])}, and the run in "
             f"{str(folder.path)!r} was trained on {some([*map(repr, names)])}; give it rows with these"
         )
+    _refuse_rows_that_were_trained_on(job, recipe, folder)
     return job
+
+
+def _refuse_rows_that_were_trained_on(job: Job, recipe: Recipe, folder: RunFolder) -> None:
+    """Where rows to score are split off the training rows: others than then would hold some that were trained on."""
+    before = folder.read(folder.about).get("data", {}) if folder.about.is_file() else {}
+    is_split = recipe.data.held_out is not None or any(n.startswith("no data.validation:") for n in job.task.notes)
+    if not is_split or "fingerprint" not in before or "train" not in job.rows:
+        return
+    saved = recipes.load(folder.recipe, needs_rows=False)
+    if any(getattr(saved.data, key) != getattr(recipe.data, key) for key in ("max_samples", "sample_seed")):
+        return  # fewer of them, which tell nothing
+    if trained_on(job)["fingerprint"] != before["fingerprint"]:
+        raise ConfigError(
+            "data.train",
+            recipe.data.train or recipe.data.hub,
+            f"as it is and is split now, the rows to score may be some that the run in {str(folder.path)!r} was "
+            "trained on; put the rows back as they were, or name others in data.validation",
+        )
 
 
 def task_of_run(recipe: Recipe, names: Sequence[str] | None) -> Task:

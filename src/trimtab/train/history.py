@@ -85,8 +85,10 @@ class History:
             try:
                 found.append(json.loads(line))
             except ValueError as error:
-                cure = "move the file away, and the run goes on without what it tells"
-                raise CheckpointError(f"{self.file}: line {number} is damaged ({error}); {cure}") from None
+                raise CheckpointError(
+                    f"{self.file}: line {number} is damaged ({error}); move the file away, and the run goes on without "
+                    "what it tells"
+                ) from None
         _replace(self.file, b"".join(kept))
         return found
 
