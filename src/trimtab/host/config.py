@@ -141,11 +141,18 @@ class TrimConfig(LoraConfig):
 
         Raises:
             ModelError: they are raw parameters (``state_dict=dict(model.named_parameters())``), in which the diagonals
-                are not folded: stock PEFT would read another function out of them.
+                are not folded: stock PEFT would read another function out of them; or a start that is drawn was to be
+                undone in a pickle.
         """
         files = [Path(save_directory) / name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)]
-        for weights in filter(Path.is_file, files if self._holds_a_start() else ()):
-            _write_without_start(weights, self._live)
+        if self._holds_a_start():
+            if not files[0].is_file():
+                self.inference_mode = False
+                start = f"init_lora_weights={self.init_lora_weights!r}"
+                raise ModelError(
+                    f"safe_serialization=False: {start} is undone in what is saved, which is a safetensors file"
+                )
+            _write_without_start(files[0], self._live)
         for weights in filter(Path.is_file, files if self.is_adaptive else ()):
             raw = [key for key in _keys(weights) if re.search(r"\.lora_[eb](\.|$)", key)]
             if raw:
@@ -299,16 +306,12 @@ def _in_any_order(pattern: dict[str, Any], sites: Iterable[str]) -> dict[str, An
 
 def _write_without_start(weights: Path, live: Live) -> None:
     """Give a saved adapter twice the rank, on the base as it was; see `without_start`."""
-    is_pickle = weights.name == WEIGHTS_NAME
-    tensors = torch.load(weights, weights_only=True) if is_pickle else load_file(weights)
+    tensors = load_file(weights)
     for layer, name in live.layers():
         keys = [f"base_model.model.{layer.site_name}.{which}.weight" for which in PROJECTIONS]
         if name in layer.initial_factors and keys[0] in tensors:
             tensors.update(zip(keys, without_start(layer, name, *(tensors[key] for key in keys))))
-    if is_pickle:
-        torch.save(tensors, weights)
-    else:
-        save_file(tensors, weights, metadata={"format": "pt"})
+    save_file(tensors, weights, metadata={"format": "pt"})
 
 
 def _keys(weights: Path) -> list[str]:
