@@ -88,6 +88,13 @@ def test_differing_train_settings_and_adapter_are_named(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(("others", "is_told"), [(1000, False), (2000, True)])
+def test_the_fewest_parameters_are_fewer_than_some(tmp_path: Path, others: int, is_told: bool) -> None:
+    a = seeds(tmp_path / "a", [0.60, 0.62, 0.64], params=1000)
+    b = seeds(tmp_path / "b", [0.59, 0.61, 0.63], params=others, where=CKA)
+    assert compare([*a, *b]).finding.endswith("with the fewest final parameters") == is_told
+
+
 def test_a_single_run_has_its_folder_as_name(tmp_path: Path) -> None:
     table = compare([runs.plain_run(tmp_path / "only", score=0.5)])
     assert table.rows[0].name == "only" and table.best is None

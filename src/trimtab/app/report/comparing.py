@@ -495,7 +495,8 @@ def _finding(table: CompareTable, top: int | None) -> str:
         return finding
     least = min(sized, key=lambda row: (row.params["final"] or 0, row is not first))
     if (least.params["final"] or 0) >= first.params["final"]:
-        return finding + (", with the fewest final parameters" if least is first else "")
+        is_less = least is first and any((row.params["final"] or 0) > first.params["final"] for row in sized)
+        return finding + (", with the fewest final parameters" if is_less else "")
     gap = abs((first.score or 0.0) - (least.score or 0.0))
     within = " (within chance)" if (d := least.difference) and d.low is not None and not d.is_clear else ""
     return f"{finding}; `{least.name}` is {number(gap, 2)} behind{within} with {_saved(least, first, 'its')}"
