@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from commands import AtCall, Send, command
 from test_run import write_recipe
+from trimtab.app import session
 from trimtab.app.cli import cli
 from trimtab.train.checkpoint import checkpoints, what_is_wrong
 
@@ -128,6 +129,14 @@ def test_another_number_of_processes_does_not_go_on_with_a_run(unbroken, tmp_pat
     result = CliRunner().invoke(cli, ["run", str(tmp_path / "run"), "--resume"])
     assert result.exit_code == 2 and result.stderr.startswith("error: processes=2: the run in")
     assert "has 1, and 8 rows a step, not 16; start as many" in result.stderr
+
+
+def test_a_run_that_others_have_gone_on_with_asks_for_their_rows_a_step(unbroken, tmp_path, monkeypatch):
+    shutil.copytree(unbroken, tmp_path / "run")
+    facts = {"step": 8, "total_steps": 16, "processes": 1, "rows_a_step": 16}  # its recipe.yaml says 8, as it began
+    monkeypatch.setattr(session, "read_facts", lambda _: facts)
+    result = CliRunner().invoke(cli, ["run", str(tmp_path / "run"), "--resume"])
+    assert result.exit_code == 2 and "has 1, and 16 rows a step, not 8; start as many, or say so in" in result.stderr
 
 
 def test_a_step_of_as_many_rows_goes_on_with_a_run(unbroken, tmp_path):

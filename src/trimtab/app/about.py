@@ -41,6 +41,11 @@ def job() -> str | None:
     return os.environ.get("TORCHELASTIC_RUN_ID")
 
 
+def processes() -> int:
+    """How many torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def command() -> str:
     """The command line as it can be typed again; secrets in it are left out.
 

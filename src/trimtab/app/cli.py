@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -397,14 +396,15 @@ def tune(recipe: str, settings: Sequence[str], jobs: int, out: Path | None, over
     and test are left alone. With several seeds the mean over them counts. The same command goes on with a search that
     was stopped. A value with commas stands in brackets or quotes: adapter.target_modules=[query,value],[query]
     """
+    from . import about
     from . import recipe as recipes
     from . import tune as tuning
     from .runfolder import default_folder
     from .tables import tune_tables
 
-    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+    if about.processes() > 1:
         cure = "each trial is a process of its own, and --jobs says how many at a time; start it without torchrun"
-        raise ConfigError("processes", processes, cure)
+        raise ConfigError("processes", about.processes(), cure)
     if out is None:
         folder = Path(recipe) if Path(recipe).is_dir() else default_folder(recipes.load(recipe), recipe)
         out = folder.with_name(f"{folder.name}-tune")

@@ -7,7 +7,6 @@ Parameters are those of adapters; a new head, which every method trains alike, i
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from ..budget import figures, solve
 from ..errors import BudgetError, ConfigError
 from ..plans import Plan, Site, SitePlan, Where
 from ..train.rates import check_roles
+from . import about
 from . import recipe as recipes
 from .parameters import adapted_sites, bias_params, head_params, roles_of, site_params, token_params, vectors_of
 from .peft_config import (
@@ -421,8 +421,7 @@ def horizon_of(recipe: Recipe, rows: int | None, processes: int | None = None) -
     steps = int(train.get("max_steps", -1))
     if rows is None:
         return Horizon(steps, steps) if steps > 0 else None
-    processes = processes or int(os.environ.get("WORLD_SIZE", "1"))
-    batch = int(train.get("per_device_train_batch_size", 8)) * processes
+    batch = int(train.get("per_device_train_batch_size", 8)) * (processes or about.processes())
     batches = rows // batch if train.get("dataloader_drop_last") else math.ceil(rows / batch)
     per_epoch = max(1, math.ceil(batches / int(train.get("gradient_accumulation_steps", 1))))
     return Horizon(steps if steps > 0 else math.ceil(float(train.get("num_train_epochs", 3)) * per_epoch), per_epoch)

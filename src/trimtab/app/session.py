@@ -268,21 +268,21 @@ def same_recipe(recipe: Recipe, folder: RunFolder, free: Sequence[str] = _FREE) 
 
 def _same_step(recipe: Recipe, folder: RunFolder, checkpoint: str) -> None:
     """Raise `ConfigError` where a step would take more rows than before, or fewer: the run would be another one."""
-    facts, began = read_facts(checkpoint), _flat(recipes.load(folder.recipe))
-    each, accumulated = (recipe.train.get(key.partition(".")[2]) for key in _SHARES)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    rows = int(each or 8) * int(accumulated or 1) * processes
+    facts, began, goes_on = read_facts(checkpoint), _flat(recipes.load(folder.recipe)), _flat(recipe)
+    each, accumulated = (goes_on.get(key) for key in _SHARES)
+    rows = int(each or 8) * int(accumulated or 1) * about.processes()
     before = facts.get("rows_a_step", rows)
     if rows == before or facts["step"] == facts["total_steps"]:
         return
-    if processes == facts["processes"]:
-        key = next(key for key in _SHARES if began.get(key) != _flat(recipe).get(key))
-        raise _other(key, _flat(recipe).get(key), began.get(key), folder)
+    if about.processes() == facts["processes"]:
+        for key in _SHARES:
+            if began.get(key) != goes_on.get(key):
+                raise _other(key, goes_on.get(key), began.get(key), folder)
     cure = (
         f"the run in {str(folder.path)!r} has {facts['processes']}, and {before} rows a step, not {rows}; start as "
         f"many, or say so in {_SHARES[0]} or {_SHARES[1]}, or start again with --overwrite"
     )
-    raise ConfigError("processes", processes, cure)
+    raise ConfigError("processes", about.processes(), cure)
 
 
 def _other(key: str, value: Any, before: Any, folder: RunFolder) -> ConfigError:

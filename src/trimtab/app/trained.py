@@ -19,6 +19,7 @@ from .report.words import count, some
 from .runfolder import RunFolder
 from .screen import Screen
 from .spent import training_seconds
+from .tasks.data import NO_VALIDATION
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -71,7 +72,7 @@ def load_run(recipe: Recipe, folder: RunFolder, screen: Screen, *, with_rows: bo
 def _refuse_rows_that_were_trained_on(job: Job, recipe: Recipe, folder: RunFolder) -> None:
     """Where rows to score are split off the training rows: others than then would hold some that were trained on."""
     before = folder.read(folder.about).get("data", {}) if folder.about.is_file() else {}
-    is_split = recipe.data.held_out is not None or any(n.startswith("no data.validation:") for n in job.task.notes)
+    is_split = recipe.data.held_out is not None or any(n.startswith(NO_VALIDATION) for n in job.task.notes)
     if not is_split or "fingerprint" not in before or "train" not in job.rows:
         return
     saved = recipes.load(folder.recipe, needs_rows=False)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, did_you_mean
+from . import about
 from .lookup import dataclass_fields, dict_keys, enum_values
 
 _ARGUMENTS = "transformers.training_args", "TrainingArguments"
@@ -201,7 +201,7 @@ def check_machine(train: Mapping[str, Any]) -> None:
         _need_package("train.deepspeed", train["deepspeed"], ("deepspeed",))
     if train.get("use_liger_kernel"):  # the Trainer asks for it once the model is loaded
         _need_package("train.use_liger_kernel", True, ("liger_kernel",))
-    if train.get("fsdp") and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if train.get("fsdp") and about.processes() < 2:
         cure = "shards over several processes, and this is one: torchrun --nproc-per-node=2 -m trimtab run …"
         raise ConfigError("train.fsdp", train["fsdp"], cure)
     for key in ("fsdp_config", "accelerator_config"):

@@ -591,7 +591,8 @@ def _accept_a_start(layer: TrimLayer, name: str, state_dict: dict[str, Any], pre
 
 
 def without_start(layer: TrimLayer, name: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """A layer's plain LoRA on the base as it was before the start: ``[A; A0]``, ``[B, -B0]``, at the same scale."""
+    """A layer's plain LoRA on the base as it was before the start: ``[A; A0]`` of shape (2r, in) and
+    ``[B, -B0]`` of shape (out, 2r), at the same scale."""
     A0, B0 = (t.to(A.device, A.dtype) for t in layer.initial_factors[name])
     return torch.cat([A, A0]), torch.cat([B, -B0], dim=1)
 

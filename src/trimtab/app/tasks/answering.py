@@ -27,7 +27,7 @@ from ..runfolder import is_main
 from .answer_loss import answer_scores, answer_sums, kept_sums
 from .chats import NO_ANSWER
 from .columns import Table
-from .data import MISSING, Columns, DataSpec, column, duplicates, is_missing
+from .data import MISSING, NO_VALIDATION, Columns, DataSpec, column, duplicates, is_missing
 from .encoding import TEMPLATES, Encoding, Padder, ids_of
 from .files import from_dataset
 from .generation import Decoding, MakeBar, Question, generate, text_of
@@ -426,7 +426,7 @@ class Answering(Encoding):
         if _STRATA in train.column_names:
             strata, train = train[_STRATA][:], train.remove_columns(_STRATA)
         held = spec.held_out(n, strata, most=500)
-        self.notes.append(f"no data.validation: {len(held)} of {n} training rows were split off for it")
+        self.notes.append(f"{NO_VALIDATION} {len(held)} of {n} training rows were split off for it")
         return {**rows, "train": train.select(sorted(set(range(n)) - set(held))), "validation": train.select(held)}
 
 

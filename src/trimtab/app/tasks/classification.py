@@ -15,7 +15,7 @@ import numpy as np
 from ...errors import ConfigError, DataError
 from ..report.words import some
 from . import Task
-from .data import DataSpec, column, text_of
+from .data import NO_VALIDATION, DataSpec, column, text_of
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -308,7 +308,7 @@ class SequenceClassification(Task):
             rows = {**rows, "train": train.select(rest), "validation": train.select(held)}
             by_class = self.label_names is not None and labels["train"] and spec.stratify in (None, True)
             how = ", of each class its share" if by_class else ""
-            self.notes.append(f"no data.validation: {len(held)} of {n} training rows were split off for it{how}")
+            self.notes.append(f"{NO_VALIDATION} {len(held)} of {n} training rows were split off for it{how}")
             if whole := labels["train"]:
                 if self.label_names is not None and len({whole[i] for i in rest}) < 2 <= len(set(whole)):
                     raise DataError(

@@ -363,6 +363,10 @@ def duplicates(rows: Mapping[str, Iterable[Any]]) -> list[str]:
     return notes
 
 
+NO_VALIDATION = "no data.validation:"
+"""How the note begins that says that rows to score were split off the training rows."""
+
+
 def is_missing(value: Any, words: frozenset[str] | set[str] = frozenset(MISSING)) -> bool:
     """Whether a cell holds nothing: None, NaN, blanks, or one of ``words``.
 
